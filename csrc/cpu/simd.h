@@ -1,0 +1,58 @@
+// SIMD vectors of the copy being compiled, and ChaCha20 blocks side by side in them.
+#pragma once
+
+#include "../common/chacha20.h"
+
+namespace ffa::FFA_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+constexpr int kBlockLanes = kVectorBytes / 4;
+
+typedef uint32_t WordVector __attribute__((vector_size(kVectorBytes)));
+
+// Words of kBlockLanes consecutive blocks: words[j][lane] is word j of block first + lane.
+FFA_HD void chacha20_lanes(const ChaChaStream& stream, uint32_t first, WordVector words[16]) {
+  WordVector counter;
+  for (int lane = 0; lane < kBlockLanes; ++lane) counter[lane] = first + lane;
+  chacha20_block(stream, counter, words);
+}
+
+// The same, each block's 16 words together in memory order.
+FFA_HD void chacha20_rows(const ChaChaStream& stream, uint32_t first, uint32_t* rows) {
+  WordVector words[16];
+  chacha20_lanes(stream, first, words);
+  for (int lane = 0; lane < kBlockLanes; ++lane) {
+    for (int j = 0; j < 16; ++j) rows[lane * 16 + j] = words[j][lane];
+  }
+}
+
+// fp64 sum of squares in one fixed order, whatever the instruction set or the number of threads.
+template <class T>
+inline double sum_squares(const T* v, int64_t count) {
+  constexpr int kLanes = 16;
+  double acc[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const double value = v[i + lane];
+      acc[lane] += value * value;
+    }
+  }
+  for (int lane = 0; i < count; ++i, ++lane) {
+    const double value = v[i];
+    acc[lane] += value * value;
+  }
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) acc[lane] += acc[lane + half];
+  }
+  return acc[0];
+}
+
+}  // namespace ffa::FFA_ISA

@@ -1,0 +1,98 @@
+/* The whole C interface of the compiled kernels: dtypes, status codes, launchers.
+ *
+ * No torch in here: raw pointers, sizes and a thread count (CPU) or a stream (CUDA). Every array is
+ * contiguous in row-major order and owned by the caller, who also allocates outputs. A launcher
+ * returns FFA_OK or the status that says why nothing was computed.
+ *
+ * `rng_state` is int64[5]: a 256-bit ChaCha20 key as four little-endian words, then the step.
+ */
+#ifndef FFA_H
+#define FFA_H
+
+#include <stdint.h>
+
+#define FFA_ABI_VERSION 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum ffa_dtype { FFA_F32 = 0, FFA_F64 = 1, FFA_F16 = 2, FFA_BF16 = 3 };
+
+enum ffa_status {
+  FFA_OK = 0,
+  FFA_BAD_DTYPE = 1,
+  FFA_BAD_SIZE = 2,
+  FFA_BAD_VALUE = 3,
+  FFA_NO_MEMORY = 4,
+  FFA_CUDA_ERROR = 5,
+};
+
+enum ffa_optimizer { FFA_NONE = 0, FFA_SGD = 1, FFA_ADAM = 2, FFA_ADAMW = 3 };
+
+int ffa_abi_version(void);
+const char* ffa_status_string(int status);
+
+/* Instruction set that the launchers below run on this machine: "avx512", "avx2" or "baseline". */
+const char* ffa_cpu_isa(void);
+/* 1 when an OpenMP runtime is loaded in this process, else 0 and every launcher runs on one thread.
+ */
+int ffa_cpu_has_openmp(void);
+
+/* out: uint32 (n_blocks, 16), RFC 8439 blocks first_block, first_block + 1, ... */
+int ffa_cpu_chacha20(const int64_t* rng_state, int64_t tensor_id, int64_t first_block,
+                     int64_t n_blocks, uint32_t* out, int threads);
+
+/* out: dtype (numel,) standard Gaussians, F32 or F64. */
+int ffa_cpu_gaussian(const int64_t* rng_state, int64_t tensor_id, int64_t numel, int dtype,
+                     void* out, int threads);
+
+/* out[e] = kept(offset + e) ? x[e] / (1 - p') : 0 for e < numel; offset is a multiple of 32 and
+ * p' is p rounded to a multiple of 2^-16. out may be x. */
+int ffa_cpu_dropout(const int64_t* dropout_state, double p, int64_t offset, int64_t numel,
+                    int dtype, const void* x, void* out, int threads);
+
+/* dx[e] += scaling * dropout(v)[e], same mask and arguments as above. */
+int ffa_cpu_dropout_add(const int64_t* dropout_state, double p, double scaling, int64_t offset,
+                        int64_t numel, int dtype, const void* v, void* dx, int threads);
+
+/* g (n, T, d_out), h (n, T, r), lora_B (d_out, r) or null; u (n, T, r) = g B (not written without
+ * lora_B), G (n, d_out, r) = scale g_i^T h_i, sq (n,) = |G_i|^2. All of one dtype, F32 or F64. */
+int ffa_cpu_per_sample_grad(int64_t n, int64_t T, int64_t d_out, int64_t r, int dtype,
+                            const void* g, const void* h, const void* lora_B, double scale, void* u,
+                            void* G, void* sq, int threads);
+
+/* grad_samples[k] (n, numels[k]) of dtypes[k]; sums[k] (numels[k],) int64 on the grid of its bound,
+ * float64 when the bound is infinite; groups is 1 (flat) or n_tensors, and so is the length of
+ * max_grad_norm; keep (n,) bytes or null; stats int64[2]; factors float64 (groups, n). */
+int ffa_cpu_clip_accumulate(int64_t n_tensors, int64_t n, const int64_t* numels, const int* dtypes,
+                            const void* const* grad_samples, void* const* sums, int64_t groups,
+                            const double* max_grad_norm, const uint8_t* keep, int64_t* stats,
+                            double* factors, int threads);
+
+/* One logical step over all tensors. exp_avgs and exp_avg_sqs may be null, or hold null; steps
+ * float32 scalars; hyper float64 (n_tensors, 5): lr, weight_decay, beta1 | momentum,
+ * beta2 | dampening, eps. sums are zeroed and rng_state[4] grows by one. */
+int ffa_cpu_private_update(int64_t n_tensors, const int64_t* numels, const int* dtypes,
+                           void* const* params, void* const* sums, void* const* exp_avgs,
+                           void* const* exp_avg_sqs, float* const* steps, int64_t* rng_state,
+                           const double* hyper, const int64_t* tensor_ids, int64_t groups,
+                           const double* max_grad_norm, double noise_multiplier,
+                           double expected_batch_size, int optimizer, int nesterov, int maximize,
+                           int threads);
+
+/* Number of usable devices, 0 when there is no driver. `stream` below is a cudaStream_t; pointers
+ * are device pointers except rng_state, which the kernels read on the device as well. */
+int ffa_cuda_device_count(void);
+
+int ffa_cuda_chacha20(const int64_t* rng_state, int64_t tensor_id, int64_t first_block,
+                      int64_t n_blocks, uint32_t* out, void* stream);
+
+int ffa_cuda_gaussian(const int64_t* rng_state, int64_t tensor_id, int64_t numel, int dtype,
+                      void* out, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,34 @@
+"""Fused kernels, drop-in modules and a private training engine for FFA-LoRA (arXiv 2403.12313)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ffa_kernels.nn import FFALinear, convert, merge
+    from ffa_kernels.privacy import PrivacyEngine
+
+__version__ = "0.1.0"
+__all__ = ["FFALinear", "PrivacyEngine", "convert", "merge"]
+
+_HOMES = {
+    "FFALinear": "ffa_kernels.nn",
+    "convert": "ffa_kernels.nn",
+    "merge": "ffa_kernels.nn",
+    "PrivacyEngine": "ffa_kernels.privacy",
+}
+_SUBMODULES = ("federated", "nn", "ops", "privacy")
+
+
+def __getattr__(name: str) -> Any:
+    # Resolved at first use: `import ffa_kernels` alone stays a few milliseconds.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(f"ffa_kernels.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, *_SUBMODULES])

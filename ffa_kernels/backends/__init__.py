@@ -1,0 +1,1 @@
+"""Implementations of the ops, one module a backend; `dispatch` chooses among them."""

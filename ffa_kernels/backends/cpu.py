@@ -1,0 +1,273 @@
+"""Every op on the compiled CPU kernels of ``csrc/cpu``, for float32 and float64.
+
+Same names and arguments as the ops. Outputs are allocated here; the launchers get addresses, sizes
+and a thread count. Rules of dtype and shape are the ops' own business and checked there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ffa_kernels.backends import native
+
+# enum ffa_dtype and enum ffa_optimizer of csrc/ffa.h
+_DTYPES = {torch.float32: 0, torch.float64: 1}
+_OPTIMIZERS = {"none": 0, "sgd": 1, "adam": 2, "adamw": 3}
+_OPS = frozenset(
+    "chacha20 gaussian linear linear_backward per_sample_grad clip_accumulate private_update".split()
+)
+# Elements of x whose dropout is in flight at a time: the scratch stays in L2.
+_DROPOUT_CHUNK = 1 << 17
+
+_in_forked_child = False
+
+
+def _after_fork() -> None:
+    global _in_forked_child
+    _in_forked_child = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def supports(op: str, *dtypes: torch.dtype) -> bool:
+    """Whether `op` runs here for tensors of these dtypes: the library loads and every floating
+    dtype among them is float32 or float64 (one of the two, where an op multiplies matrices)."""
+    floating = {dtype for dtype in dtypes if dtype.is_floating_point}
+    mixes = op in ("clip_accumulate", "private_update")
+    return (
+        op in _OPS
+        and not any(dtype.is_complex for dtype in dtypes)
+        and floating <= _DTYPES.keys()
+        and (mixes or len(floating) <= 1)
+        and native.available("cpu")
+    )
+
+
+def _threads() -> int:
+    # GNU's runtime hangs in a child whose parent has used it.
+    return 1 if _in_forked_child else torch.get_num_threads()
+
+
+def _dtype_code(dtype: torch.dtype) -> int:
+    try:
+        return _DTYPES[dtype]
+    except KeyError:
+        raise native.NativeError(
+            f"dtype: {dtype} is not served by the cpu backend; accepted: torch.float32, torch.float64"
+        ) from None
+
+
+def chacha20(rng_state: Tensor, tensor_id: int, first_block: int, n_blocks: int) -> Tensor:
+    """Blocks of RFC 8439, section 2.3, as int32 bit patterns (n_blocks, 16)."""
+    out = torch.empty((n_blocks, 16), dtype=torch.int32)
+    state = rng_state.contiguous()
+    native.load("cpu").call(
+        "chacha20", state.data_ptr(), tensor_id, first_block, n_blocks, out.data_ptr(), _threads()
+    )
+    return out
+
+
+def gaussian(rng_state: Tensor, tensor_id: int, numel: int, dtype: torch.dtype) -> Tensor:
+    """(numel,) standard Gaussians, computed in fp64 and rounded to `dtype`."""
+    out = torch.empty(numel, dtype=dtype if dtype in _DTYPES else torch.float64)
+    state = rng_state.contiguous()
+    native.load("cpu").call(
+        *("gaussian", state.data_ptr(), tensor_id, numel),
+        *(_dtype_code(out.dtype), out.data_ptr(), _threads()),
+    )
+    return out.to(dtype)
+
+
+def _dropout_chunks(rows: int, columns: int) -> list[tuple[int, int]]:
+    """Row ranges whose first element is a multiple of 32, where a ChaCha20 block begins."""
+    step = max(32, _DROPOUT_CHUNK // max(columns, 1) // 32 * 32)
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _dropped_product(
+    x: Tensor, lora_A: Tensor, dropout_state: Tensor, dropout_p: float, h: Tensor
+) -> None:
+    """h = dropout(x) A^T, with x (rows, d_in) masked a chunk of rows at a time."""
+    library, columns = native.load("cpu"), x.shape[1]
+    state = dropout_state.contiguous()
+    chunks = _dropout_chunks(*x.shape)
+    scratch = x.new_empty((min(chunks[0][1], len(x)) if chunks else 0, columns))
+    for start, end in chunks:
+        rows = x[start:end].contiguous()
+        masked = scratch[: end - start]
+        library.call(
+            *("dropout", state.data_ptr(), dropout_p, start * columns, rows.numel()),
+            *(_dtype_code(x.dtype), rows.data_ptr(), masked.data_ptr(), _threads()),
+        )
+        torch.mm(masked, lora_A.t(), out=h[start:end])
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    tap: Tensor | None,
+    dropout_state: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    mean_loss: bool,
+) -> tuple[Tensor, Tensor]:
+    """y = x W^T + b + s h B^T (..., d_out) and h = dropout(x) A^T (..., r); x is (..., d_in)."""
+    lead = x.shape[:-1]
+    rows = x.reshape(-1, x.shape[-1])
+    if dropout_state is None:
+        h = rows @ lora_A.t()
+    else:
+        h = x.new_empty((len(rows), lora_A.shape[0]))
+        _dropped_product(rows, lora_A, dropout_state, dropout_p, h)
+    y = F.linear(rows, weight, bias).addmm_(h, lora_B.t(), alpha=scaling)
+    return y.view(*lead, weight.shape[0]), h.view(*lead, lora_A.shape[0])
+
+
+def linear_backward(
+    g: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    dropout_state: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> Tensor:
+    """dx = g W + s dropout^T(u A) (..., d_in); g is (..., d_out), u (..., r)."""
+    g_rows, u_rows = g.reshape(-1, g.shape[-1]), u.reshape(-1, u.shape[-1])
+    dx = g_rows @ weight
+    if dropout_state is None:
+        dx.addmm_(u_rows, lora_A, alpha=scaling)
+    else:
+        library, columns = native.load("cpu"), weight.shape[1]
+        state = dropout_state.contiguous()
+        for start, end in _dropout_chunks(*dx.shape):
+            adapter = u_rows[start:end] @ lora_A
+            library.call(
+                *("dropout_add", state.data_ptr(), dropout_p, scaling, start * columns),
+                *(adapter.numel(), _dtype_code(dx.dtype), adapter.data_ptr()),
+                *(dx.data_ptr() + start * columns * dx.element_size(), _threads()),
+            )
+    return dx.view(*g.shape[:-1], weight.shape[1])
+
+
+def per_sample_grad(
+    g: Tensor, h: Tensor, lora_B: Tensor | None, scaling: float, mean_loss: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """u = g B, G_i = s g_i^T h_i (n, d_out, r) and |G_i|^2 (n,), from one read of g."""
+    n, d_out, r = g.shape[0], g.shape[-1], h.shape[-1]
+    tokens = math.prod(g.shape[1:-1])
+    g, h = g.contiguous(), h.contiguous()
+    u = g.new_empty(0 if lora_B is None else (*g.shape[:-1], r))
+    grad, square = g.new_empty((n, d_out, r)), g.new_empty(n)
+    lora_B = None if lora_B is None else lora_B.contiguous()
+    native.load("cpu").call(
+        *("per_sample_grad", n, tokens, d_out, r, _dtype_code(g.dtype), g.data_ptr(), h.data_ptr()),
+        *(None if lora_B is None else lora_B.data_ptr(), scaling * n if mean_loss else scaling),
+        *(u.data_ptr(), grad.data_ptr(), square.data_ptr(), _threads()),
+    )
+    return u, grad, square
+
+
+def _pointers(tensors: Sequence[Tensor]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+
+
+def _longs(values: Sequence[int]) -> Any:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _doubles(values: Sequence[float]) -> Any:
+    return (ctypes.c_double * len(values))(*values)
+
+
+def _codes(tensors: Sequence[Tensor]) -> Any:
+    return (ctypes.c_int * len(tensors))(*[_dtype_code(t.dtype) for t in tensors])
+
+
+class _InPlace:
+    """Contiguous stand-ins for tensors that a launcher writes to, copied back by `finish`."""
+
+    def __init__(self) -> None:
+        self._copies: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [self._one(tensor) for tensor in tensors]
+
+    def _one(self, tensor: Tensor) -> Tensor:
+        if tensor.is_contiguous():
+            return tensor
+        copy = tensor.contiguous()
+        self._copies.append((tensor, copy))
+        return copy
+
+    def finish(self) -> None:
+        for tensor, copy in self._copies:
+            tensor.copy_(copy)
+
+
+def clip_accumulate(
+    grad_samples: list[Tensor],
+    sums: list[Tensor],
+    stats: Tensor,
+    keep: Tensor | None,
+    max_grad_norm: list[float],
+) -> Tensor:
+    """Clip each record and add it to `sums` on their grids; factors float64 (groups, n)."""
+    n = len(grad_samples[0])
+    grads = [t.contiguous() for t in grad_samples]
+    in_place = _InPlace()
+    totals, (counts,) = in_place(sums), in_place([stats])
+    factors = torch.empty((len(max_grad_norm), n), dtype=torch.float64)
+    kept = None if keep is None else keep.contiguous()
+    native.load("cpu").call(
+        *("clip_accumulate", len(grads), n, _longs([t.numel() for t in totals]), _codes(grads)),
+        *(_pointers(grads), _pointers(totals), len(max_grad_norm), _doubles(max_grad_norm)),
+        *(None if kept is None else kept.data_ptr(), counts.data_ptr(), factors.data_ptr()),
+        _threads(),
+    )
+    in_place.finish()
+    return factors
+
+
+def private_update(
+    params: list[Tensor],
+    sums: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    rng_state: Tensor,
+    hyper: Tensor,
+    tensor_ids: list[int],
+    max_grad_norm: list[float],
+    noise_multiplier: float,
+    expected_batch_size: float,
+    optimizer: str,
+    nesterov: bool,
+    maximize: bool,
+) -> None:
+    """Noise `sums`, average, and step the optimizer on `params`, all tensors in one call."""
+    in_place = _InPlace()
+    p, s, m, v = (in_place(tensors) for tensors in (params, sums, exp_avgs, exp_avg_sqs))
+    (state,) = in_place([rng_state])
+    counts = [] if optimizer == "none" else in_place(steps)
+    table = hyper.contiguous()
+    native.load("cpu").call(
+        *("private_update", len(p), _longs([t.numel() for t in p]), _codes(p)),
+        *(_pointers(p), _pointers(s), _pointers(m) if m else None, _pointers(v) if v else None),
+        *(_pointers(counts) if counts else None, state.data_ptr(), table.data_ptr()),
+        *(_longs(tensor_ids), len(max_grad_norm), _doubles(max_grad_norm), noise_multiplier),
+        *(expected_batch_size, _OPTIMIZERS[optimizer], int(nesterov), int(maximize), _threads()),
+    )
+    in_place.finish()

@@ -1,0 +1,91 @@
+"""Chooses the backend that serves an op, from the device and dtypes of its tensors.
+
+`FFA_BACKEND=name` forces one backend for a process, `use_backend(name)` for a block of code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ffa_kernels.errors import ConfigError
+
+OPS = (
+    "chacha20",
+    "gaussian",
+    "linear",
+    "linear_backward",
+    "per_sample_grad",
+    "clip_accumulate",
+    "private_update",
+)
+# In order of preference; the last one serves every device and dtype.
+CANDIDATES: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}
+BACKENDS = ("reference", "cpu")
+
+_chosen: dict[tuple[object, ...], Callable[..., Any]] = {}
+_forced: str | None = None
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ConfigError(f"{source}: {name!r} is no backend; accepted: {', '.join(BACKENDS)}")
+    return name
+
+
+def forced_backend() -> str | None:
+    """The backend forced by `use_backend` or `FFA_BACKEND`, if any."""
+    if _forced is not None:
+        return _forced
+    name = os.environ.get("FFA_BACKEND")
+    return _checked(name, "FFA_BACKEND") if name else None
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces the backend `name` for every op called inside the block, in every thread.
+
+    Raises:
+        ConfigError: `name` is no backend.
+    """
+    global _forced
+    previous, _forced = _forced, _checked(name, "use_backend")
+    _chosen.clear()
+    try:
+        yield
+    finally:
+        _forced = previous
+        _chosen.clear()
+
+
+def backend_for(op: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
+    """The name of the backend that serves `op` for tensors of these dtypes on this device type.
+
+    Raises:
+        ConfigError: the forced backend does not serve them.
+    """
+    forced = forced_backend()
+    names = (forced,) if forced else CANDIDATES.get(device, ("reference",))
+    for name in names:
+        if importlib.import_module(f"ffa_kernels.backends.{name}").supports(op, *dtypes):
+            return name
+    raise ConfigError(
+        f"backend {forced!r} is forced, but does not serve {op} for {', '.join(map(str, dtypes))} "
+        f"on {device}; accepted: another backend of {', '.join(BACKENDS)}"
+    )
+
+
+def kernel(op: str, *tensors: torch.Tensor) -> Callable[..., Any]:
+    """The function that computes `op` for `tensors`: same name and arguments as the op."""
+    key = (op, os.environ.get("FFA_BACKEND"), *((t.device.type, t.dtype) for t in tensors))
+    function = _chosen.get(key)
+    if function is None:
+        name = backend_for(op, tensors[0].device.type, tuple(t.dtype for t in tensors))
+        function = getattr(importlib.import_module(f"ffa_kernels.backends.{name}"), op)
+        _chosen[key] = function
+    return function

@@ -1,0 +1,170 @@
+"""Loads the compiled libraries of ``csrc`` with ctypes and says what there is and why not.
+
+A library is loaded at its first use and after torch: its thread pool is the OpenMP runtime that
+torch brought into the process (csrc/cpu/parallel.cpp). The C interface is csrc/ffa.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+from ffa_kernels.errors import FFAError
+
+ABI_VERSION = 1
+DIRECTORY = Path(__file__).resolve().parent.parent / "_lib"
+
+_POINTERS = POINTER(c_void_p)
+_LONGS = POINTER(c_int64)
+_INTS = POINTER(c_int)
+_DOUBLES = POINTER(c_double)
+
+# One row per launcher of csrc/ffa.h, arguments in its order; tensors are passed by address.
+_CPU_LAUNCHERS: dict[str, tuple[Any, ...]] = {
+    "chacha20": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int),
+    "gaussian": (c_void_p, c_int64, c_int64, c_int, c_void_p, c_int),
+    "dropout": (c_void_p, c_double, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int),
+    "dropout_add": (
+        *(c_void_p, c_double, c_double, c_int64, c_int64),
+        *(c_int, c_void_p, c_void_p, c_int),
+    ),
+    "per_sample_grad": (
+        *(c_int64, c_int64, c_int64, c_int64, c_int),
+        *(c_void_p, c_void_p, c_void_p, c_double, c_void_p, c_void_p, c_void_p, c_int),
+    ),
+    "clip_accumulate": (
+        *(c_int64, c_int64, _LONGS, _INTS, _POINTERS, _POINTERS),
+        *(c_int64, _DOUBLES, c_void_p, c_void_p, c_void_p, c_int),
+    ),
+    "private_update": (
+        *(c_int64, _LONGS, _INTS, _POINTERS, _POINTERS, _POINTERS, _POINTERS, _POINTERS),
+        *(c_void_p, c_void_p, _LONGS, c_int64, _DOUBLES),
+        *(c_double, c_double, c_int, c_int, c_int, c_int),
+    ),
+}
+_CUDA_LAUNCHERS: dict[str, tuple[Any, ...]] = {
+    "chacha20": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p),
+    "gaussian": (c_void_p, c_int64, c_int64, c_int, c_void_p, c_void_p),
+}
+
+
+class NativeError(FFAError, RuntimeError):
+    """A compiled library that is missing, does not fit, or refused a launch."""
+
+
+class Library:
+    """A loaded library: ``call(op, *arguments)`` runs the launcher of `op` or raises."""
+
+    def __init__(self, kind: str, handle: ctypes.CDLL) -> None:
+        self.kind = kind
+        self.handle = handle
+        handle.ffa_status_string.restype = c_char_p
+        handle.ffa_status_string.argtypes = (c_int,)
+        self._launchers: dict[str, Any] = {}
+        for op, types in {"cpu": _CPU_LAUNCHERS, "cuda": _CUDA_LAUNCHERS}[kind].items():
+            launcher = getattr(handle, f"ffa_{kind}_{op}")
+            launcher.restype = c_int
+            launcher.argtypes = types
+            self._launchers[op] = launcher
+
+    def call(self, op: str, *arguments: Any) -> None:
+        """Run the launcher of `op` with the arguments of csrc/ffa.h.
+
+        Raises:
+            NativeError: the launcher returned a status other than ``FFA_OK``.
+        """
+        status = self._launchers[op](*arguments)
+        if status != 0:
+            words = self.handle.ffa_status_string(status).decode()
+            raise NativeError(f"ffa_{self.kind}_{op}: {words} (status {status})")
+
+
+def _build_record(kind: str) -> dict[str, Any]:
+    try:
+        record = json.loads((DIRECTORY / "build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    entry = record.get(kind)
+    return entry if isinstance(entry, dict) else {}
+
+
+@functools.cache
+def _open(kind: str) -> Library | str:
+    """The library, or the reason why there is none."""
+    path = DIRECTORY / f"libffa_{kind}.so"
+    if not path.exists():
+        reason = _build_record(kind).get("reason")
+        return str(reason or "never built: run `make lib`, or reinstall with a compiler on PATH")
+    import torch  # noqa: F401  (its OpenMP runtime has to be in the process first)
+
+    try:
+        handle = ctypes.CDLL(str(path))
+        abi = int(handle.ffa_abi_version())
+        if abi != ABI_VERSION:
+            return f"ABI {abi} does not fit this package, which speaks {ABI_VERSION}: run `make lib`"
+        return Library(kind, handle)
+    except (OSError, AttributeError) as error:
+        return f"{path.name} does not load: {error}"
+
+
+def load(kind: str) -> Library:
+    """The library of `kind` ("cpu" or "cuda"), loaded once per process.
+
+    Raises:
+        NativeError: it is missing or does not fit; the message says why.
+    """
+    library = _open(kind)
+    if isinstance(library, str):
+        raise NativeError(f"the compiled {kind} library is not available: {library}")
+    return library
+
+
+def available(kind: str) -> bool:
+    """Whether the library of `kind` is there and, for "cuda", sees a device."""
+    library = _open(kind)
+    if isinstance(library, str):
+        return False
+    return kind != "cuda" or bool(library.handle.ffa_cuda_device_count() > 0)
+
+
+def describe() -> dict[str, dict[str, Any]]:
+    """What was built, by which compiler, whether it runs here, and if not, why.
+
+    Returns:
+        For "cpu" and "cuda": ``available`` (bool), ``isa`` (instruction set in use or compiled
+        archs), ``abi`` (int), ``path``, ``reason`` (empty when available), ``compiler``, and for
+        "cpu" ``openmp``: whether torch's OpenMP runtime was found and threads are used.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for kind in ("cpu", "cuda"):
+        record = _build_record(kind)
+        entry: dict[str, Any] = {
+            "available": available(kind),
+            "isa": None,
+            "abi": None,
+            "path": None,
+            "reason": "",
+            "compiler": record.get("compiler"),
+        }
+        library = _open(kind)
+        if isinstance(library, str):
+            entry["reason"] = library
+        else:
+            entry["abi"] = int(library.handle.ffa_abi_version())
+            entry["path"] = str(DIRECTORY / f"libffa_{kind}.so")
+            if kind == "cpu":
+                library.handle.ffa_cpu_isa.restype = c_char_p
+                entry["isa"] = library.handle.ffa_cpu_isa().decode()
+                entry["openmp"] = bool(library.handle.ffa_cpu_has_openmp())
+            else:
+                flags = " ".join(record.get("flags", []))
+                codes = [word.split("code=")[1] for word in flags.split() if "code=" in word]
+                entry["isa"] = " ".join(codes) or None
+                if not entry["available"]:
+                    entry["reason"] = "built, but no CUDA device or driver on this machine"
+        result[kind] = entry
+    return result

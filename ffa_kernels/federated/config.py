@@ -1,0 +1,355 @@
+"""A federation's configuration: one TOML file, read strictly into frozen dataclasses.
+
+The dataclasses below are the reference of the format: a field is a key, its default what holds without it. A key that
+is unknown, of the wrong type or out of range is an error that names it, what was given and what is accepted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from ffa_kernels.errors import ConfigError
+
+_T = TypeVar("_T")
+_SITE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+
+
+def _key(accepted: str, ok: Callable[[Any], bool], default: Any = MISSING) -> Any:
+    """A key with the values it accepts, in words and as a test of a value of the right type."""
+    return field(default=default, metadata={"accepted": accepted, "ok": ok})
+
+
+def _one_of(*names: str, default: str) -> Any:
+    return _key(" or ".join(map(repr, names)), lambda value: value in names, default)
+
+
+def _whole(least: int, default: Any = MISSING) -> Any:
+    return _key(f"a whole number from {least}", lambda value: value >= least, default)
+
+
+def _positive(default: Any = MISSING) -> Any:
+    return _key("a finite number above 0", lambda value: 0.0 < value < math.inf, default)
+
+
+def _fraction(default: float) -> Any:
+    return _key("a number from 0 to below 1", lambda value: 0.0 <= value < 1.0, default)
+
+
+def _names(default: tuple[str, ...]) -> Any:
+    return _key(
+        "a list of names, at least one", lambda value: bool(value) and all(value), default
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation:
+    """[federation]: who trains how long.
+
+    Attributes:
+        name: shown in the report.
+        method: "ffa" (A frozen, B trained) or "lora" (PEFT's LoRA, both trained).
+        rounds: averages taken.
+        local_steps: optimizer steps of a site in a round.
+        sites_per_round: sites drawn for each round; all of them by default. No privacy amplification is claimed.
+        min_updates: valid updates below which a round keeps the model it began with.
+        seed: of what is public: A's recipe, the head's start, splits and the draw of sites. Never of noise.
+        eval_records_per_site: held-out records scored after each round; the end scores all.
+    """
+
+    name: str = _key("a text that is not empty", bool, "federation")
+    method: str = _one_of("ffa", "lora", default="ffa")
+    rounds: int = _whole(1)
+    local_steps: int = _whole(1)
+    sites_per_round: int | None = _whole(1, None)
+    min_updates: int = _whole(1, 1)
+    seed: int = _whole(0, 0)
+    eval_records_per_site: int = _whole(1, 100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """[model]: the base model and what is trained in it.
+
+    Attributes:
+        kind: "minilm", or the folder of a local transformers model for sequence classification.
+        r, alpha: rank; the adapter is scaled by alpha / r.
+        target_modules: linear layers that are adapted, by name or its last parts.
+        init: how A is made for method "ffa"; "lora" keeps PEFT's kaiming.
+        dropout: LoRA dropout.
+        modules_to_save: modules trained and sent whole; () for none.
+        max_length: tokens of a record; the rest is cut off.
+        classes: number of labels. Declared and not counted, for which labels occur is private.
+    """
+
+    kind: str = _key("'minilm' or a folder", bool, "minilm")
+    r: int = _whole(1, 8)
+    alpha: float = _positive(16.0)
+    target_modules: tuple[str, ...] = _names(("query", "value"))
+    init: str = _one_of("orthogonal", "kaiming", "gaussian", "pissa", default="orthogonal")
+    dropout: float = _fraction(0.0)
+    modules_to_save: tuple[str, ...] = _key("a list of names", all, ("classifier",))
+    max_length: int = _whole(2, 64)
+    classes: int = _whole(2, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Privacy:
+    """[privacy]: what each site promises over all rounds together.
+
+    Attributes:
+        target_epsilon: of (epsilon, delta), over all that the site's ledger holds; inf trains without noise.
+        target_delta: must be below 1 / n at every site of n records.
+        max_grad_norm: bound C of one record's gradient.
+        clipping: "flat" (one norm) or "per_layer" (C / sqrt(K) for each of K tensors).
+        accountant: Opacus' "prv" or "rdp".
+    """
+
+    target_epsilon: float = _key("a number above 0, or inf", lambda value: value > 0.0)
+    target_delta: float = _key("a number between 0 and 1", lambda value: 0.0 < value < 1.0)
+    max_grad_norm: float = _positive(1.0)
+    clipping: str = _one_of("flat", "per_layer", default="flat")
+    accountant: str = _one_of("prv", "rdp", default="prv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """[train]: a site's optimizer.
+
+    Attributes:
+        batch_size: expected records of a step; each record is drawn with probability batch_size / n.
+        max_physical_batch_size: records in memory at once; the whole draw by default.
+        optimizer: with the learning rate `lr`, `head_lr` (for modules_to_save; `lr` by default), `weight_decay`,
+            and `momentum` for "sgd" alone.
+    """
+
+    batch_size: int = _whole(1)
+    max_physical_batch_size: int | None = _whole(1, None)
+    optimizer: str = _one_of("sgd", "adam", "adamw", default="adam")
+    lr: float = _positive()
+    head_lr: float | None = _positive(None)
+    momentum: float = _fraction(0.0)
+    weight_decay: float = _key(
+        "a finite number from 0", lambda value: 0.0 <= value < math.inf, 0.0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """[data]: where records come from and how they lie over the sites.
+
+    Attributes:
+        source: "demo" (four sites of rated sentences), or "files": the [[site]] tables.
+        path: for "demo", the source distribution of vaderSentiment 3.3.2.
+        split: "natural" (each source its own site), or all records pooled and dealt out, "iid" or "dirichlet".
+        sites: number of sites of an "iid" or "dirichlet" split.
+        dirichlet_alpha: label skew of "dirichlet": small is severe.
+        test_fraction: held out at every site that has no test file of its own.
+        min_records: training records below which a site is not let in.
+    """
+
+    source: str = _one_of("demo", "files", default="demo")
+    path: str | None = _key("a file", bool, None)
+    split: str = _one_of("natural", "iid", "dirichlet", default="natural")
+    sites: int | None = _whole(1, None)
+    dirichlet_alpha: float | None = _positive(None)
+    test_fraction: float = _key(
+        "a number between 0 and 1", lambda value: 0.0 < value < 1.0, 0.2
+    )
+    min_records: int = _whole(1, 50)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteFiles:
+    """[[site]]: one site's records, .jsonl or .csv with text and label.
+
+    Attributes:
+        name: letters, digits, "_", "-" and "."; also the name of the site's folder.
+        train: file of records to train on.
+        test: file of held-out records; without one, data.test_fraction of `train` is held out.
+    """
+
+    name: str = _key(
+        "1 to 64 letters, digits, '_', '-' or '.', not opening with '-' or '.'",
+        lambda value: _SITE_NAME.fullmatch(value) is not None,
+    )
+    train: str = _key("a file", bool)
+    test: str | None = _key("a file", bool, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole configuration; paths in it are absolute."""
+
+    federation: Federation
+    model: Model
+    privacy: Privacy
+    train: Train
+    data: Data
+    sites: tuple[SiteFiles, ...] = ()
+
+
+_TABLES: dict[str, type[Any]] = {
+    "federation": Federation,
+    "model": Model,
+    "privacy": Privacy,
+    "train": Train,
+    "data": Data,
+}
+
+
+def load(path: str | Path) -> Config:
+    """The configuration in a TOML file; paths in it are relative to the file's folder.
+
+    Raises:
+        ConfigError: the file cannot be read, is not TOML, or holds what is not accepted.
+    """
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"config: {path} cannot be read ({error.strerror}); accepted: a readable TOML file"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"config: {path} is not TOML in UTF-8: {error}") from error
+    return parse(raw, path.parent)
+
+
+def parse(raw: Mapping[str, Any], folder: Path) -> Config:
+    """The configuration in a parsed TOML document; paths in it are relative to `folder`.
+
+    Raises:
+        ConfigError: naming the key, its table, what was given and what is accepted.
+    """
+    _check_names(raw, [*_TABLES, "site"], "the file", "table")
+    tables = {name: _table(cls, raw.get(name, {}), f"[{name}]") for name, cls in _TABLES.items()}
+    listed = raw.get("site", [])
+    if not isinstance(listed, list):
+        raise ConfigError("site: got one table; accepted: [[site]], once for each site")
+    sites = tuple(_table(SiteFiles, entry, "[[site]]") for entry in listed)
+    config = Config(**tables, sites=sites)
+    _check_together(config)
+    return _with_paths(config, folder.resolve())
+
+
+def _table(cls: type[_T], raw: object, where: str) -> _T:
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where}: got {raw!r}; accepted: a table")
+    keys: dict[str, Field[Any]] = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    _check_names(raw, list(keys), where, "key")
+    hints = get_type_hints(cls)
+    values = {}
+    for name, key in keys.items():
+        if name in raw:
+            values[name] = _value(raw[name], hints[name], key, where)
+        elif key.default is MISSING:
+            accepted = key.metadata["accepted"]
+            raise ConfigError(f"{where} {name}: missing; accepted: {accepted}")
+    return cls(**values)
+
+
+def _check_names(raw: Mapping[str, Any], accepted: list[str], where: str, noun: str) -> None:
+    for name in raw:
+        if name not in accepted:
+            near = get_close_matches(name, accepted, n=1, cutoff=0.0)[0]
+            raise ConfigError(
+                f"{where}: unknown {noun} {name!r}; did you mean {near!r}? "
+                f"accepted: {', '.join(accepted)}"
+            )
+
+
+def _value(given: object, hint: Any, key: Field[Any], where: str) -> Any:
+    if get_origin(hint) is types.UnionType:
+        hint = next(arg for arg in get_args(hint) if arg is not type(None))
+    value: Any = given
+    if hint is float and type(given) is int:
+        value = float(given)
+    elif get_origin(hint) is tuple and isinstance(given, list):
+        value = tuple(given)
+    # type(), not isinstance(): true and false are no numbers here.
+    fits = type(value) is (get_origin(hint) or hint)
+    if fits and isinstance(value, tuple):
+        fits = all(isinstance(item, str) for item in value)
+    if not fits or not key.metadata["ok"](value):
+        raise ConfigError(
+            f"{where} {key.name}: got {given!r}; accepted: {key.metadata['accepted']}"
+        )
+    return value
+
+
+def _check_together(config: Config) -> None:
+    """What no single key decides."""
+    data, train, names = config.data, config.train, [site.name for site in config.sites]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"[[site]] name: {repeated[0]!r} is given twice; accepted: each name once")
+    if data.source == "files" and not names:
+        raise ConfigError("[data] source: got 'files' without a [[site]]; accepted: one or more")
+    if data.source == "demo" and names:
+        raise ConfigError(
+            "[data] source: got 'demo' beside [[site]] tables; accepted: 'files', or no [[site]]"
+        )
+    if (data.source == "demo") != (data.path is not None):
+        raise ConfigError(
+            "[data] path: "
+            + ("missing" if data.source == "demo" else "got one beside source = 'files'")
+            + "; accepted: the vaderSentiment 3.3.2 source distribution with source = 'demo', "
+            "no path otherwise"
+        )
+    if (data.split == "natural") != (data.sites is None):
+        raise ConfigError(
+            f"[data] sites: got {data.sites} with split = {data.split!r}; "
+            "accepted: a number with 'iid' and 'dirichlet', none with 'natural'"
+        )
+    if (data.split == "dirichlet") != (data.dirichlet_alpha is not None):
+        raise ConfigError(
+            f"[data] dirichlet_alpha: got {data.dirichlet_alpha} with split = {data.split!r}; "
+            "accepted: a number with 'dirichlet', none otherwise"
+        )
+    if data.split != "natural" and any(site.test is not None for site in config.sites):
+        raise ConfigError(
+            f"[[site]] test: got one with split = {data.split!r}, which deals all records out; "
+            "accepted: none, or split = 'natural'"
+        )
+    if train.momentum and train.optimizer != "sgd":
+        raise ConfigError(
+            f"[train] momentum: got {train.momentum} with optimizer = {train.optimizer!r}; "
+            "accepted: 0, or optimizer = 'sgd'"
+        )
+
+
+def _with_paths(config: Config, folder: Path) -> Config:
+    model, data = config.model, config.data
+    if model.kind != "minilm":
+        path = folder / model.kind
+        if not (path / "config.json").is_file():
+            raise ConfigError(
+                f"[model] kind: got {model.kind!r}; accepted: 'minilm' or a folder with a "
+                "transformers config.json"
+            )
+        model = replace(model, kind=str(path.resolve()))
+    if data.path is not None:
+        data = replace(data, path=_file(folder, data.path, "[data] path"))
+    sites = tuple(
+        replace(
+            site,
+            train=_file(folder, site.train, f"[[site]] {site.name}: train"),
+            test=site.test and _file(folder, site.test, f"[[site]] {site.name}: test"),
+        )
+        for site in config.sites
+    )
+    return replace(config, model=model, data=data, sites=sites)
+
+
+def _file(folder: Path, given: str, where: str) -> str:
+    path = folder / given
+    if not path.is_file():
+        raise ConfigError(f"{where}: got {given!r}, which is no file; accepted: a file that is there")
+    return str(path.resolve())

@@ -1,0 +1,165 @@
+"""A run's report: report.json for programs, report.md and report.png for people."""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ffa_kernels.federated.files import write_atomic
+
+_LIBRARIES = ("ffa-kernels", "opacus", "transformers", "peft", "safetensors", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """What the run ran on; neither host name nor path."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "libraries": {name: found for name in _LIBRARIES if (found := version(name)) is not None},
+        "cpu": cpu_model(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def version(distribution: str) -> str | None:
+    """The installed version of a distribution, None without it."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_model() -> str:
+    """The processor's name, or its architecture where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def write(out: Path, name: str, result: dict[str, Any]) -> None:
+    """Write report.json, report.md and report.png into `out`, each of them whole or not at all."""
+    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    write_atomic(out / "report.json", text.encode())
+    write_atomic(out / "report.md", markdown(name, result).encode())
+    write_atomic(out / "report.png", picture(name, result))
+
+
+def markdown(name: str, result: dict[str, Any]) -> str:
+    """The report as text with tables."""
+    facts = [
+        ("method", result["method"]),
+        ("accuracy, held-out, pooled", _share(result["accuracy"])),
+        ("the same with every B at zero", _share(result["accuracy_without_adapters"])),
+        ("always the majority class", _share(result["baseline_accuracy"])),
+        ("epsilon, largest of any site", _epsilon(result["epsilon"])),
+        ("delta", f"{result['delta']:g}"),
+        ("rounds", len(result["rounds"])),
+        ("seconds", f"{result['seconds']:.1f}"),
+        ("bytes up", f"{result['bytes_up']:,}"),
+        ("of these adapters", f"{result['adapter_bytes_up']:,}"),
+        ("of these saved modules", f"{result['head_bytes_up']:,}"),
+        ("of these headers", f"{result['header_bytes_up']:,}"),
+        ("bytes down", f"{result['bytes_down']:,}"),
+    ]
+    sites = [
+        (
+            *(site, entry["train_records"], entry["test_records"], _share(entry["accuracy"])),
+            *(_share(entry["baseline_accuracy"]), _epsilon(entry["epsilon"])),
+            *(f"{entry['noise_multiplier']:.3f}", f"{entry['bytes_up']:,}"),
+        )
+        for site, entry in result["sites"].items()
+    ]
+    rounds = [
+        (
+            *(entry["round"], site, _share(of_site["accuracy"]), _norm(of_site["update_norm"])),
+            *(_epsilon(of_site["epsilon"]), f"{of_site['bytes_up']:,}"),
+            f"{of_site['bytes_down']:,}",
+        )
+        for entry in result["rounds"]
+        for site, of_site in entry["sites"].items()
+    ]
+    refused = [
+        f"- round {entry['round']}: {refusal['site']}: {refusal['reason']}"
+        for entry in result["rounds"]
+        for refusal in entry["refused"]
+    ]
+    env = result["environment"]
+    parts = [
+        f"# {name}",
+        _table(("", ""), facts),
+        "## Sites",
+        _table(
+            ("site", "train", "test", "accuracy", "majority", "epsilon", "noise", "bytes up"), sites
+        ),
+        "## Rounds",
+        "Accuracy of the averaged model on a part of the held-out records.",
+        _table(
+            ("round", "site", "accuracy", "update norm", "epsilon", "bytes up", "bytes down"),
+            rounds,
+        ),
+        *(["## Refused updates", "\n".join(refused)] if refused else []),
+        "Epsilon covers a site's training records. Accuracies are computed on held-out records, "
+        "which it does not cover.",
+        f"Python {env['python']}, torch {env['torch']}, {env['threads']} threads, {env['cpu']}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def picture(name: str, result: dict[str, Any]) -> bytes:
+    """A PNG with accuracy, epsilon and bytes against rounds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rounds = result["rounds"]
+    x = [entry["round"] for entry in rounds]
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    accuracy, epsilon, traffic = figure.subplots(1, 3)
+    for site in result["sites"]:
+        of_site = [entry["sites"][site] for entry in rounds]
+        accuracy.plot(x, [s["accuracy"] for s in of_site], marker=".", lw=1, label=site)
+        if all(s["epsilon"] is not None for s in of_site):
+            epsilon.plot(x, [s["epsilon"] for s in of_site], marker=".", lw=1, label=site)
+    accuracy.plot(x, [entry["accuracy"] for entry in rounds], "k", marker="o", label="pooled")
+    accuracy.axhline(result["baseline_accuracy"], color="grey", ls=":", label="majority class")
+    accuracy.set(title="accuracy, held-out sample", xlabel="round")
+    epsilon.set(title=f"epsilon spent at delta {result['delta']:g}", xlabel="round", ylim=(0, None))
+    for key, label in (("bytes_up", "up"), ("bytes_down", "down")):
+        per_round = [sum(s[key] for s in entry["sites"].values()) for entry in rounds]
+        total = [sum(per_round[: i + 1]) / 1e6 for i in range(len(per_round))]
+        traffic.plot(x, total, marker=".", label=label)
+    traffic.set(title="megabytes sent, all sites", xlabel="round", ylim=(0, None))
+    for axes in (accuracy, epsilon, traffic):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="x-small")
+    figure.suptitle(f"{name}, method {result['method']}")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _share(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _epsilon(value: float | None) -> str:
+    return "no bound" if value is None else f"{value:.4f}"
+
+
+def _norm(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,250 @@
+"""A site: its own records, model copy, optimizer and privacy ledger; it gives away noised updates alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ffa_kernels.errors import ConfigError, FFAError, PrivacyError, WireError
+from ffa_kernels.federated import wire
+from ffa_kernels.federated.config import Config, Train
+from ffa_kernels.federated.data import Records
+from ffa_kernels.federated.files import write_atomic
+from ffa_kernels.federated.wire import Header
+from ffa_kernels.privacy import PrivacyEngine, noise_multiplier_for
+
+Batch = tuple[dict[str, Tensor], Tensor]
+
+
+class Site:
+    """One participant.
+
+    Args:
+        name: as in the configuration; messages carry it.
+        records: its training records; their number is taken as public.
+        model: the adapted model that all sites begin with; a copy is trained, which shares what is frozen.
+        tokenizer: of the model, as transformers calls it.
+        config: the federation's.
+        run: the run's identifier; an update is kept under (run, round).
+        folder: the site's own; ledger, updates and local log live there.
+
+    Raises:
+        ConfigError: too few records, or a delta too large for them; nothing has been trained or charged then.
+        PrivacyError: the ledger leaves no budget under the target.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        records: Records,
+        model: nn.Module,
+        tokenizer: Any,
+        config: Config,
+        run: str,
+        folder: Path,
+    ) -> None:
+        check_records(name, len(records), config)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.name = name
+        self.records = len(records)
+        self._config = config
+        self._run = run
+        self._folder = folder
+        self._tokenizer = tokenizer
+        self._fingerprint = wire.fingerprint(model)
+        privacy, train, federation = config.privacy, config.train, config.federation
+        self._engine = PrivacyEngine(
+            accountant=privacy.accountant, ledger=folder / "ledger.jsonl"
+        )
+        self.sample_rate = train.batch_size / len(records)
+        self.noise_multiplier = 0.0
+        if privacy.target_epsilon != float("inf"):
+            self.noise_multiplier = noise_multiplier_for(
+                privacy.target_epsilon,
+                privacy.target_delta,
+                self.sample_rate,
+                federation.rounds * federation.local_steps,
+                accountant=privacy.accountant,
+                history=self._engine.history,
+            )
+        own = copy_sharing_frozen(model)
+        self._model, self._optimizer, self._loader = self._engine.make_private(
+            module=own.train(),
+            optimizer=build_optimizer(own, train),
+            data_loader=DataLoader(
+                list(zip(records.texts, records.labels, strict=True)),
+                batch_size=train.batch_size,
+                collate_fn=self._collate,
+            ),
+            noise_multiplier=self.noise_multiplier,
+            max_grad_norm=privacy.max_grad_norm,
+            clipping=privacy.clipping,
+            max_physical_batch_size=train.max_physical_batch_size,
+        )
+        self._batches = self._endless()
+
+    def epsilon(self) -> float:
+        """Spent so far, over all that the site's ledger holds, at the configured delta."""
+        if self.noise_multiplier == 0.0 and self._engine.stats["steps"]:
+            return float("inf")
+        return float(self._engine.get_epsilon(self._config.privacy.target_delta))
+
+    def run_round(
+        self, round_: int, message: bytes, on_step: Callable[[], None] = lambda: None
+    ) -> bytes:
+        """The site's update for a round: trained once, and sent as the same bytes ever after.
+
+        Args:
+            round_: from 1 to the configured rounds; the noise was chosen for so many.
+            message: the server's global tensors for this round and site.
+            on_step: called after each local step.
+
+        Raises:
+            WireError: the message does not fit, or the round is out of range; nothing is trained then.
+            FFAError: an adapter did not move.
+            PrivacyError: a frozen tensor moved.
+        """
+        kept = self._folder / f"update-{self._run}-{round_:04d}.safetensors"
+        if kept.exists():
+            return kept.read_bytes()
+        rounds = self._config.federation.rounds
+        if not 1 <= round_ <= rounds:
+            raise WireError(f"round: got {round_}, accepted: 1 to {rounds}")
+        trained = wire.trained_tensors(self._model)
+        received = wire.decode(message, self._header("global", round_), trained)
+        load_trained(self._model, received)
+        began = time.monotonic()
+        before = dict(self._engine.stats)
+        loss, seen = self._train(self._config.federation.local_steps, on_step)
+        self._check_moved(received)
+        update = wire.encode(self._header("update", round_), trained)
+        write_atomic(kept, update)
+        after = self._engine.stats
+        groups = len(trained) if self._config.privacy.clipping == "per_layer" else 1
+        clipped = after["clipped"] - before["clipped"]
+        self._log(
+            {
+                "round": round_,
+                "training_loss": loss if math.isfinite(loss) else None,
+                "clipped_fraction": clipped / max(seen * groups, 1),
+                "dropped_records": after["dropped"] - before["dropped"],
+                "seconds": time.monotonic() - began,
+            }
+        )
+        return update
+
+    def _train(self, steps: int, on_step: Callable[[], None]) -> tuple[float, int]:
+        """(mean loss over the records seen, their number) of so many logical steps."""
+        total, seen = 0.0, 0
+        done = self._engine.stats["steps"]
+        goal = done + steps
+        while done < goal:
+            inputs, labels = next(self._batches)
+            loss = F.cross_entropy(self._model(**inputs).logits, labels)
+            self._optimizer.zero_grad()
+            loss.backward()
+            self._optimizer.step()
+            total += loss.item() * len(labels)
+            seen += len(labels)
+            # A draw may come in several physical batches; only its last makes a step.
+            if self._engine.stats["steps"] > done:
+                done = self._engine.stats["steps"]
+                on_step()
+        return total / max(seen, 1), seen
+
+    def _check_moved(self, received: dict[str, Tensor]) -> None:
+        for name, parameter in wire.trained_tensors(self._model).items():
+            still = torch.equal(parameter.detach().float().cpu(), received[name])
+            # Only B surely moves: with no noise, the first step of a trained A has no gradient.
+            if still and "lora_B" in name.split("."):
+                raise FFAError(f"{name}: did not move in a round of site {self.name!r}")
+        if wire.fingerprint(self._model) != self._fingerprint:
+            raise PrivacyError(
+                f"a frozen tensor moved in a round of site {self.name!r}: nothing is released"
+            )
+
+    def _header(self, kind: str, round_: int) -> Header:
+        prints = self._fingerprint
+        return Header(kind, self._run, round_, self.name, prints.base, prints.recipe)
+
+    def _endless(self) -> Iterator[Batch]:
+        while True:
+            yield from self._loader
+
+    def _collate(self, rows: list[tuple[str, int]]) -> Batch:
+        inputs = tokenize(self._tokenizer, [text for text, _ in rows], self._config)
+        return inputs, torch.tensor([label for _, label in rows])
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        entry = {"run": self._run, **entry, "not covered by epsilon": True}
+        with (self._folder / "local.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(entry) + "\n")
+
+
+def check_records(name: str, count: int, config: Config) -> None:
+    """Raises ConfigError unless a site of `count` training records can take part."""
+    least = max(config.data.min_records, config.train.batch_size)
+    if count < least:
+        raise ConfigError(
+            f"site {name!r}: got {count} training records; accepted: at least {least} "
+            f"([data] min_records = {config.data.min_records}, "
+            f"[train] batch_size = {config.train.batch_size})"
+        )
+    if config.privacy.target_delta * count >= 1.0:
+        raise ConfigError(
+            f"[privacy] target_delta: got {config.privacy.target_delta:g} for the {count} training "
+            f"records of site {name!r}; accepted: below 1/{count}"
+        )
+
+
+def build_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:
+    """The configured optimizer over adapters and, at its own rate, the head."""
+    trained = wire.trained_tensors(model)
+    head_lr = train.lr if train.head_lr is None else train.head_lr
+    groups = [
+        {"params": [p for name, p in trained.items() if wire.is_adapter(name)], "lr": train.lr},
+        {"params": [p for name, p in trained.items() if not wire.is_adapter(name)], "lr": head_lr},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay
+        )
+    adam = torch.optim.Adam if train.optimizer == "adam" else torch.optim.AdamW
+    return adam(groups, lr=train.lr, weight_decay=train.weight_decay)
+
+
+def copy_sharing_frozen(model: nn.Module) -> nn.Module:
+    """A deep copy with its own trained parameters; every frozen parameter and buffer is shared."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    memo: dict[int, Any] = {id(t): t for t in [*frozen, *model.buffers()]}
+    return copy.deepcopy(model, memo)
+
+
+def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy `tensors` into the model's trained parameters, in place, whatever their dtype and device."""
+    with torch.no_grad():
+        for name, parameter in wire.trained_tensors(model).items():
+            parameter.copy_(tensors[name])
+
+
+def tokenize(tokenizer: Any, texts: list[str], config: Config) -> dict[str, Tensor]:
+    """The model's inputs for `texts`, padded to the longest of them: int64 (n, T) each."""
+    encoded = tokenizer(
+        texts,
+        padding=True,
+        truncation=True,
+        max_length=config.model.max_length,
+        return_tensors="pt",
+    )
+    return dict(encoded)

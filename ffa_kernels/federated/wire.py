@@ -1,0 +1,226 @@
+"""The messages between server and sites: safetensors of the trained tensors, with a header that must match.
+
+A message is a plain safetensors file. Its metadata is the header: protocol, kind, run, round, site, the fingerprints
+of the frozen base and of the frozen A, and the codec of the values. A reader says beforehand what it expects and gets
+tensors that fit, or a WireError; nothing of an unexpected message is handed on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from safetensors import torch as safetensors
+from torch import Tensor, nn
+
+from ffa_kernels.errors import WireError
+
+PROTOCOL = "ffa-kernels/1"
+CODECS = ("fp32",)
+
+_LENGTH_BYTES = 8  # a safetensors file opens with the length of its JSON header, little-endian
+_HEADER_FIXED = 4096  # allowance for the metadata; each tensor's entry is allowed for apart
+_HEADER_PER_TENSOR = 256
+_SHORT = 80
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """SHA-256, in hexadecimal, of the frozen tensors (`base`) and of the frozen lora_A among them (`recipe`)."""
+
+    base: str
+    recipe: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a message says of itself.
+
+    Attributes:
+        kind: "global" from the server to a site, "update" from a site to the server.
+        run: the run's identifier.
+        round: counted from 1; 0 is the state before the first.
+        site: the addressee of a "global", the sender of an "update".
+        base, recipe: see Fingerprint.
+        codec: how values are stored; "fp32".
+    """
+
+    kind: str
+    run: str
+    round: int
+    site: str
+    base: str
+    recipe: str
+    codec: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes of one message, or of several: values of adapters, values of saved modules, and all the rest."""
+
+    adapter: int = 0
+    head: int = 0
+    header: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes on the wire."""
+        return self.adapter + self.head + self.header
+
+    def __add__(self, other: Size) -> Size:
+        return Size(
+            self.adapter + other.adapter, self.head + other.head, self.header + other.header
+        )
+
+
+def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name: what an update consists of."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor of that name belongs to a low-rank adapter; every other trained tensor is head."""
+    return any(part in ("lora_A", "lora_B") for part in name.split("."))
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """Digests of everything that is not trained: two ends with equal digests mean the same model.
+
+    Names, shapes, dtypes and bytes all count; the order in which modules were registered does not.
+    """
+    trained = trained_tensors(model)
+    base, recipe = hashlib.sha256(), hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name in trained:
+            continue
+        digest = recipe if is_adapter(name) else base
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype), flat.numel())).encode())
+        digest.update(memoryview(flat.numpy()))
+    return Fingerprint(base.hexdigest(), recipe.hexdigest())
+
+
+def encode(header: Header, tensors: Mapping[str, Tensor]) -> bytes:
+    """The message that carries `tensors` under `header`.
+
+    Raises:
+        WireError: the codec is unknown, or a tensor holds NaN or infinity once stored.
+    """
+    if header.codec not in CODECS:
+        raise WireError(f"codec: got {header.codec!r}, accepted: {', '.join(CODECS)}")
+    stored = {}
+    for name, tensor in tensors.items():
+        # A copy: safetensors refuses tensors that share storage.
+        stored[name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        _check_finite(name, stored[name])
+    metadata = {key: str(value) for key, value in asdict(header).items()}
+    return safetensors.save(stored, metadata={"protocol": PROTOCOL, **metadata})
+
+
+def decode(data: bytes, expected: Header, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a message that says exactly `expected` and holds exactly the names and shapes of `like`.
+
+    Returns:
+        fp32 CPU tensors that share nothing with `data`, in the order of `like`.
+
+    Raises:
+        WireError: naming the first thing that does not fit. Size is judged before anything is parsed, and the
+            tensors only after their names, shapes and dtypes.
+    """
+    header_limit = _HEADER_FIXED + _HEADER_PER_TENSOR * len(like) + sum(map(len, like))
+    limit = _LENGTH_BYTES + header_limit + sum(4 * tensor.numel() for tensor in like.values())
+    if len(data) > limit:
+        raise WireError(f"size: got {len(data)} bytes, accepted are at most {limit}")
+    entries, metadata = _parse(data, header_limit)
+    if metadata.get("protocol") != PROTOCOL:
+        raise WireError(
+            f"protocol: got {_shown(metadata.get('protocol'))}, accepted: {PROTOCOL!r}"
+        )
+    wanted = {key: str(value) for key, value in asdict(expected).items()}
+    for key, value in wanted.items():
+        if metadata.get(key) != value:
+            raise WireError(f"{key}: got {_shown(metadata.get(key))}, expected {value!r}")
+    if unknown := set(metadata) - set(wanted) - {"protocol"}:
+        raise WireError(f"header: unknown entry {_shown(min(unknown))}")
+    if unknown := set(entries) - set(like):
+        raise WireError(f"tensors: unknown {_shown(min(unknown))}")
+    for name, tensor in like.items():
+        entry = entries.get(name)
+        if entry is None:
+            raise WireError(f"tensors: {name} is missing")
+        if entry.get("dtype") != "F32":
+            raise WireError(f"{name}: got dtype {_shown(entry.get('dtype'))}, expected 'F32'")
+        if entry.get("shape") != list(tensor.shape):
+            raise WireError(
+                f"{name}: got shape {_shown(entry.get('shape'))}, expected {list(tensor.shape)}"
+            )
+    try:
+        loaded = safetensors.load(data)
+    except Exception as error:  # the parser's own exception is not a documented type
+        raise WireError(f"message: not valid safetensors ({_shown(str(error))})") from error
+    for name, tensor in loaded.items():
+        _check_finite(name, tensor)
+    return {name: loaded[name].clone() for name in like}
+
+
+def measure(data: bytes) -> Size:
+    """Bytes of an encoded message, counted on the message itself.
+
+    Raises:
+        WireError: it is no such message.
+    """
+    entries, _ = _parse(data, len(data))
+    adapter = head = 0
+    for name, entry in entries.items():
+        try:
+            start, end = entry["data_offsets"]
+            count = int(end) - int(start)
+        except (KeyError, TypeError, ValueError) as error:
+            raise WireError(f"{_shown(name)}: has no data_offsets") from error
+        if is_adapter(name):
+            adapter += count
+        else:
+            head += count
+    return Size(adapter, head, len(data) - adapter - head)
+
+
+def _parse(data: bytes, header_limit: int) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """(tensor entries, metadata) of a safetensors header."""
+    length = int.from_bytes(data[:_LENGTH_BYTES], "little")
+    if len(data) < _LENGTH_BYTES or length > len(data) - _LENGTH_BYTES:
+        raise WireError("message: truncated, or not safetensors")
+    if length > header_limit:
+        raise WireError(f"header: got {length} bytes, accepted are at most {header_limit}")
+    try:
+        entries = json.loads(
+            data[_LENGTH_BYTES : _LENGTH_BYTES + length], object_pairs_hook=_unique
+        )
+    except (ValueError, RecursionError) as error:
+        raise WireError("header: not valid JSON") from error
+    metadata = entries.pop("__metadata__", {}) if isinstance(entries, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(e, dict) for e in entries.values()):
+        raise WireError("header: not that of a safetensors file")
+    return entries, metadata
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Two parsers read this header; a repeated key could mean one thing to each.
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        raise ValueError("a key is repeated")
+    return unique
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise WireError(f"{name}: holds NaN or infinity")
+
+
+def _shown(value: object) -> str:
+    """A stranger's value, made safe for a log line."""
+    shown = ascii(value)
+    return shown if len(shown) <= _SHORT else shown[:_SHORT] + "..."

@@ -1,0 +1,62 @@
+"""Where the gradients of single records leave the graph.
+
+A trained tensor of a private layer gets a *tap* in each batch: a leaf of shape (n, *shape),
+zeros expanded from one element, that enters the layer's op as an input and whose gradient is
+the tensor's gradient for each record. No module hook, no side effect in backward: it works the
+same under `torch.compile` and both kinds of gradient checkpointing, and repeated calls add up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ffa_kernels.errors import PrivacyError
+
+
+class RecordTaps:
+    """The taps of one layer, set by the privacy engine for each physical batch.
+
+    Copies and pickles are empty: they belong to no engine, and train nothing.
+    """
+
+    __slots__ = ("layer", "mean_loss", "taps")
+
+    def __init__(self, layer: str, mean_loss: bool) -> None:
+        self.layer = layer
+        self.mean_loss = mean_loss
+        self.taps: dict[str, Tensor] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RecordTaps:
+        return RecordTaps(self.layer, self.mean_loss)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RecordTaps, (self.layer, self.mean_loss)
+
+    def get(self, name: str, x: Tensor) -> Tensor:
+        """The tap of the layer's tensor `name`, for an input x whose first dimension is n.
+
+        Raises:
+            PrivacyError: no batch is under way, or x's first dimension is not the record.
+        """
+        tap = self.taps.get(name)
+        if tap is None:
+            raise PrivacyError(
+                f"layer {self.layer!r} is trained privately, but no batch is under way: iterate "
+                "the loader that make_private returned, or call model.eval() or torch.no_grad() "
+                "for a forward that trains nothing"
+            )
+        if x.dim() < 2 or x.shape[0] != tap.shape[0]:
+            raise PrivacyError(
+                f"layer {self.layer!r} was given {tuple(x.shape)}, but the batch has "
+                f"{tap.shape[0]} records: its first dimension must be the record (a model that "
+                "flattens records and tokens into one would be clipped by token)"
+            )
+        return tap
+
+
+def tapping(layer: torch.nn.Module, taps: RecordTaps | None) -> bool:
+    """Whether a forward of `layer` now is one that trains privately."""
+    return taps is not None and layer.training and torch.is_grad_enabled()

@@ -1,0 +1,156 @@
+"""Trained layers that are not adapters (a head, a norm, an embedding), made to record.
+
+The engine sets such a layer's class to its recording subclass: the object, its parameters and
+its names stay. Its forward computes with detached parameters; an identity on the output then
+turns dL/dy and the layer's input into the gradient of each record. `nn.Linear` uses this
+library's op, the others Opacus' grad samplers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ffa_kernels.nn.record_taps import RecordTaps, tapping
+
+
+class _Record(torch.autograd.Function):
+    """The identity on y, whose backward gives each tap its gradient from (dL/dy, x)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer: _Recorded, names: tuple[str, ...], x: Tensor, y: Tensor, *taps: Tensor
+    ) -> Tensor:
+        ctx.layer, ctx.names = layer, names
+        ctx.save_for_backward(x)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (g,) = grads
+        (x,) = ctx.saved_tensors
+        per_record = ctx.layer.grad_samples(x, g)
+        return None, None, None, g, *(per_record[name] for name in ctx.names)
+
+
+class _Recorded(nn.Module):
+    """What the recording subclasses share; `_plain` is the class whose forward they run."""
+
+
+    _plain: type[nn.Module]
+    record_taps: RecordTaps | None
+
+    def grad_samples(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+        """The gradient of each trained parameter for each record, (n, *shape) by name."""
+        from opacus.grad_sample import GradSampleModule
+
+        sampler = GradSampleModule.GRAD_SAMPLERS[self._plain]
+        named = dict(self.named_parameters(recurse=False))
+        result: dict[Any, Tensor] = sampler(self, [x], g)
+        by_id = {id(parameter): grad for parameter, grad in result.items()}
+        taps = self.record_taps
+        factor = x.shape[0] if taps is not None and taps.mean_loss else 1
+        return {name: by_id[id(p)] * factor for name, p in named.items() if id(p) in by_id}
+
+    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        taps = self.record_taps
+        if not tapping(self, taps):
+            return self._plain.forward(self, x, *args, **kwargs)
+        assert taps is not None
+        names = tuple(n for n, p in self.named_parameters(recurse=False) if p.requires_grad)
+        leaves = [taps.get(name, x) for name in names]
+        y = self._frozen_forward(x, *args, **kwargs)
+        record: Any = _Record.apply
+        return record(self, names, x.detach(), y, *leaves)
+
+    # Each layer type has its own signature; all take their input first.
+    forward: Any = _forward
+
+    def _frozen_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The plain forward, with parameters that take no gradient."""
+        held: Any = self._parameters
+        detached: Any = {n: None if p is None else p.detach() for n, p in held.items()}
+        self._parameters = detached
+        try:
+            y: Tensor = self._plain.forward(self, x, *args, **kwargs)
+        finally:
+            self._parameters = held
+        return y
+
+
+class RecordedLinear(_Recorded, nn.Linear):
+    """A trained nn.Linear: G_i = g_i^T x_i for the weight, sum_t g_i for the bias."""
+
+    _plain = nn.Linear
+
+    def _frozen_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return F.linear(x, self.weight.detach(), None if self.bias is None else self.bias.detach())
+
+    def grad_samples(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+        taps = self.record_taps
+        mean_loss = taps is not None and taps.mean_loss
+        result = {}
+        if self.weight.requires_grad:
+            result["weight"] = torch.ops.ffa.per_sample_grad(g, x, None, 1.0, mean_loss)[1]
+        if self.bias is not None and self.bias.requires_grad:
+            summed = g.reshape(g.shape[0], g.shape[1:-1].numel(), g.shape[-1]).sum(dim=1)
+            result["bias"] = summed * g.shape[0] if mean_loss else summed
+        return result
+
+
+class RecordedEmbedding(_Recorded, nn.Embedding):
+    """A trained nn.Embedding."""
+
+    _plain = nn.Embedding
+
+
+class RecordedLayerNorm(_Recorded, nn.LayerNorm):
+    """A trained nn.LayerNorm."""
+
+    _plain = nn.LayerNorm
+
+
+class RecordedRMSNorm(_Recorded, nn.RMSNorm):
+    """A trained nn.RMSNorm."""
+
+    _plain = nn.RMSNorm
+
+
+class RecordedGroupNorm(_Recorded, nn.GroupNorm):
+    """A trained nn.GroupNorm."""
+
+    _plain = nn.GroupNorm
+
+
+class RecordedConv1d(_Recorded, nn.Conv1d):
+    """A trained nn.Conv1d."""
+
+    _plain = nn.Conv1d
+
+
+class RecordedConv2d(_Recorded, nn.Conv2d):
+    """A trained nn.Conv2d."""
+
+    _plain = nn.Conv2d
+
+
+RECORDED: dict[type[nn.Module], type[_Recorded]] = {
+    cls._plain: cls
+    for cls in (
+        RecordedLinear,
+        RecordedEmbedding,
+        RecordedLayerNorm,
+        RecordedRMSNorm,
+        RecordedGroupNorm,
+        RecordedConv1d,
+        RecordedConv2d,
+    )
+}
+
+
+def is_recorded(layer: nn.Module) -> bool:
+    """Whether `layer` already records."""
+    return isinstance(layer, _Recorded)

@@ -1,0 +1,133 @@
+"""Clips every record of one physical batch and adds it to the logical batch's sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ffa_kernels.backends.dispatch import kernel
+from ffa_kernels.ops._library import define, require
+
+
+def check_sums(op: str, sums: list[Tensor], max_grad_norm: list[float], count: int) -> None:
+    """The sums' dtype follows from the bound: integers on the grid, fp64 where C is infinite."""
+    require(count > 0, lambda: f"{op}: no tensors given; accepted: at least one")
+    require(
+        len(sums) == count,
+        lambda: f"{op}: {len(sums)} sums for {count} tensors; accepted: one each",
+    )
+    require(
+        len(max_grad_norm) in (1, count) and all(c > 0 for c in max_grad_norm),
+        lambda: (
+            f"{op}: max_grad_norm is {max_grad_norm}; accepted: one positive bound (flat), or "
+            f"{count}, one a tensor"
+        ),
+    )
+    for k, total in enumerate(sums):
+        bound = max_grad_norm[0 if len(max_grad_norm) == 1 else k]
+        dtype = torch.float64 if math.isinf(bound) else torch.int64
+        require(
+            total.dtype == dtype and total.is_contiguous(),
+            lambda k=k, total=total, dtype=dtype: (  # type: ignore[misc]
+                f"{op}: sums[{k}] is {total.dtype}; accepted: contiguous {dtype} for its bound"
+            ),
+        )
+
+
+def _check(
+    grad_samples: list[Tensor],
+    sums: list[Tensor],
+    stats: Tensor,
+    keep: Tensor | None,
+    max_grad_norm: list[float],
+) -> None:
+    check_sums("clip_accumulate", sums, max_grad_norm, len(grad_samples))
+    n = grad_samples[0].shape[0]
+    for k, (grad_sample, total) in enumerate(zip(grad_samples, sums, strict=True)):
+        require(
+            tuple(grad_sample.shape) == (n, *total.shape) and grad_sample.is_floating_point(),
+            lambda k=k, grad_sample=grad_sample, total=total: (  # type: ignore[misc]
+                f"clip_accumulate: grad_samples[{k}] is {grad_sample.dtype} "
+                f"{tuple(grad_sample.shape)}; accepted: a float type, {(n, *total.shape)}"
+            ),
+        )
+    require(
+        keep is None or (keep.dtype == torch.bool and tuple(keep.shape) == (n,)),
+        lambda: f"clip_accumulate: keep is {keep}; accepted: None or bool ({n},)",
+    )
+    require(
+        stats.dtype == torch.int64 and tuple(stats.shape) == (2,),
+        lambda: (
+            f"clip_accumulate: stats is {stats.dtype} {tuple(stats.shape)}; accepted: int64 (2,)"
+        ),
+    )
+
+
+def _implementation(
+    grad_samples: list[Tensor],
+    sums: list[Tensor],
+    stats: Tensor,
+    keep: Tensor | None,
+    max_grad_norm: list[float],
+) -> Tensor:
+    _check(grad_samples, sums, stats, keep, max_grad_norm)
+    result: Tensor = kernel("clip_accumulate", *grad_samples)(
+        grad_samples, sums, stats, keep, max_grad_norm
+    )
+    return result
+
+
+def _fake(
+    grad_samples: list[Tensor],
+    sums: list[Tensor],
+    stats: Tensor,
+    keep: Tensor | None,
+    max_grad_norm: list[float],
+) -> Tensor:
+    _check(grad_samples, sums, stats, keep, max_grad_norm)
+    first = grad_samples[0]
+    return first.new_empty(len(max_grad_norm), first.shape[0], dtype=torch.float64)
+
+
+_op = define(
+    "clip_accumulate(Tensor[] grad_samples, Tensor(a!)[] sums, Tensor(b!) stats, Tensor? keep,"
+    " float[] max_grad_norm) -> Tensor",
+    _implementation,
+    _fake,
+)
+
+
+def clip_accumulate(
+    grad_samples: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    stats: Tensor,
+    keep: Tensor | None,
+    max_grad_norm: Sequence[float],
+) -> Tensor:
+    """sums_k += sum_i c_i G_{k,i}, each term truncated to a grid and added in integers.
+
+    c_i = min(1, C / |G_i|), |.| over the group's tensors in fp64 and rounded against the record.
+    A record with a non-finite norm, or with keep[i] False, is left out by selection: it changes
+    no other. The sum has the same bits in any order or split of the records (Holohan and Braghin
+    2021 say why floating-point sums leak).
+
+    Args:
+        grad_samples: K tensors (n, *shape_k), any float type.
+        sums: K tensors shape_k, added to in place: int64 in units of the grid
+            2^(floor(log2 C_k) - 32), or fp64 without a grid where C_k is infinite.
+        stats: int64 (2,), added to in place: (record, group) pairs that were scaled down, and
+            that were dropped as not finite. Computed from private records: not for release.
+        keep: bool (n,), False for padding; None keeps all.
+        max_grad_norm: one bound C ("flat": one group over all tensors) or K ("per layer").
+
+    Returns:
+        The factors c, fp64 (groups, n).
+
+    Raises:
+        ConfigError: shapes, dtypes or bounds that do not fit together.
+    """
+    result: Tensor = _op(list(grad_samples), list(sums), stats, keep, list(max_grad_norm))
+    return result

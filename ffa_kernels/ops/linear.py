@@ -1,0 +1,240 @@
+"""The adapted linear layer and its backward; the one op that has autograd.
+
+Formulas in FFA-LoRA, arXiv 2403.12313: W and A frozen, B trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ffa_kernels.backends.dispatch import kernel
+from ffa_kernels.ops._library import LIBRARY, check_rng_state, define, require
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    tap: Tensor | None,
+    dropout_state: Tensor | None,
+    dropout_p: float,
+) -> None:
+    d_out, d_in = weight.shape
+    r = lora_A.shape[0]
+    require(
+        x.dim() >= 2 and x.shape[-1] == d_in,
+        lambda: f"linear: x is {tuple(x.shape)}; accepted: (n, ..., {d_in}), the weight's d_in",
+    )
+    require(
+        tuple(lora_A.shape) == (r, d_in) and tuple(lora_B.shape) == (d_out, r),
+        lambda: (
+            f"linear: lora_A is {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}; accepted: "
+            f"(r, {d_in}) and ({d_out}, r)"
+        ),
+    )
+    for name, t in (("weight", weight), ("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B)):
+        require(
+            t is None or t.dtype == x.dtype,
+            lambda name=name, t=t: (  # type: ignore[misc]
+                f"linear: {name} is {t.dtype}; accepted: {x.dtype}, the dtype of x"
+            ),
+        )
+    if tap is not None:
+        require(
+            tuple(tap.shape) == (x.shape[0], d_out, r),
+            lambda: (
+                f"linear: tap is {tuple(tap.shape)}; accepted: {(x.shape[0], d_out, r)}, "
+                "(n, d_out, r) with n the first size of x"
+            ),
+        )
+    if dropout_state is not None:
+        check_rng_state("linear", "dropout_state", dropout_state)
+        require(
+            0.0 <= dropout_p < 1.0,
+            lambda: f"linear: dropout_p is {dropout_p}; accepted: 0 <= p < 1",
+        )
+
+
+def _implementation(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    tap: Tensor | None,
+    dropout_state: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    mean_loss: bool,
+) -> tuple[Tensor, Tensor]:
+    _check(x, weight, bias, lora_A, lora_B, tap, dropout_state, dropout_p)
+    result: tuple[Tensor, Tensor] = kernel("linear", x)(
+        x, weight, bias, lora_A, lora_B, tap, dropout_state, scaling, dropout_p, mean_loss
+    )
+    return result
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    tap: Tensor | None,
+    dropout_state: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    mean_loss: bool,
+) -> tuple[Tensor, Tensor]:
+    _check(x, weight, bias, lora_A, lora_B, tap, dropout_state, dropout_p)
+    leading = x.shape[:-1]
+    return x.new_empty(*leading, weight.shape[0]), x.new_empty(*leading, lora_A.shape[0])
+
+
+_op = define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? tap,"
+    " Tensor? dropout_state, float scaling, float dropout_p, bool mean_loss) -> (Tensor, Tensor)",
+    _implementation,
+    _fake,
+)
+
+
+def _backward_implementation(
+    g: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    dropout_state: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> Tensor:
+    result: Tensor = kernel("linear_backward", g)(
+        g, u, weight, lora_A, dropout_state, scaling, dropout_p
+    )
+    return result
+
+
+def _backward_fake(
+    g: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    dropout_state: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> Tensor:
+    return g.new_empty(*g.shape[:-1], weight.shape[1])
+
+
+_backward_op = define(
+    "linear_backward(Tensor g, Tensor u, Tensor weight, Tensor lora_A, Tensor? dropout_state,"
+    " float scaling, float dropout_p) -> Tensor",
+    _backward_implementation,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, weight, _, lora_A, lora_B, tap, dropout_state, scaling, dropout_p, mean_loss = inputs
+    h = output[1]
+    ctx.mark_non_differentiable(h)
+    ctx.set_materialize_grads(False)
+    # Not x: backward needs it for nothing, and it is d_in / r times the size of h.
+    ctx.save_for_backward(h, weight, lora_A, lora_B, dropout_state)
+    ctx.tapped = tap is not None
+    ctx.scaling, ctx.dropout_p, ctx.mean_loss = scaling, dropout_p, mean_loss
+
+
+def _autograd(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if g is None:
+        return (None,) * 10
+    h, weight, lora_A, lora_B, dropout_state = ctx.saved_tensors
+    wants_x, wants_B = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+    u = tap_grad = grad_B = None
+    if ctx.tapped:
+        u, tap_grad, _ = torch.ops.ffa.per_sample_grad(
+            g, h, lora_B if wants_x else None, ctx.scaling, ctx.mean_loss
+        )
+    elif wants_B:
+        # The whole batch as one record gives the ordinary gradient.
+        flat_g, flat_h = g.flatten(0, -2), h.flatten(0, -2)
+        u, summed, _ = torch.ops.ffa.per_sample_grad(
+            flat_g.unsqueeze(0),
+            flat_h.unsqueeze(0),
+            lora_B if wants_x else None,
+            ctx.scaling,
+            False,
+        )
+        grad_B = summed[0]
+        u = u.view(h.shape) if wants_x else None
+    elif wants_x:
+        u = g @ lora_B
+    grad_x = None
+    if wants_x:
+        grad_x = torch.ops.ffa.linear_backward(
+            g, u, weight, lora_A, dropout_state, ctx.scaling, ctx.dropout_p
+        )
+    return grad_x, None, None, None, grad_B, tap_grad, None, None, None, None
+
+
+torch.library.register_autograd(
+    "ffa::linear", _autograd, setup_context=_setup_context, lib=LIBRARY
+)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    tap: Tensor | None = None,
+    dropout_state: Tensor | None = None,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    mean_loss: bool = False,
+) -> Tensor:
+    """y = x W^T + b + s h B^T with h = dropout(x) A^T; saves h alone for backward.
+
+    Gradients: dx = g W + s dropout^T(u A) with u = g B; dB = s g^T h. W, b and A are frozen and
+    get none. With `tap`, B gets none either: the tap receives G_i = s g_i^T h_i.
+
+    Args:
+        x: (n, ..., d_in); the first dimension is the record when `tap` is given.
+        weight: (d_out, d_in), frozen.
+        bias: (d_out,), frozen, or None.
+        lora_A: (r, d_in), frozen.
+        lora_B: (d_out, r), trained.
+        tap: zeros (n, d_out, r), a leaf expanded from one element: its gradient is G.
+        dropout_state: int64 (5,), key and counter of the LoRA dropout mask, laid out as in
+            `chacha20`; None for no dropout. Element e of x is kept when 16-bit half-word e % 32
+            of block e // 32 is at least round(65536 p). The mask is made again in backward.
+        scaling: s = alpha / r.
+        dropout_p: p, honoured to 1 / 65536.
+        mean_loss: the loss is a mean over records: G is multiplied by n.
+
+    Returns:
+        y: (n, ..., d_out) of x's dtype.
+
+    Raises:
+        ConfigError: shapes or dtypes that do not fit together.
+    """
+    y: Tensor = _op(
+        x,
+        weight,
+        bias,
+        lora_A,
+        lora_B,
+        tap,
+        dropout_state,
+        scaling,
+        dropout_p,
+        mean_loss,
+    )[0]
+    return y

@@ -1,0 +1,81 @@
+"""The gradient of B for each record, with what else one read of dL/dy can give."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ffa_kernels.backends.dispatch import kernel
+from ffa_kernels.ops._library import define, require
+
+
+def _check(g: Tensor, h: Tensor, lora_B: Tensor | None) -> None:
+    require(
+        g.dim() >= 2 and g.shape[:-1] == h.shape[:-1] and g.dtype == h.dtype,
+        lambda: (
+            f"per_sample_grad: g is {g.dtype} {tuple(g.shape)}, h is {h.dtype} {tuple(h.shape)}; "
+            "accepted: (n, ..., d_out) and (n, ..., r) with the same leading sizes and dtype"
+        ),
+    )
+    if lora_B is not None:
+        require(
+            tuple(lora_B.shape) == (g.shape[-1], h.shape[-1]) and lora_B.dtype == g.dtype,
+            lambda: (
+                f"per_sample_grad: lora_B is {lora_B.dtype} {tuple(lora_B.shape)}; accepted: "
+                f"{g.dtype} {(g.shape[-1], h.shape[-1])}, (d_out, r) of g and h"
+            ),
+        )
+
+
+def _implementation(
+    g: Tensor, h: Tensor, lora_B: Tensor | None, scaling: float, mean_loss: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(g, h, lora_B)
+    result: tuple[Tensor, Tensor, Tensor] = kernel("per_sample_grad", g)(
+        g, h, lora_B, scaling, mean_loss
+    )
+    return result
+
+
+def _fake(
+    g: Tensor, h: Tensor, lora_B: Tensor | None, scaling: float, mean_loss: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(g, h, lora_B)
+    n, r = g.shape[0], h.shape[-1]
+    u = g.new_empty(0) if lora_B is None else g.new_empty(*g.shape[:-1], r)
+    squares = g.new_empty(n, dtype=torch.promote_types(g.dtype, torch.float32))
+    return u, g.new_empty(n, g.shape[-1], r), squares
+
+
+_op = define(
+    "per_sample_grad(Tensor g, Tensor h, Tensor? lora_B, float scaling, bool mean_loss)"
+    " -> (Tensor, Tensor, Tensor)",
+    _implementation,
+    _fake,
+)
+
+
+def per_sample_grad(
+    g: Tensor, h: Tensor, lora_B: Tensor | None, scaling: float = 1.0, mean_loss: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """u = g B, G_i = s g_i^T h_i and |G_i|^2, from one read of g.
+
+    With `lora_B` None and h the input of a trained linear, G is that layer's weight gradient.
+
+    Args:
+        g: (n, ..., d_out), dL/dy; the first dimension is the record.
+        h: (n, ..., r), the frozen projection x A^T, of g's dtype.
+        lora_B: (d_out, r) of g's dtype, or None when u is not wanted.
+        scaling: s = alpha / r.
+        mean_loss: the batch's loss is a mean over records: G is multiplied by n, so that it is
+            the gradient of record i's own loss.
+
+    Returns:
+        u (n, ..., r), or (0,) without `lora_B`; G (n, d_out, r) of g's dtype; the squared norms
+        (n,) of the stored G, in fp32 (fp64 for fp64).
+
+    Raises:
+        ConfigError: shapes or dtypes that do not fit together.
+    """
+    result: tuple[Tensor, Tensor, Tensor] = _op(g, h, lora_B, scaling, mean_loss)
+    return result

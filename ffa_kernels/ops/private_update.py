@@ -1,0 +1,206 @@
+"""The logical step: noise on the clipped sums, then the optimizer, for all trained tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ffa_kernels.backends.dispatch import kernel
+from ffa_kernels.ops._library import check_rng_state, define, require
+from ffa_kernels.ops.clip_accumulate import check_sums
+
+OPTIMIZERS = ("none", "sgd", "adam", "adamw")
+
+
+def _check(
+    params: list[Tensor],
+    sums: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    rng_state: Tensor,
+    hyper: Tensor,
+    tensor_ids: list[int],
+    max_grad_norm: list[float],
+    noise_multiplier: float,
+    expected_batch_size: float,
+    optimizer: str,
+) -> None:
+    count = len(params)
+    check_sums("private_update", sums, max_grad_norm, count)
+    check_rng_state("private_update", "rng_state", rng_state)
+    require(
+        optimizer in OPTIMIZERS,
+        lambda: f"private_update: optimizer is {optimizer!r}; accepted: {', '.join(OPTIMIZERS)}",
+    )
+    adaptive = optimizer in ("adam", "adamw")
+    for name, buffers, sizes in (
+        ("exp_avgs", exp_avgs, (count,) if adaptive else (0, count)),
+        ("exp_avg_sqs", exp_avg_sqs, (count,) if adaptive else (0,)),
+        ("steps", steps, (0,) if optimizer == "none" else (count,)),
+    ):
+        require(
+            len(buffers) in sizes,
+            lambda name=name, buffers=buffers, sizes=sizes: (  # type: ignore[misc]
+                f"private_update: {len(buffers)} {name} for {optimizer}; accepted: "
+                f"{' or '.join(map(str, sizes))}"
+            ),
+        )
+    for k, (param, total) in enumerate(zip(params, sums, strict=True)):
+        require(
+            param.shape == total.shape and param.is_contiguous() and param.is_floating_point(),
+            lambda k=k, param=param, total=total: (  # type: ignore[misc]
+                f"private_update: params[{k}] is {param.dtype} {tuple(param.shape)}; accepted: "
+                f"a contiguous float tensor {tuple(total.shape)}, as its sum"
+            ),
+        )
+    require(
+        len(tensor_ids) == len(set(tensor_ids)) == count,
+        lambda: f"private_update: tensor_ids are {tensor_ids}; accepted: {count} different ones",
+    )
+    require(
+        hyper.dtype == torch.float64 and tuple(hyper.shape) == (count, 5),
+        lambda: (
+            f"private_update: hyper is {hyper.dtype} {tuple(hyper.shape)}; accepted: fp64 "
+            f"({count}, 5)"
+        ),
+    )
+    require(
+        math.isfinite(noise_multiplier) and noise_multiplier >= 0,
+        lambda: f"private_update: noise_multiplier is {noise_multiplier}; accepted: 0 or more",
+    )
+    require(
+        noise_multiplier == 0 or all(map(math.isfinite, max_grad_norm)),
+        lambda: "private_update: noise needs a finite max_grad_norm, given infinity",
+    )
+    require(
+        expected_batch_size > 0,
+        lambda: f"private_update: expected_batch_size is {expected_batch_size}; accepted: above 0",
+    )
+
+
+def _implementation(
+    params: list[Tensor],
+    sums: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    rng_state: Tensor,
+    hyper: Tensor,
+    tensor_ids: list[int],
+    max_grad_norm: list[float],
+    noise_multiplier: float,
+    expected_batch_size: float,
+    optimizer: str,
+    nesterov: bool,
+    maximize: bool,
+) -> None:
+    _check(
+        params,
+        sums,
+        exp_avgs,
+        exp_avg_sqs,
+        steps,
+        rng_state,
+        hyper,
+        tensor_ids,
+        max_grad_norm,
+        noise_multiplier,
+        expected_batch_size,
+        optimizer,
+    )
+    kernel("private_update", *params)(
+        params,
+        sums,
+        exp_avgs,
+        exp_avg_sqs,
+        steps,
+        rng_state,
+        hyper,
+        tensor_ids,
+        max_grad_norm,
+        noise_multiplier,
+        expected_batch_size,
+        optimizer,
+        nesterov,
+        maximize,
+    )
+
+
+def _fake(*arguments: object) -> None:
+    return None
+
+
+_op = define(
+    "private_update(Tensor(a!)[] params, Tensor(b!)[] sums, Tensor(c!)[] exp_avgs,"
+    " Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] steps, Tensor(f!) rng_state, Tensor hyper,"
+    " int[] tensor_ids, float[] max_grad_norm, float noise_multiplier, float expected_batch_size,"
+    " str optimizer, bool nesterov, bool maximize) -> ()",
+    _implementation,
+    _fake,
+)
+
+
+def private_update(
+    params: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    rng_state: Tensor,
+    hyper: Tensor,
+    *,
+    tensor_ids: Sequence[int],
+    max_grad_norm: Sequence[float],
+    noise_multiplier: float,
+    expected_batch_size: float,
+    optimizer: str = "sgd",
+    nesterov: bool = False,
+    maximize: bool = False,
+) -> None:
+    """param <- optimizer(param, (sum + sigma C z) / L), in place, then sum <- 0, step + 1.
+
+    z is drawn by `gaussian` under (rng_state, tensor_ids[k]) and sigma C z rounded to the sum's
+    grid, so that what is released lies on it. With one bound a tensor, C is sqrt(sum C_k^2).
+    The optimizers are PyTorch's, formula for formula.
+
+    Args:
+        params: K contiguous tensors; with optimizer "none" they receive the noised gradient.
+        sums: as `clip_accumulate` left them; zeroed.
+        exp_avgs: first moments, or SGD's momentum buffers; empty where there are none.
+        exp_avg_sqs: second moments of Adam and AdamW; empty otherwise.
+        steps: fp32 scalars, steps taken so far, incremented; empty for "none".
+        rng_state: int64 (5,); its step is incremented, so no noise is drawn twice.
+        hyper: fp64 (K, 5): lr, weight decay, beta1 or momentum, beta2 or dampening, eps.
+        tensor_ids: K different ids in [0, 2^32).
+        max_grad_norm: as given to `clip_accumulate`.
+        noise_multiplier: sigma, the noise's standard deviation in units of C.
+        expected_batch_size: L, the divisor.
+        optimizer: "none", "sgd", "adam" or "adamw".
+        nesterov: SGD's Nesterov momentum.
+        maximize: ascend.
+
+    Raises:
+        ConfigError: shapes, dtypes or values that do not fit together.
+    """
+    # The in-place writes happen below autograd: its version counters are told here.
+    torch.autograd.graph.increment_version(list(params))
+    _op(
+        list(params),
+        list(sums),
+        list(exp_avgs),
+        list(exp_avg_sqs),
+        list(steps),
+        rng_state,
+        hyper,
+        list(tensor_ids),
+        list(max_grad_norm),
+        noise_multiplier,
+        expected_batch_size,
+        optimizer,
+        nesterov,
+        maximize,
+    )

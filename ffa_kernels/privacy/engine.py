@@ -1,0 +1,371 @@
+"""PrivacyEngine: DP-SGD for a model, with the names and meanings of `opacus.PrivacyEngine`."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from ffa_kernels.errors import ConfigError, PrivacyError
+from ffa_kernels.nn.linear import FFALinear
+from ffa_kernels.nn.record_taps import RecordTaps
+from ffa_kernels.nn.recorded import RECORDED, is_recorded
+from ffa_kernels.privacy.accounting import check_accountant, noise_multiplier_for
+from ffa_kernels.privacy.keys import SecretStream
+from ffa_kernels.privacy.ledger import Ledger
+from ffa_kernels.privacy.optimizer import PrivateOptimizer
+from ffa_kernels.privacy.sampling import (
+    Piece,
+    PoissonSampler,
+    PrivateDataLoader,
+    check_loader,
+)
+from ffa_kernels.privacy.step import Mechanism, PrivateStep, Trained
+
+
+class PrivacyEngine:
+    """Makes models train privately, and says what that has cost.
+
+    What is protected is one record of the data set (add/remove adjacency); the number of records
+    is taken as public.
+
+    Args:
+        accountant: "prv" or "rdp".
+        ledger: a file that keeps this data set's account over all runs, a `Ledger`, or None for
+            an account in memory, which forgets.
+        seed: for tests: makes noise and sampling repeatable, and the ledger "not private".
+
+    Raises:
+        ConfigError: an argument that is not accepted.
+        LedgerError: the ledger is damaged or held by another process.
+    """
+
+    def __init__(
+        self,
+        *,
+        accountant: str = "prv",
+        ledger: str | os.PathLike[str] | Ledger | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self.accountant = check_accountant(accountant)
+        self.seed = seed
+        if seed is not None:
+            warnings.warn(
+                f"PrivacyEngine(seed={seed}): noise and sampling can be repeated by anyone who "
+                "knows the seed; nothing trained is private",
+                stacklevel=2,
+            )
+        self._noise = SecretStream("noise", seed)
+        self._sampling = SecretStream("sampling", seed)
+        self._dropout = SecretStream("dropout", seed)
+        self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
+        self._steps: list[PrivateStep] = []
+
+    def get_epsilon(self, delta: float) -> float:
+        """Epsilon at `delta` of everything the ledger holds; infinity if any step had no noise."""
+        return self.ledger.epsilon(delta, self.accountant)
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Steps, clipped and dropped counts over all of this engine's models.
+
+        Clipped and dropped come from private records without noise: not covered by epsilon.
+        """
+        totals = {"steps": 0, "clipped": 0, "dropped": 0}
+        for step in self._steps:
+            for name, value in step.stats.items():
+                totals[name] += value
+        return totals
+
+    def make_private_with_epsilon(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        data_loader: DataLoader[Any],
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int,
+        max_grad_norm: float | Sequence[float],
+        **options: Any,
+    ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
+        """`make_private` with the least noise that keeps the ledger's total within the target.
+
+        Args:
+            target_epsilon: for all that the ledger holds when the `epochs` are over, what it
+                already holds included.
+            target_delta: below 1 / number of records.
+            epochs: how often the returned loader will be iterated.
+            module, optimizer, data_loader, max_grad_norm, options: as in `make_private`.
+
+        Raises:
+            PrivacyError: the target is already spent.
+            ConfigError: an argument that is not accepted.
+        """
+        loader, records = check_loader(data_loader, options.get("max_physical_batch_size"))
+        if not isinstance(epochs, int) or epochs < 1:
+            raise ConfigError(f"epochs is {epochs!r}; accepted: an integer of 1 or more")
+        if not isinstance(target_delta, float) or not 0 < target_delta < 1 / records:
+            raise ConfigError(
+                f"target_delta is {target_delta!r}; accepted: above 0 and below 1 / {records}, "
+                "the number of records"
+            )
+        if not self.ledger.private:
+            raise PrivacyError("the ledger holds steps whose noise was seeded: its total is not "
+                               "private, and cannot be held to target_epsilon")
+        sample_rate, steps = _rate_and_steps(
+            loader, records, options.get("poisson_sampling", True)
+        )
+        noise_multiplier = noise_multiplier_for(
+            target_epsilon,
+            target_delta,
+            sample_rate,
+            epochs * steps,
+            self.accountant,
+            self.ledger.history,
+        )
+        return self.make_private(
+            module=module,
+            optimizer=optimizer,
+            data_loader=data_loader,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            **options,
+        )
+
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        data_loader: DataLoader[Any],
+        noise_multiplier: float,
+        max_grad_norm: float | Sequence[float],
+        poisson_sampling: bool = True,
+        clipping: str = "flat",
+        loss_reduction: str = "mean",
+        max_physical_batch_size: int | None = None,
+        keep_grad_sample: bool = False,
+    ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
+        """Prepares a model, its optimizer and its data for private training.
+
+        Use the three that are returned in an ordinary loop. After `loss.backward()` each trained
+        parameter has `.grad_sample` (n, *shape), the gradients of the records' own losses.
+
+        Args:
+            module: the model; the same object is returned, its state_dict names unchanged.
+            optimizer: holds every trained parameter of `module`.
+            data_loader: its batch size is the expected size of a draw, and the divisor.
+            noise_multiplier: the noise's standard deviation over the clipping bound; 0 for none.
+            max_grad_norm: the bound C on a record's gradient; with clipping "per_layer" one for
+                each trained tensor, a single number C meaning C / sqrt(K) for each of K.
+            poisson_sampling: each record is drawn with probability batch size / N. Otherwise the
+                loader's own order is kept, and nothing is gained from sampling (rate 1).
+            clipping: "flat" (one norm over all trained tensors) or "per_layer".
+            loss_reduction: "mean" or "sum": how the loss combines the records' own losses.
+            max_physical_batch_size: draws are cut into, and padded to, batches of this size.
+            keep_grad_sample: with "per_layer", keep `.grad_sample` until `step()`.
+
+        Returns:
+            (module, optimizer, data loader).
+
+        Raises:
+            ConfigError: an argument that is not accepted; nothing has been changed then.
+            PrivacyError: a model that cannot be trained privately, with the module named;
+                nothing has been changed then.
+        """
+        loader, records = check_loader(data_loader, max_physical_batch_size)
+        if clipping not in ("flat", "per_layer"):
+            raise ConfigError(f"clipping is {clipping!r}; accepted: flat, per_layer")
+        if loss_reduction not in ("mean", "sum"):
+            raise ConfigError(f"loss_reduction is {loss_reduction!r}; accepted: mean, sum")
+        if not isinstance(noise_multiplier, (int, float)) or not 0 <= noise_multiplier < math.inf:
+            raise ConfigError(f"noise_multiplier is {noise_multiplier!r}; accepted: 0 or more")
+        _check_model(module)
+        names = _check_trained(module, optimizer)
+        bounds = _bounds(max_grad_norm, clipping, len(names), noise_multiplier)
+        sample_rate, steps = _rate_and_steps(loader, records, poisson_sampling)
+        batch_size = _expected_batch_size(loader)
+
+        mechanism = Mechanism(
+            noise_multiplier=float(noise_multiplier),
+            max_grad_norm=bounds,
+            per_layer=clipping == "per_layer",
+            expected_batch_size=batch_size,
+            sample_rate=sample_rate,
+            keep_grad_sample=keep_grad_sample,
+        )
+        trained = _attach(module, names, loss_reduction == "mean")
+        step = PrivateStep(trained, mechanism, self._noise.state, lambda: self._charge(mechanism))
+        _retire(module, step)
+        self._steps.append(step)
+        logical: Any = loader.batch_sampler
+        if poisson_sampling:
+            logical = PoissonSampler(records, sample_rate, steps, self._sampling)
+        adapters = [m for m in module.modules() if isinstance(m, FFALinear) and m.dropout > 0]
+
+        def announce(piece: Piece) -> None:
+            step.begin(piece)
+            # A key for each batch: a mask never depends on who else was drawn before.
+            key = self._dropout_key() if adapters else None
+            for layer in adapters:
+                assert key is not None
+                layer._dropout_key = key
+
+        private_loader = PrivateDataLoader(loader, logical, max_physical_batch_size, announce)
+        return module, PrivateOptimizer(optimizer, step), private_loader
+
+    def _charge(self, mechanism: Mechanism) -> None:
+        noise = mechanism.noise_multiplier
+        self.ledger.charge(noise, mechanism.sample_rate, private=self.seed is None)
+
+    def _dropout_key(self) -> torch.Tensor:
+        from ffa_kernels.ops import chacha20
+
+        words = chacha20(self._dropout.state, 0, 0, 1).view(torch.int64)
+        self._dropout.state[4] += 1
+        return words[0, :4].clone()
+
+
+def _check_model(module: nn.Module) -> None:
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"module is {type(module).__name__}; accepted: torch.nn.Module")
+    for name, layer in module.named_modules():
+        coupled = isinstance(layer, _BatchNorm) or (
+            isinstance(layer, _InstanceNorm) and layer.track_running_stats
+        )
+        if coupled:
+            raise PrivacyError(
+                f"layer {name!r} is {type(layer).__name__}, which mixes records: no record's "
+                "gradient is its own; accepted: GroupNorm, LayerNorm or RMSNorm in its place"
+            )
+
+
+def _check_trained(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """The trained parameters by name, each of which the optimizer holds and a layer records."""
+    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, PrivateOptimizer):
+        raise ConfigError(
+            f"optimizer is {type(optimizer).__name__}; accepted: a plain torch.optim.Optimizer"
+        )
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ConfigError("module trains nothing: no parameter requires a gradient")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in trained.items() if id(p) not in held]
+    own = {id(p) for p in module.parameters()}
+    foreign = len(held - own)
+    if missing or foreign:
+        raise ConfigError(
+            "optimizer and module do not fit: "
+            + (f"the optimizer lacks {', '.join(missing)}; " if missing else "")
+            + (f"it holds {foreign} tensors that are not the module's; " if foreign else "")
+            + "accepted: an optimizer over the module's own trained parameters, made after convert"
+        )
+    refused = []
+    for name, layer in module.named_modules():
+        for local, p in layer.named_parameters(recurse=False):
+            if not p.requires_grad:
+                continue
+            adapter = isinstance(layer, FFALinear) and local == "lora_B"
+            recordable = type(layer) in RECORDED or is_recorded(layer)
+            if not adapter and not recordable:
+                refused.append(f"{name}.{local} ({type(layer).__name__})".lstrip("."))
+    if refused:
+        raise PrivacyError(
+            f"cannot clip record by record: {', '.join(refused)}; accepted: lora_B of FFALinear, "
+            f"parameters of {', '.join(sorted(c.__name__ for c in RECORDED))}, or "
+            "requires_grad_(False)"
+        )
+    return trained
+
+
+def _bounds(
+    max_grad_norm: float | Sequence[float], clipping: str, count: int, noise_multiplier: float
+) -> tuple[float, ...]:
+    if isinstance(max_grad_norm, (int, float)):
+        share = 1 / math.sqrt(count) if clipping == "per_layer" else 1.0
+        bounds = (float(max_grad_norm) * share,) * (count if clipping == "per_layer" else 1)
+    else:
+        bounds = tuple(float(c) for c in max_grad_norm)
+        if clipping == "flat" or len(bounds) != count:
+            raise ConfigError(
+                f"max_grad_norm has {len(bounds)} bounds; accepted: one number, or with "
+                f'clipping="per_layer" {count}, one for each trained tensor'
+            )
+    if not all(c > 0 for c in bounds):
+        raise ConfigError(f"max_grad_norm is {max_grad_norm!r}; accepted: above 0")
+    if noise_multiplier > 0 and not all(map(math.isfinite, bounds)):
+        raise ConfigError("max_grad_norm is infinite; accepted with noise: a finite bound")
+    return bounds
+
+
+def _expected_batch_size(loader: DataLoader[Any]) -> float:
+    size = loader.batch_size
+    if size is None:
+        size = getattr(loader.batch_sampler, "batch_size", None)
+    if not isinstance(size, int) or size < 1:
+        raise ConfigError("data_loader has no batch size; accepted: a loader made with batch_size")
+    return float(size)
+
+
+def _rate_and_steps(
+    loader: DataLoader[Any], records: int, poisson_sampling: object
+) -> tuple[float, int]:
+    size = _expected_batch_size(loader)
+    if size > records:
+        raise ConfigError(
+            f"data_loader's batch size is {int(size)}, but there are {records} records; accepted: "
+            "a batch size of at most the number of records"
+        )
+    if not poisson_sampling:
+        return 1.0, len(loader)
+    return size / records, math.ceil(records / size)
+
+
+def _attach(module: nn.Module, trained: dict[str, nn.Parameter], mean_loss: bool) -> list[Trained]:
+    """Makes every layer with trained tensors record them."""
+    holders: dict[int, list[tuple[RecordTaps, str]]] = {id(p): [] for p in trained.values()}
+    for name, layer in module.named_modules():
+        local = [(n, p) for n, p in layer.named_parameters(recurse=False) if id(p) in holders]
+        if not local:
+            if isinstance(layer, FFALinear) or is_recorded(layer):
+                layer.record_taps = None
+            continue
+        if type(layer) in RECORDED:
+            layer.__class__ = RECORDED[type(layer)]
+        taps = RecordTaps(name, mean_loss)
+        layer.record_taps = taps
+        for parameter_name, parameter in local:
+            parameter.grad = None
+            holders[id(parameter)].append((taps, parameter_name))
+    return [Trained(name, p, tuple(holders[id(p)])) for name, p in trained.items()]
+
+
+def _retire(module: nn.Module, step: PrivateStep) -> None:
+    """Detaches the private step that `module` had, if any: one model, one mechanism."""
+    previous = getattr(module, "_private_step", None)
+    if previous is not None:
+        previous.step.detach()
+    object.__setattr__(module, "_private_step", _StepReference(step))
+
+
+class _StepReference:
+    """Holds a model's private step without following the model into copies and pickles."""
+
+    def __init__(self, step: PrivateStep | None) -> None:
+        self.step = step
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()

@@ -1,0 +1,62 @@
+"""Secret keys for noise, sampling and dropout: one stream a purpose, never shared, never stored.
+
+A stream is a 256-bit ChaCha20 key from the operating system's entropy and a step that only
+grows. A fork, a copy or an unpickling draws a new key, so no counter is met twice under one key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class SecretStream:
+    """A key and a step, as the `rng_state` that `ops.chacha20` describes.
+
+    Args:
+        purpose: what is drawn from it, "noise" say.
+        seed: None draws the key from the operating system. An integer derives it instead: a test
+            then repeats, and nothing drawn is private.
+
+    Attributes:
+        state: int64 (5,), changed in place.
+    """
+
+    def __init__(self, purpose: str, seed: int | None = None) -> None:
+        self.purpose, self.seed = purpose, seed
+        self.state: Tensor = torch.zeros(5, dtype=torch.int64)
+        self.renew()
+        _streams.add(self)
+
+    def renew(self) -> None:
+        """Draws a new key and starts at step 0; a seeded stream starts again instead."""
+        if self.seed is None:
+            key = os.urandom(32)
+        else:
+            key = hashlib.sha256(f"ffa_kernels test\0{self.purpose}\0{self.seed}".encode()).digest()
+        words = [int.from_bytes(key[i : i + 8], "little", signed=True) for i in range(0, 32, 8)]
+        self.state.copy_(torch.tensor([*words, 0]))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SecretStream:
+        return SecretStream(self.purpose, self.seed)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SecretStream, (self.purpose, self.seed)
+
+
+_streams: weakref.WeakSet[SecretStream] = weakref.WeakSet()
+
+
+def _renew_after_fork() -> None:
+    for stream in list(_streams):
+        if stream.seed is None:
+            stream.renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_after_fork)

@@ -1,0 +1,157 @@
+"""PrivateOptimizer: the user's optimizer, stepped with clipped and noised gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from ffa_kernels.privacy.step import PrivateStep
+
+_SHARED_FLAGS = ("nesterov", "maximize")
+
+
+class PrivateOptimizer(Optimizer):
+    """Stands for `optimizer`: the same groups, state and state_dict, a private step.
+
+    `step()` on a piece of a draw that is not the last clips and accumulates only; on the last it
+    charges the ledger, adds noise and updates. SGD, Adam and AdamW run fused in one op; for any
+    other optimizer the noised gradient is put into `.grad` and its own step is called.
+
+    Args:
+        optimizer: the optimizer that holds the trained tensors.
+        private_step: what clips, sums and releases.
+    """
+
+    def __init__(self, optimizer: Optimizer, private_step: PrivateStep) -> None:
+        self.original_optimizer = optimizer
+        self.private_step = private_step
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The optimizer's own groups."""
+        return self.original_optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The optimizer's own state."""
+        return self.original_optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The optimizer's own defaults."""
+        return self.original_optimizer.defaults
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state_dict."""
+        return self.original_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state_dict of the optimizer's own type."""
+        self.original_optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: the set of clipped tensors is fixed by make_private."""
+        raise NotImplementedError("add_param_group: add the group before make_private")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def __repr__(self) -> str:
+        return f"Private({self.original_optimizer!r})"
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the last batch's gradients; the sum over a draw's earlier pieces stays."""
+        self.private_step.drop()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One physical batch: clip and accumulate; at the draw's end, noise and update.
+
+        Args:
+            closure: recomputes the loss (forward and backward) first, as in torch.optim.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            PrivacyError: no batch, no gradients, or gradients that came around the clipping.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.private_step.accumulate():
+            self._release()
+        return loss
+
+    def _fused_kind(self, groups: list[dict[str, Any]]) -> str:
+        kind = {SGD: "sgd", Adam: "adam", AdamW: "adamw"}.get(type(self.original_optimizer))
+        shared = all(
+            group.get(flag, False) == groups[0].get(flag, False)
+            for group in groups
+            for flag in _SHARED_FLAGS
+        )
+        # SGD without momentum in one group and with it in another has no common buffer list.
+        momenta = {group.get("momentum", 0) == 0 for group in groups}
+        plain = all(not group.get("amsgrad", False) for group in groups)
+        return kind if kind and shared and plain and len(momenta) == 1 else "none"
+
+    def _release(self) -> None:
+        by_id = {id(p): group for group in self.param_groups for p in group["params"]}
+        params = [t.parameter for t in self.private_step.trained]
+        groups = [by_id[id(p)] for p in params]
+        kind = self._fused_kind(groups)
+        hyper = torch.tensor([_hyper(g) for g in groups], dtype=torch.float64)
+        if kind == "none":
+            grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in params]
+            self.private_step.release(grads, [], [], [], hyper, kind)
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+            self.original_optimizer.step()
+            for p in params:
+                p.grad = None
+            return
+        exp_avgs: list[Tensor] = []
+        exp_avg_sqs: list[Tensor] = []
+        steps: list[Tensor] = []
+        for p, group in zip(params, groups, strict=True):
+            state = self.state[p]
+            if kind != "sgd":
+                exp_avgs.append(_buffer(state, "exp_avg", p))
+                exp_avg_sqs.append(_buffer(state, "exp_avg_sq", p))
+            elif group.get("momentum", 0) != 0:
+                # PyTorch's SGD keeps no step count; a buffer of its making has begun already.
+                begun = float("momentum_buffer" in state)
+                state.setdefault("step", torch.tensor(begun))
+                exp_avgs.append(_buffer(state, "momentum_buffer", p))
+            if kind == "sgd" and "step" not in state:
+                steps.append(torch.zeros(()))
+                continue
+            steps.append(state.setdefault("step", torch.tensor(0.0)))
+        self.private_step.release(
+            params,
+            exp_avgs,
+            exp_avg_sqs,
+            steps,
+            hyper,
+            kind,
+            nesterov=bool(groups[0].get("nesterov", False)),
+            maximize=bool(groups[0].get("maximize", False)),
+        )
+
+
+def _buffer(state: dict[str, Any], name: str, like: Tensor) -> Tensor:
+    if state.get(name) is None:
+        state[name] = torch.zeros_like(like, memory_format=torch.contiguous_format)
+    buffer: Tensor = state[name]
+    return buffer
+
+
+def _hyper(group: dict[str, Any]) -> list[float]:
+    """A group's lr, weight decay, beta1 or momentum, beta2 or dampening, and eps."""
+    first, second = group.get("betas", (group.get("momentum", 0.0), group.get("dampening", 0.0)))
+    values = (group["lr"], group.get("weight_decay", 0.0), first, second, group.get("eps", 0.0))
+    return [float(value) for value in values]

@@ -1,0 +1,261 @@
+"""The private step of one model: taps at the start of a batch, clipped sums, one noised update."""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ffa_kernels import ops
+from ffa_kernels.errors import PrivacyError
+from ffa_kernels.nn.record_taps import RecordTaps
+from ffa_kernels.privacy.sampling import Piece
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One trained tensor: its qualified name, and where the layers that hold it look for taps."""
+
+    name: str
+    parameter: nn.Parameter
+    holders: tuple[tuple[RecordTaps, str], ...]
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """What one logical step releases: sum of clipped gradients + noise, over L.
+
+    `max_grad_norm` holds one bound (flat) or one a tensor (per layer); the noise has standard
+    deviation `noise_multiplier` times the root of the sum of their squares.
+    """
+
+    noise_multiplier: float
+    max_grad_norm: tuple[float, ...]
+    per_layer: bool
+    expected_batch_size: float
+    sample_rate: float
+    keep_grad_sample: bool
+
+    @property
+    def clips_in_backward(self) -> bool:
+        """Per layer, a tensor's gradients are clipped as soon as they are whole, then freed."""
+        return self.per_layer and not self.keep_grad_sample
+
+
+class PrivateStep:
+    """Gathers the per-record gradients of a model's trained tensors, clips, sums and releases.
+
+    Args:
+        trained: the tensors, in the order that decides their noise streams.
+        mechanism: clipping, noise and divisor.
+        noise_state: int64 (5,), the noise's key and step.
+        charge: called once a logical step, before anything is released.
+    """
+
+    def __init__(
+        self,
+        trained: Sequence[Trained],
+        mechanism: Mechanism,
+        noise_state: Tensor,
+        charge: Callable[[], None],
+    ) -> None:
+        self.trained, self.mechanism = list(trained), mechanism
+        self.detached = False
+        self.steps = 0
+        self._noise_state, self._charge = noise_state, charge
+        self._sums = [
+            torch.zeros(
+                t.parameter.shape,
+                dtype=torch.float64 if math.isinf(self._bound(k)) else torch.int64,
+                device=t.parameter.device,
+            )
+            for k, t in enumerate(self.trained)
+        ]
+        self._stats = torch.zeros(2, dtype=torch.int64, device=self._sums[0].device)
+        self._piece: Piece | None = None
+        self._keep: Tensor | None = None
+        self._taps: list[Tensor] = []
+        self._clipped: set[int] = set()
+
+    def _bound(self, k: int) -> float:
+        bounds = self.mechanism.max_grad_norm
+        return bounds[k if self.mechanism.per_layer else 0]
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Steps released, (record, group) pairs scaled down, and dropped as not finite.
+
+        The last two come from private records without noise: not covered by epsilon.
+        """
+        clipped, dropped = self._stats.tolist()
+        return {"steps": self.steps, "clipped": clipped, "dropped": dropped}
+
+    @property
+    def at_end_of_logical_batch(self) -> bool:
+        """Whether the batch under way is the last piece of its draw."""
+        return self._piece is not None and self._piece.last
+
+    def begin(self, piece: Piece) -> None:
+        """Starts a physical batch: every trained tensor gets a fresh tap of `piece.records` rows.
+
+        Raises:
+            PrivacyError: the last batch's gradients were neither used nor dropped.
+        """
+        if self.detached:
+            raise PrivacyError("this loader's model was made private again; use the newer loader")
+        if any(tap.grad is not None for tap in self._taps):
+            raise PrivacyError(
+                "a batch begins, but the gradients of the last one are still there: call "
+                "optimizer.step() after each batch (or zero_grad() to drop them)"
+            )
+        if piece.first:
+            # What an abandoned draw left behind was not released, and must not be.
+            for total in self._sums:
+                total.zero_()
+        self._piece = piece
+        self._clipped.clear()
+        device = self._sums[0].device
+        self._keep = None
+        if piece.kept < piece.records:
+            self._keep = torch.arange(piece.records, device=device) < piece.kept
+        self._taps = []
+        self_ref = weakref.ref(self)
+        for k, t in enumerate(self.trained):
+            t.parameter.grad_sample = None  # type: ignore[attr-defined]
+            tap = t.parameter.new_zeros(()).expand(piece.records, *t.parameter.shape)
+            tap = tap.detach().requires_grad_()
+            hook = functools.partial(_arrived, self_ref, k)
+            tap.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            self._taps.append(tap)
+            for record_taps, name in t.holders:
+                record_taps.taps[name] = tap
+
+    def arrived(self, k: int, tap: Tensor) -> None:
+        """The gradient of tensor k for each record is in `tap.grad`, whole for this backward."""
+        if k >= len(self._taps) or tap is not self._taps[k]:
+            # A graph of an earlier batch: its records are not this batch's.
+            tap.grad = None
+            return
+        trained = self.trained[k]
+        if not self.mechanism.clips_in_backward:
+            trained.parameter.grad_sample = tap.grad  # type: ignore[attr-defined]
+            return
+        grad, tap.grad = tap.grad, None
+        if k in self._clipped:
+            self._abandon()
+            raise PrivacyError(
+                f"{trained.name}: a second gradient in one batch, after the first was clipped and "
+                "freed (a layer used in several checkpointed segments, or a second backward): "
+                'accepted: clipping="flat", or keep_grad_sample=True'
+            )
+        self._clipped.add(k)
+        assert grad is not None
+        ops.clip_accumulate([grad], [self._sums[k]], self._stats, self._keep, [self._bound(k)])
+
+    def drop(self) -> None:
+        """Forgets the gradients that were not clipped yet; the sum of earlier pieces stays."""
+        for tap, t in zip(self._taps, self.trained, strict=False):
+            tap.grad = None
+            t.parameter.grad_sample = None  # type: ignore[attr-defined]
+            t.parameter.grad = None
+
+    def _end_batch(self) -> None:
+        self.drop()
+        self._taps, self._piece = [], None
+        for t in self.trained:
+            for record_taps, name in t.holders:
+                record_taps.taps.pop(name, None)
+
+    def _abandon(self) -> None:
+        self._end_batch()
+        for total in self._sums:
+            total.zero_()
+
+    def detach(self) -> None:
+        """Ends this step's life: the model belongs to another engine from now on."""
+        self._abandon()
+        self.detached = True
+
+    def accumulate(self) -> bool:
+        """Clips the batch's gradients, adds them; True when the draw is whole.
+
+        Raises:
+            PrivacyError: nothing to clip, or a gradient came by a way around the taps.
+        """
+        if self.detached:
+            raise PrivacyError("this optimizer's model was made private again; use the newer one")
+        if self._piece is None:
+            raise PrivacyError(
+                "optimizer.step() without a batch: iterate the loader that make_private returned, "
+                "and call step() once for each batch it yields"
+            )
+        for t in self.trained:
+            if t.parameter.grad is not None:
+                self._abandon()
+                raise PrivacyError(
+                    f"{t.name}: its gradient came to .grad, summed over records: the tensor is "
+                    "used outside the layer that owns it, so records cannot be clipped"
+                )
+        present = [k for k, tap in enumerate(self._taps) if tap.grad is not None]
+        if not present and not self._clipped:
+            raise PrivacyError(
+                "optimizer.step() without gradients: call loss.backward() first, on a forward "
+                "made in training mode (model.train())"
+            )
+        last = self._piece.last
+        if present:
+            grads = [self._taps[k].grad for k in present]
+            bounds = self.mechanism.max_grad_norm
+            ops.clip_accumulate(
+                [g for g in grads if g is not None],
+                [self._sums[k] for k in present],
+                self._stats,
+                self._keep,
+                [bounds[k] for k in present] if self.mechanism.per_layer else list(bounds),
+            )
+        self._end_batch()
+        return last
+
+    def release(
+        self,
+        params: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        steps: Sequence[Tensor],
+        hyper: Tensor,
+        optimizer: str,
+        nesterov: bool = False,
+        maximize: bool = False,
+    ) -> None:
+        """Charges the ledger, then adds noise and updates `params`; see `ops.private_update`."""
+        self._charge()
+        self.steps += 1
+        with torch.no_grad():
+            ops.private_update(
+                params,
+                self._sums,
+                exp_avgs,
+                exp_avg_sqs,
+                steps,
+                self._noise_state,
+                hyper,
+                tensor_ids=list(range(len(self.trained))),
+                max_grad_norm=list(self.mechanism.max_grad_norm),
+                noise_multiplier=self.mechanism.noise_multiplier,
+                expected_batch_size=self.mechanism.expected_batch_size,
+                optimizer=optimizer,
+                nesterov=nesterov,
+                maximize=maximize,
+            )
+
+
+def _arrived(step_ref: weakref.ref[PrivateStep], k: int, tap: Tensor) -> None:
+    # A tap must not keep its step alive: graphs may outlive the training.
+    step = step_ref()
+    if step is not None:
+        step.arrived(k, tap)
