@@ -50,7 +50,10 @@ class BdistWheel(bdist_wheel):
 
     def run(self) -> None:
         self.run_command("build_py")
-        self.root_is_pure = not self.get_finalized_command("build_py").compiled
+        compiled = self.get_finalized_command("build_py").compiled
+        self.root_is_pure = not compiled
+        # `install` asks this to choose between purelib and platlib; the wheel's root is the latter.
+        self.distribution.has_ext_modules = lambda: compiled
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:

@@ -5,8 +5,9 @@ and editable installs. ``build.json`` beside the libraries records what was buil
 compiler and flags, or why not. A compiler that is missing or fails never raises here: the reference
 and Triton backends serve without these libraries, and ``ffa-kernels doctor`` reports the reason.
 
-Environment: ``CXX``, ``NVCC`` name the compilers (``NVCC=`` empty skips CUDA); ``FFA_CUDA_ARCHS``
-lists compute capabilities, such as ``"75 86"``; ``FFA_BUILD_JOBS`` is the number of parallel compiles.
+Environment: ``CXX`` and ``NVCC`` name the compilers (an empty ``NVCC=`` skips CUDA),
+``FFA_CUDA_ARCHS`` lists compute capabilities, such as ``"75 86"``, and ``FFA_BUILD_JOBS`` is the
+number of compiles run at a time.
 """
 
 from __future__ import annotations
@@ -32,17 +33,19 @@ OPS = ("chacha20", "gaussian", "dropout", "per_sample_grad", "clip_accumulate", 
 # No OpenMP runtime is linked: the library uses the one torch has loaded (csrc/cpu/parallel.cpp).
 # Contraction is off so that the copies of an op agree to the bit; CONTRACTED_OPS are the matrix
 # products, where fma is worth more.
-CXX_FLAGS = (
-    "-std=c++17 -O3 -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=off "
-    "-fno-exceptions -fno-rtti -fno-threadsafe-statics -Wall -Wextra -Wno-psabi"
-).split()
-ISA_FLAGS = {
-    "baseline": (),
-    "avx2": ("-mavx2", "-mfma"),
-    "avx512": tuple("-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma".split())
-    + ("-mprefer-vector-width=512",),
-}
+CXX_FLAGS = [
+    *("-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"),
+    *("-ffp-contract=off", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"),
+    *("-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"),
+]
 CONTRACTED_OPS = {"per_sample_grad"}
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512")
+ISA_FLAGS: dict[str, tuple[str, ...]] = {
+    "baseline": (),
+    "avx2": _AVX2,
+    "avx512": (*_AVX2, *_AVX512),
+}
 OLDEST_CUDA_ARCH = 75
 
 
@@ -86,23 +89,22 @@ def _x86() -> bool:
 
 
 def _build_cpu(compiler: list[str], work: Path, target: Path) -> list[str]:
-    copies = ISA_FLAGS if _x86() else {"baseline": ()}
     flags = [*CXX_FLAGS, *(["-DFFA_X86_COPIES"] if _x86() else [])]
-    commands = []
-    for isa, isa_flags in copies.items():
+    objects: list[str] = []
+    commands: list[list[str]] = []
+
+    def add(source: str, copy: str, extra: list[str]) -> None:
+        objects.append(str(work / f"{source}.{copy}.o"))
+        path = str(CSRC / "cpu" / f"{source}.cpp")
+        commands.append([*compiler, *flags, *extra, "-c", path, "-o", objects[-1]])
+
+    for isa in ISA_FLAGS if _x86() else ("baseline",):
         for op in OPS:
             contract = ["-ffp-contract=fast"] if op in CONTRACTED_OPS else []
-            commands.append(
-                [*compiler, *flags, *contract, *isa_flags, f"-DFFA_ISA={isa}"]
-                + ["-c", str(CSRC / "cpu" / f"{op}.cpp"), "-o", str(work / f"{op}.{isa}.o")]
-            )
-    for shared in ("dispatch", "parallel"):
-        commands.append(
-            [*compiler, *flags, "-c", str(CSRC / "cpu" / f"{shared}.cpp")]
-            + ["-o", str(work / f"{shared}.o")]
-        )
+            add(op, isa, [*contract, *ISA_FLAGS[isa], f"-DFFA_ISA={isa}"])
+    add("dispatch", "shared", [])
+    add("parallel", "shared", [])
     _compile_all(commands)
-    objects = [str(path) for path in sorted(work.glob("*.o"))]
     libraries = ["-ldl", "-lm"] if sys.platform.startswith("linux") else ["-lm"]
     _run([*compiler, "-shared", *objects, "-o", str(target), *libraries])
     return flags
@@ -112,9 +114,9 @@ def _cuda_archs(compiler: list[str]) -> list[int]:
     """The named archs, or the first of every major version that this nvcc knows."""
     if os.environ.get("FFA_CUDA_ARCHS"):
         return sorted(int(re.sub(r"\D", "", a)) for a in os.environ["FFA_CUDA_ARCHS"].split())
-    known = sorted(int(n) for n in re.findall(r"compute_(\d+)", _run([*compiler, "--list-gpu-arch"])))
+    listed = re.findall(r"compute_(\d+)", _run([*compiler, "--list-gpu-arch"]))
     first: dict[int, int] = {}
-    for arch in known:
+    for arch in sorted(map(int, listed)):
         if arch >= OLDEST_CUDA_ARCH:
             first.setdefault(arch // 10, arch)
     return sorted(first.values())
@@ -139,9 +141,8 @@ def _build_cuda(compiler: list[str], work: Path, target: Path) -> list[str]:
 
 def _sources_digest(kind: str) -> str:
     digest = hashlib.sha256()
-    for path in [CSRC / "ffa.h", Path(__file__), *sorted(CSRC.glob("common/*"))] + sorted(
-        CSRC.glob(f"{kind}/*")
-    ):
+    shared = [CSRC / "ffa.h", Path(__file__), *sorted(CSRC.glob("common/*"))]
+    for path in [*shared, *sorted(CSRC.glob(f"{kind}/*"))]:
         if path.is_file():
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

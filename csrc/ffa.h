@@ -16,6 +16,7 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#pragma GCC visibility push(default)
 
 enum ffa_dtype { FFA_F32 = 0, FFA_F64 = 1, FFA_F16 = 2, FFA_BF16 = 3 };
 
@@ -91,6 +92,7 @@ int ffa_cuda_chacha20(const int64_t* rng_state, int64_t tensor_id, int64_t first
 int ffa_cuda_gaussian(const int64_t* rng_state, int64_t tensor_id, int64_t numel, int dtype,
                       void* out, void* stream);
 
+#pragma GCC visibility pop
 #ifdef __cplusplus
 }
 #endif

@@ -17,13 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ffa_kernels.backends import native
+from ffa_kernels.backends.dispatch import OPS
 
 # enum ffa_dtype and enum ffa_optimizer of csrc/ffa.h
 _DTYPES = {torch.float32: 0, torch.float64: 1}
 _OPTIMIZERS = {"none": 0, "sgd": 1, "adam": 2, "adamw": 3}
-_OPS = frozenset(
-    "chacha20 gaussian linear linear_backward per_sample_grad clip_accumulate private_update".split()
-)
 # Elements of x whose dropout is in flight at a time: the scratch stays in L2.
 _DROPOUT_CHUNK = 1 << 17
 
@@ -31,8 +29,10 @@ _in_forked_child = False
 
 
 def _after_fork() -> None:
+    # GNU's runtime hangs in a child whose parent has used it, in torch's own operators as well.
     global _in_forked_child
     _in_forked_child = True
+    torch.set_num_threads(1)
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -44,7 +44,7 @@ def supports(op: str, *dtypes: torch.dtype) -> bool:
     floating = {dtype for dtype in dtypes if dtype.is_floating_point}
     mixes = op in ("clip_accumulate", "private_update")
     return (
-        op in _OPS
+        op in OPS
         and not any(dtype.is_complex for dtype in dtypes)
         and floating <= _DTYPES.keys()
         and (mixes or len(floating) <= 1)
@@ -53,7 +53,6 @@ def supports(op: str, *dtypes: torch.dtype) -> bool:
 
 
 def _threads() -> int:
-    # GNU's runtime hangs in a child whose parent has used it.
     return 1 if _in_forked_child else torch.get_num_threads()
 
 
@@ -62,7 +61,7 @@ def _dtype_code(dtype: torch.dtype) -> int:
         return _DTYPES[dtype]
     except KeyError:
         raise native.NativeError(
-            f"dtype: {dtype} is not served by the cpu backend; accepted: torch.float32, torch.float64"
+            f"dtype: {dtype} is not served here; accepted: torch.float32, torch.float64"
         ) from None
 
 

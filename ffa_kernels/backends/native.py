@@ -105,7 +105,7 @@ def _open(kind: str) -> Library | str:
         handle = ctypes.CDLL(str(path))
         abi = int(handle.ffa_abi_version())
         if abi != ABI_VERSION:
-            return f"ABI {abi} does not fit this package, which speaks {ABI_VERSION}: run `make lib`"
+            return f"it has ABI {abi}, this package speaks ABI {ABI_VERSION}: run `make lib`"
         return Library(kind, handle)
     except (OSError, AttributeError) as error:
         return f"{path.name} does not load: {error}"

@@ -84,7 +84,8 @@ def dropout_scale(dropout_state: Tensor, like: Tensor, dropout_p: float) -> Tens
     words = _words(dropout_state, 0, 0, -(-like.numel() // 32))
     halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten()[: like.numel()]
     keep = (halves >= threshold).view(like.shape)
-    return keep.to(like.dtype) * (65536.0 / (65536 - threshold))
+    # With a threshold of 65536 nothing is kept, and no scale is needed.
+    return keep.to(like.dtype) * (65536.0 / max(65536 - threshold, 1))
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -153,7 +154,9 @@ def clip_accumulate(
 ) -> Tensor:
     """Clips each record and adds it on the grid; see `ffa_kernels.ops.clip_accumulate`."""
     n = grad_samples[0].shape[0]
-    squares = torch.stack([g.double().square().reshape(n, -1).sum(dim=1) for g in grad_samples])
+    # Spelled without -1, which an empty batch leaves undetermined.
+    rows = [g.reshape(n, math.prod(g.shape[1:])).double() for g in grad_samples]
+    squares = torch.stack([row.square().sum(dim=1) for row in rows])
     if len(max_grad_norm) == 1:
         squares = squares.sum(dim=0, keepdim=True)
     bound = torch.tensor(max_grad_norm, dtype=torch.float64, device=squares.device).unsqueeze(1)
@@ -204,7 +207,9 @@ def private_update(
             noised = total
             if noise_multiplier > 0:
                 z = gaussian(rng_state, tensor_ids[k], total.numel(), torch.float64)
-                noised = total + (z * (noise_std / grid)).round().long().view(total.shape)
+                # In fp64, which holds these integers: int64 would overflow where another group's
+                # bound, and so the noise, is 2^30 times this one's.
+                noised = total + (z * (noise_std / grid)).round().view(total.shape)
             grad = noised.double() * grid / expected_batch_size
         total.zero_()
         grad = grad.to(param.dtype)

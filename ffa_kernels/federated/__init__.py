@@ -1,1 +1,1 @@
-"""A thin federated driver: sites train, the server averages what they trained, one file says it all."""
+"""A thin federated driver: sites train, the server averages, one file says it all."""

@@ -1,7 +1,8 @@
 """A federation's configuration: one TOML file, read strictly into frozen dataclasses.
 
-The dataclasses below are the reference of the format: a field is a key, its default what holds without it. A key that
-is unknown, of the wrong type or out of range is an error that names it, what was given and what is accepted.
+The dataclasses below are the reference of the format: a field is a key, its default what holds
+without it. A key that is unknown, of the wrong type or out of range is an error that names it, what
+was given and what is accepted.
 """
 
 from __future__ import annotations
@@ -44,9 +45,7 @@ def _fraction(default: float) -> Any:
 
 
 def _names(default: tuple[str, ...]) -> Any:
-    return _key(
-        "a list of names, at least one", lambda value: bool(value) and all(value), default
-    )
+    return _key("a list of names, at least one", lambda value: bool(value) and all(value), default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +57,13 @@ class Federation:
         method: "ffa" (A frozen, B trained) or "lora" (PEFT's LoRA, both trained).
         rounds: averages taken.
         local_steps: optimizer steps of a site in a round.
-        sites_per_round: sites drawn for each round; all of them by default. No privacy amplification is claimed.
+        sites_per_round: sites drawn for each round; all of them by default. No privacy
+            amplification is claimed.
+        weights: of the average: "equal", or "records" (each site's number, which is taken as
+            public).
         min_updates: valid updates below which a round keeps the model it began with.
-        seed: of what is public: A's recipe, the head's start, splits and the draw of sites. Never of noise.
+        seed: of what is public: A's recipe, the head's start, splits and the draw of sites. Never
+            of noise.
         eval_records_per_site: held-out records scored after each round; the end scores all.
     """
 
@@ -69,6 +72,7 @@ class Federation:
     rounds: int = _whole(1)
     local_steps: int = _whole(1)
     sites_per_round: int | None = _whole(1, None)
+    weights: str = _one_of("equal", "records", default="equal")
     min_updates: int = _whole(1, 1)
     seed: int = _whole(0, 0)
     eval_records_per_site: int = _whole(1, 100)
@@ -105,7 +109,8 @@ class Privacy:
     """[privacy]: what each site promises over all rounds together.
 
     Attributes:
-        target_epsilon: of (epsilon, delta), over all that the site's ledger holds; inf trains without noise.
+        target_epsilon: of (epsilon, delta), over all that the site's ledger holds; inf trains
+            without noise.
         target_delta: must be below 1 / n at every site of n records.
         max_grad_norm: bound C of one record's gradient.
         clipping: "flat" (one norm) or "per_layer" (C / sqrt(K) for each of K tensors).
@@ -124,21 +129,25 @@ class Train:
     """[train]: a site's optimizer.
 
     Attributes:
-        batch_size: expected records of a step; each record is drawn with probability batch_size / n.
+        batch_size: expected records of a step; each record is drawn with probability batch_size /
+            n.
+        sample_rate: in place of batch_size, that probability, rounded to a whole batch size at each
+            site.
         max_physical_batch_size: records in memory at once; the whole draw by default.
-        optimizer: with the learning rate `lr`, `head_lr` (for modules_to_save; `lr` by default), `weight_decay`,
-            and `momentum` for "sgd" alone.
+        optimizer: with the learning rate `lr`, `head_lr` (for modules_to_save; `lr` by default),
+            `weight_decay`, and `momentum` for "sgd" alone.
     """
 
-    batch_size: int = _whole(1)
+    batch_size: int | None = _whole(1, None)
+    sample_rate: float | None = _key(
+        "a number above 0, up to 1", lambda value: 0.0 < value <= 1.0, None
+    )
     max_physical_batch_size: int | None = _whole(1, None)
     optimizer: str = _one_of("sgd", "adam", "adamw", default="adam")
     lr: float = _positive()
     head_lr: float | None = _positive(None)
     momentum: float = _fraction(0.0)
-    weight_decay: float = _key(
-        "a finite number from 0", lambda value: 0.0 <= value < math.inf, 0.0
-    )
+    weight_decay: float = _key("a finite number from 0", lambda value: 0.0 <= value < math.inf, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +157,8 @@ class Data:
     Attributes:
         source: "demo" (four sites of rated sentences), or "files": the [[site]] tables.
         path: for "demo", the source distribution of vaderSentiment 3.3.2.
-        split: "natural" (each source its own site), or all records pooled and dealt out, "iid" or "dirichlet".
+        split: "natural" (each source its own site), or all records pooled and dealt out, "iid" or
+            "dirichlet".
         sites: number of sites of an "iid" or "dirichlet" split.
         dirichlet_alpha: label skew of "dirichlet": small is severe.
         test_fraction: held out at every site that has no test file of its own.
@@ -160,9 +170,7 @@ class Data:
     split: str = _one_of("natural", "iid", "dirichlet", default="natural")
     sites: int | None = _whole(1, None)
     dirichlet_alpha: float | None = _positive(None)
-    test_fraction: float = _key(
-        "a number between 0 and 1", lambda value: 0.0 < value < 1.0, 0.2
-    )
+    test_fraction: float = _key("a number between 0 and 1", lambda value: 0.0 < value < 1.0, 0.2)
     min_records: int = _whole(1, 50)
 
 
@@ -289,7 +297,9 @@ def _check_together(config: Config) -> None:
     """What no single key decides."""
     data, train, names = config.data, config.train, [site.name for site in config.sites]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"[[site]] name: {repeated[0]!r} is given twice; accepted: each name once")
+        raise ConfigError(
+            f"[[site]] name: {repeated[0]!r} is given twice; accepted: each name once"
+        )
     if data.source == "files" and not names:
         raise ConfigError("[data] source: got 'files' without a [[site]]; accepted: one or more")
     if data.source == "demo" and names:
@@ -317,6 +327,11 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"[[site]] test: got one with split = {data.split!r}, which deals all records out; "
             "accepted: none, or split = 'natural'"
+        )
+    if (train.batch_size is None) == (train.sample_rate is None):
+        raise ConfigError(
+            f"[train] batch_size, sample_rate: got {train.batch_size} and {train.sample_rate}; "
+            "accepted: one of the two"
         )
     if train.momentum and train.optimizer != "sgd":
         raise ConfigError(
@@ -351,5 +366,7 @@ def _with_paths(config: Config, folder: Path) -> Config:
 def _file(folder: Path, given: str, where: str) -> str:
     path = folder / given
     if not path.is_file():
-        raise ConfigError(f"{where}: got {given!r}, which is no file; accepted: a file that is there")
+        raise ConfigError(
+            f"{where}: got {given!r}, which is no file; accepted: a file that is there"
+        )
     return str(path.resolve())

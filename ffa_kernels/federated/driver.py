@@ -6,8 +6,8 @@ import math
 import random
 import secrets
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ffa_kernels.errors import ConfigError
 from ffa_kernels.federated import data, report, wire
+from ffa_kernels.federated.build import build
 from ffa_kernels.federated.config import Config
 from ffa_kernels.federated.data import Records
 from ffa_kernels.federated.files import write_atomic
-from ffa_kernels.federated.models import adapt, build_classifier
 from ffa_kernels.federated.server import Server
 from ffa_kernels.federated.site import Site, check_records, load_trained, tokenize
 
@@ -40,123 +40,156 @@ def run(config: Config, out: Path, console: Console | None = None) -> dict[str, 
         The content of report.json.
 
     Raises:
-        ConfigError: data, model and configuration do not fit together; nothing has been trained then.
+        ConfigError: data, model and configuration do not fit together; nothing has been trained
+            then.
         PrivacyError: a site's budget is spent, or a privacy rule was about to be broken.
     """
-    began = time.monotonic()
     console = console or Console(quiet=True)
     records = load_records(config)
-    names = sorted(records)
-    per_round = config.federation.sites_per_round or len(names)
-    if max(per_round, config.federation.min_updates) > len(names):
-        raise ConfigError(
-            f"[federation] sites_per_round, min_updates: got {per_round} and "
-            f"{config.federation.min_updates} for {len(names)} sites; accepted: up to {len(names)}"
-        )
+    _check_counts(config, len(records))
     model, tokenizer = build(config)
     run_id = secrets.token_hex(8)
     out.mkdir(parents=True, exist_ok=True)
-    sites = {
-        name: Site(
-            *(name, records[name][0], model, tokenizer, config, run_id),
-            folder=out / "sites" / name,
-        )
-        for name in names
-    }
-    tests = {name: records[name][1] for name in names}
-    samples = {name: _sample(config, name, test) for name, test in tests.items()}
-    server = Server(
-        wire.trained_tensors(model), wire.fingerprint(model), run_id, config.federation.min_updates
-    )
-    up = {name: wire.Size() for name in names}
-    down = {name: wire.Size() for name in names}
-    rounds: list[dict[str, Any]] = []
-    console.print(f"{config.federation.name}: {_plan(config, sites)}", highlight=False)
-    with _progress(config, per_round, console) as (step, note):
-        for round_ in range(1, config.federation.rounds + 1):
-            round_began = time.monotonic()
-            asked = _draw(config, round_, names, per_round)
-            sent = {name: wire.Size() for name in names}
-            got = {name: wire.Size() for name in names}
-            updates = []
-            for name in asked:
-                note(f"round {round_}, {name}")
-                message = server.message(round_, name)
-                sent[name] = wire.measure(message)
-                update = sites[name].run_round(round_, message, step)
-                got[name] = wire.measure(update)
-                updates.append((name, update))
-            outcome = server.aggregate(round_, asked, updates)
-            note(f"round {round_}, evaluation")
-            load_trained(model, server.tensors)
-            right = {name: count_correct(model, tokenizer, samples[name], config) for name in names}
-            for name in names:
-                up[name], down[name] = up[name] + got[name], down[name] + sent[name]
-            entry = {
-                "round": round_,
-                "accuracy": sum(right.values()) / sum(map(len, samples.values())),
-                "averaged": outcome.averaged,
-                "refused": [{"site": site, "reason": why} for site, why in outcome.refused],
-                "seconds": time.monotonic() - round_began,
-                "sites": {
-                    name: {
-                        "accuracy": right[name] / len(samples[name]),
-                        "update_norm": outcome.norms.get(name),
-                        "epsilon": _finite(sites[name].epsilon()),
-                        "bytes_up": got[name].total,
-                        "bytes_down": sent[name].total,
-                    }
-                    for name in names
-                },
-            }
-            rounds.append(entry)
-            console.print(_line(entry), highlight=False)
-        note("final evaluation")
-        right = {name: count_correct(model, tokenizer, tests[name], config) for name in names}
-        bare = 0
-        with adapters_off(model):
-            for test in tests.values():
-                bare += count_correct(model, tokenizer, test, config)
-    tested = sum(map(len, tests.values()))
-    total_up, total_down = sum(up.values(), wire.Size()), sum(down.values(), wire.Size())
-    result = {
-        "method": config.federation.method,
-        "accuracy": sum(right.values()) / tested,
-        "accuracy_without_adapters": bare / tested,
-        "baseline_accuracy": data.majority_accuracy(data.pool(tests)),
-        "epsilon": _finite(max(site.epsilon() for site in sites.values())),
-        "delta": config.privacy.target_delta,
-        "seconds": time.monotonic() - began,
-        "bytes_up": total_up.total,
-        "bytes_down": total_down.total,
-        "adapter_bytes_up": total_up.adapter,
-        "head_bytes_up": total_up.head,
-        "header_bytes_up": total_up.header,
-        "rounds": rounds,
-        "sites": {
-            name: {
-                "accuracy": right[name] / len(tests[name]),
-                "baseline_accuracy": data.majority_accuracy(tests[name]),
-                "epsilon": _finite(site.epsilon()),
-                "noise_multiplier": site.noise_multiplier,
-                "sample_rate": site.sample_rate,
-                "train_records": site.records,
-                "test_records": len(tests[name]),
-                "bytes_up": up[name].total,
-                "bytes_down": down[name].total,
-            }
-            for name, site in sites.items()
-        },
-        "adapter_norms": {
-            name: float(tensor.double().norm())
-            for name, tensor in server.tensors.items()
-            if _is_b(name)
-        },
-        "environment": report.environment(),
-    }
-    write_atomic(out / "trained.safetensors", server.message(config.federation.rounds, "any"))
+    with ExitStack() as open_sites:
+        sites = {}
+        for name in sorted(records):
+            site = Site(
+                *(name, records[name][0], model, tokenizer, config, run_id),
+                folder=out / "sites" / name,
+            )
+            sites[name] = open_sites.enter_context(closing(site))
+        tests = {name: records[name][1] for name in sites}
+        run_ = _Run(config, model, tokenizer, sites, tests, run_id, console)
+        result = run_.go()
+    write_atomic(out / "trained.safetensors", run_.server.message(config.federation.rounds, "any"))
     report.write(out, config.federation.name, result)
     return result
+
+
+class _Run:
+    """One run's parts and its account of bytes."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        tokenizer: Any,
+        sites: Mapping[str, Site],
+        tests: Mapping[str, Records],
+        run_id: str,
+        console: Console,
+    ) -> None:
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.sites, self.tests, self.console = sites, tests, console
+        self.samples = {name: _sample(config, name, test) for name, test in tests.items()}
+        by_records = config.federation.weights == "records"
+        self.server = Server(
+            wire.trained_tensors(model),
+            wire.fingerprint(model),
+            run_id,
+            config.federation.min_updates,
+            {name: float(site.records) for name, site in sites.items()} if by_records else None,
+        )
+        self.up = dict.fromkeys(sites, wire.Size())
+        self.down = dict.fromkeys(sites, wire.Size())
+
+    def go(self) -> dict[str, Any]:
+        """All rounds and the final evaluation; the content of report.json."""
+        began = time.monotonic()
+        self.console.print(_plan(self.config, self.sites), highlight=False, markup=False)
+        with _progress(self.config, len(self.sites), self.console) as (step, note):
+            rounds = [
+                self._round(round_, step, note)
+                for round_ in range(1, self.config.federation.rounds + 1)
+            ]
+            note("final evaluation")
+            right = self._correct(self.tests)
+            with adapters_off(self.model):
+                bare = self._correct(self.tests)
+        tested = _total(self.tests)
+        up, down = _sum(self.up.values()), _sum(self.down.values())
+        return {
+            "method": self.config.federation.method,
+            "accuracy": sum(right.values()) / tested,
+            "accuracy_without_adapters": sum(bare.values()) / tested,
+            "baseline_accuracy": data.majority_accuracy(data.pool(self.tests)),
+            "epsilon": _finite(max(site.epsilon() for site in self.sites.values())),
+            "delta": self.config.privacy.target_delta,
+            "seconds": time.monotonic() - began,
+            "bytes_up": up.total,
+            "bytes_down": down.total,
+            "adapter_bytes_up": up.adapter,
+            "head_bytes_up": up.head,
+            "header_bytes_up": up.header,
+            "rounds": rounds,
+            "sites": {
+                name: {
+                    "accuracy": right[name] / len(self.tests[name]),
+                    "baseline_accuracy": data.majority_accuracy(self.tests[name]),
+                    "epsilon": _finite(site.epsilon()),
+                    "noise_multiplier": site.noise_multiplier,
+                    "sample_rate": site.sample_rate,
+                    "train_records": site.records,
+                    "test_records": len(self.tests[name]),
+                    "bytes_up": self.up[name].total,
+                    "bytes_down": self.down[name].total,
+                }
+                for name, site in self.sites.items()
+            },
+            "adapter_norms": {
+                name: float(tensor.double().norm())
+                for name, tensor in self.server.tensors.items()
+                if _is_b(name)
+            },
+            "environment": report.environment(),
+        }
+
+    def _round(
+        self, round_: int, step: Callable[[], None], note: Callable[[str], None]
+    ) -> dict[str, Any]:
+        began = time.monotonic()
+        sent = dict.fromkeys(self.sites, wire.Size())
+        got = dict.fromkeys(self.sites, wire.Size())
+        asked = draw_sites(self.config, round_, sorted(self.sites))
+        updates = []
+        for name in asked:
+            note(f"round {round_}, {name}")
+            message = self.server.message(round_, name)
+            update = self.sites[name].run_round(round_, message, step)
+            sent[name], got[name] = wire.measure(message), wire.measure(update)
+            updates.append((name, update))
+        outcome = self.server.aggregate(round_, asked, updates)
+        note(f"round {round_}, evaluation")
+        load_trained(self.model, self.server.tensors)
+        right = self._correct(self.samples)
+        for name in self.sites:
+            self.up[name] += got[name]
+            self.down[name] += sent[name]
+        entry = {
+            "round": round_,
+            "accuracy": sum(right.values()) / _total(self.samples),
+            "averaged": outcome.averaged,
+            "refused": [{"site": site, "reason": why} for site, why in outcome.refused],
+            "seconds": time.monotonic() - began,
+            "sites": {
+                name: {
+                    "accuracy": right[name] / len(self.samples[name]),
+                    "update_norm": outcome.norms.get(name),
+                    "epsilon": _finite(site.epsilon()),
+                    "bytes_up": got[name].total,
+                    "bytes_down": sent[name].total,
+                }
+                for name, site in self.sites.items()
+            },
+        }
+        self.console.print(_line(entry), highlight=False, markup=False)
+        return entry
+
+    def _correct(self, records: Mapping[str, Records]) -> dict[str, int]:
+        return {
+            name: count_correct(self.model, self.tokenizer, of_site, self.config)
+            for name, of_site in records.items()
+        }
 
 
 def load_records(config: Config) -> dict[str, tuple[Records, Records]]:
@@ -189,31 +222,18 @@ def load_records(config: Config) -> dict[str, tuple[Records, Records]]:
     return result
 
 
-def build(config: Config) -> tuple[nn.Module, Any]:
-    """(adapted model, its tokenizer), the same in every process with the same configuration."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.federation.seed)
-        model, tokenizer = build_classifier(config.model)
-        adapt(model, config)
-    # LoRA dropout of method "lora" draws from torch's generator; a public start would tie every
-    # record's mask to how many were drawn before it.
-    torch.seed()
-    return model, tokenizer
-
-
 @torch.no_grad()
 def count_correct(model: nn.Module, tokenizer: Any, records: Records, config: Config) -> int:
     """How many of `records` the model labels right."""
     model.eval()
-    device = next(model.parameters()).device
     # Texts of like length together: less padding.
     order = sorted(range(len(records)), key=lambda i: len(records.texts[i]))
     right = 0
     for start in range(0, len(order), _EVAL_BATCH):
         batch = records.take(order[start : start + _EVAL_BATCH])
         inputs = tokenize(tokenizer, batch.texts, config)
-        logits: Tensor = model(**{k: v.to(device) for k, v in inputs.items()}).logits
-        right += int((logits.argmax(dim=-1).cpu() == torch.tensor(batch.labels)).sum())
+        logits: Tensor = model(**inputs).logits
+        right += int((logits.argmax(dim=-1) == torch.tensor(batch.labels)).sum())
     return right
 
 
@@ -247,13 +267,37 @@ def _check_labels(name: str, train: Records, test: Records, classes: int) -> Non
             )
 
 
+def _check_counts(config: Config, sites: int) -> None:
+    for key in ("sites_per_round", "min_updates"):
+        count = getattr(config.federation, key)
+        if count is not None and count > sites:
+            raise ConfigError(
+                f"[federation] {key}: got {count} for {sites} sites; accepted: 1 to {sites}"
+            )
+    if config.federation.min_updates > (config.federation.sites_per_round or sites):
+        raise ConfigError(
+            f"[federation] min_updates: got {config.federation.min_updates}; "
+            f"accepted: 1 to sites_per_round ({config.federation.sites_per_round})"
+        )
+
+
+def _total(records: Mapping[str, Records]) -> int:
+    return sum(map(len, records.values()))
+
+
+def _sum(sizes: Iterable[wire.Size]) -> wire.Size:
+    return sum(sizes, wire.Size())
+
+
 def _sample(config: Config, name: str, test: Records) -> Records:
     rng = random.Random(f"evaluation {config.federation.seed} {name}")
     count = min(config.federation.eval_records_per_site, len(test))
     return test.take(rng.sample(range(len(test)), count))
 
 
-def _draw(config: Config, round_: int, names: list[str], count: int) -> list[str]:
+def draw_sites(config: Config, round_: int, names: list[str]) -> list[str]:
+    """The sites asked in a round: a public draw, the same wherever it is made."""
+    count = config.federation.sites_per_round or len(names)
     rng = random.Random(f"sites {config.federation.seed} {round_}")
     return sorted(rng.sample(names, count))
 
@@ -267,7 +311,8 @@ def _plan(config: Config, sites: Mapping[str, Site]) -> str:
     federation = config.federation
     noise = ", ".join(f"{name} {site.noise_multiplier:.3f}" for name, site in sites.items())
     return (
-        f"{len(sites)} sites, {federation.rounds} rounds of {federation.local_steps} steps, "
+        f"{federation.name}: {len(sites)} sites, {federation.rounds} rounds of "
+        f"{federation.local_steps} steps, "
         f"method {federation.method}; noise multipliers for epsilon "
         f"{config.privacy.target_epsilon:g}: {noise}"
     )
@@ -284,7 +329,9 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _progress(config: Config, per_round: int, console: Console) -> Iterator[tuple[Any, Any]]:
+def _progress(
+    config: Config, sites: int, console: Console
+) -> Iterator[tuple[Callable[[], None], Callable[[str], None]]]:
     """(advance by a step, show a note)."""
     federation = config.federation
     columns = (
@@ -292,6 +339,7 @@ def _progress(config: Config, per_round: int, console: Console) -> Iterator[tupl
         *(TextColumn("steps"), TimeElapsedColumn()),
     )
     with Progress(*columns, console=console) as progress:
+        per_round = federation.sites_per_round or sites
         total = federation.rounds * per_round * federation.local_steps
         task = progress.add_task("starting", total=total)
         yield (

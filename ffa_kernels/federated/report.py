@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ffa_kernels.doctor import cpu_model, version
 from ffa_kernels.federated.files import write_atomic
 
+_log = logging.getLogger(__name__)
 _LIBRARIES = ("ffa-kernels", "opacus", "transformers", "peft", "safetensors", "numpy")
 
 
@@ -27,30 +29,20 @@ def environment() -> dict[str, Any]:
     }
 
 
-def version(distribution: str) -> str | None:
-    """The installed version of a distribution, None without it."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def cpu_model() -> str:
-    """The processor's name, or its architecture where the system does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def write(out: Path, name: str, result: dict[str, Any]) -> None:
-    """Write report.json, report.md and report.png into `out`, each of them whole or not at all."""
+    """Write report.json, report.md and report.png into `out`, each of them whole or not at all.
+
+    Without matplotlib there is no report.png, and a warning says so.
+    """
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     write_atomic(out / "report.json", text.encode())
     write_atomic(out / "report.md", markdown(name, result).encode())
-    write_atomic(out / "report.png", picture(name, result))
+    try:
+        image = picture(name, result)
+    except ModuleNotFoundError as error:
+        _log.warning("report.png is not written: %s is not installed", error.name)
+    else:
+        write_atomic(out / "report.png", image)
 
 
 def markdown(name: str, result: dict[str, Any]) -> str:

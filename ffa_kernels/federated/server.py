@@ -31,15 +31,15 @@ class Outcome:
 
 
 class Server:
-    """Plain federated averaging with equal weights.
-
-    Weights by number of records would publish those numbers' ratio in every average; equal ones need none.
+    """Plain federated averaging.
 
     Args:
         tensors: the trained tensors at the start, any float dtype.
         fingerprint: of the frozen rest of the model.
         run: the run's identifier.
         min_updates: valid updates below which a round changes nothing.
+        weights: by site, positive, of any sum; equal by default. Weights taken from what sites say
+            of their records would publish that.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Server:
         fingerprint: Fingerprint,
         run: str,
         min_updates: int = 1,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         self.tensors = {
             name: t.detach().to("cpu", torch.float32, copy=True) for name, t in tensors.items()
@@ -55,6 +56,7 @@ class Server:
         self._fingerprint = fingerprint
         self._run = run
         self._min_updates = min_updates
+        self._weights = weights
 
     def message(self, round_: int, site: str) -> bytes:
         """The encoded global tensors with which `site` begins round `round_`."""
@@ -85,7 +87,7 @@ class Server:
         norms = {site: self._distance(accepted[site]) for site in sorted(accepted)}
         averaged = len(accepted) >= self._min_updates
         if averaged:
-            self.tensors = {name: _mean(name, accepted) for name in self.tensors}
+            self.tensors = {name: self._mean(name, accepted) for name in self.tensors}
         else:
             _log.warning(
                 "round %d: %d valid updates, %d needed: the model stays as it was",
@@ -104,10 +106,11 @@ class Server:
         ]
         return float(sum(squares) ** 0.5)
 
-
-def _mean(name: str, updates: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-    """The mean in fp64, added up in the order of the sites' names, rounded once."""
-    total = torch.zeros_like(next(iter(updates.values()))[name], dtype=torch.float64)
-    for site in sorted(updates):
-        total += updates[site][name]
-    return (total / len(updates)).float()
+    def _mean(self, name: str, updates: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+        """In fp64, added up in the order of the sites' names, rounded once."""
+        total, mass = torch.zeros_like(self.tensors[name], dtype=torch.float64), 0.0
+        for site in sorted(updates):
+            weight = 1.0 if self._weights is None else self._weights[site]
+            total += weight * updates[site][name].double()
+            mass += weight
+        return (total / mass).float()

@@ -1,4 +1,4 @@
-"""A site: its own records, model copy, optimizer and privacy ledger; it gives away noised updates alone."""
+"""A site: its own records, model copy, optimizer and ledger; only noised updates leave it."""
 
 from __future__ import annotations
 
@@ -32,14 +32,16 @@ class Site:
     Args:
         name: as in the configuration; messages carry it.
         records: its training records; their number is taken as public.
-        model: the adapted model that all sites begin with; a copy is trained, which shares what is frozen.
+        model: the adapted model that all sites begin with; a copy is trained, which shares what is
+            frozen.
         tokenizer: of the model, as transformers calls it.
         config: the federation's.
         run: the run's identifier; an update is kept under (run, round).
         folder: the site's own; ledger, updates and local log live there.
 
     Raises:
-        ConfigError: too few records, or a delta too large for them; nothing has been trained or charged then.
+        ConfigError: too few records, or a delta too large for them; nothing has been trained or
+            charged then.
         PrivacyError: the ledger leaves no budget under the target.
     """
 
@@ -62,42 +64,60 @@ class Site:
         self._folder = folder
         self._tokenizer = tokenizer
         self._fingerprint = wire.fingerprint(model)
-        privacy, train, federation = config.privacy, config.train, config.federation
-        self._engine = PrivacyEngine(
-            accountant=privacy.accountant, ledger=folder / "ledger.jsonl"
-        )
-        self.sample_rate = train.batch_size / len(records)
-        self.noise_multiplier = 0.0
-        if privacy.target_epsilon != float("inf"):
-            self.noise_multiplier = noise_multiplier_for(
+        privacy, train = config.privacy, config.train
+        self.batch_size = batch_size(train, len(records))
+        self.sample_rate = self.batch_size / len(records)
+        self._engine = PrivacyEngine(accountant=privacy.accountant, ledger=folder / "ledger.jsonl")
+        try:
+            self.noise_multiplier = self._solve_noise()
+            own = copy_sharing_frozen(model)
+            self._model, self._optimizer, self._loader = self._engine.make_private(
+                module=own.train(),
+                optimizer=build_optimizer(own, train),
+                data_loader=DataLoader(
+                    list(zip(records.texts, records.labels, strict=True)),  # type: ignore[arg-type]
+                    batch_size=self.batch_size,
+                    collate_fn=self._collate,
+                ),
+                noise_multiplier=self.noise_multiplier,
+                max_grad_norm=privacy.max_grad_norm,
+                clipping=privacy.clipping,
+                max_physical_batch_size=train.max_physical_batch_size,
+            )
+        except BaseException:
+            self.close()
+            raise
+        self._batches = self._endless()
+
+    def close(self) -> None:
+        """Gives the ledger back to other processes; the site trains no more."""
+        self._engine.ledger.close()
+
+    def epsilon(self) -> float:
+        """Spent so far, over all that the site's ledger holds, at the configured delta."""
+        return self._engine.get_epsilon(self._config.privacy.target_delta)
+
+    def _solve_noise(self) -> float:
+        privacy, federation = self._config.privacy, self._config.federation
+        if math.isinf(privacy.target_epsilon):
+            return 0.0
+        ledger = self._engine.ledger
+        if not ledger.private:
+            raise PrivacyError(
+                f"site {self.name!r}: its ledger holds steps that were not private; no "
+                "target_epsilon can be kept"
+            )
+        try:
+            return noise_multiplier_for(
                 privacy.target_epsilon,
                 privacy.target_delta,
                 self.sample_rate,
                 federation.rounds * federation.local_steps,
                 accountant=privacy.accountant,
-                history=self._engine.history,
+                history=ledger.history,
             )
-        own = copy_sharing_frozen(model)
-        self._model, self._optimizer, self._loader = self._engine.make_private(
-            module=own.train(),
-            optimizer=build_optimizer(own, train),
-            data_loader=DataLoader(
-                list(zip(records.texts, records.labels, strict=True)),
-                batch_size=train.batch_size,
-                collate_fn=self._collate,
-            ),
-            noise_multiplier=self.noise_multiplier,
-            max_grad_norm=privacy.max_grad_norm,
-            clipping=privacy.clipping,
-            max_physical_batch_size=train.max_physical_batch_size,
-        )
-        self._batches = self._endless()
-
-    def epsilon(self) -> float:
-        """Spent so far, over all that the site's ledger holds, at the configured delta."""
-        if self.noise_multiplier == 0.0 and self._engine.stats["steps"]:
-            return float("inf")
-        return float(self._engine.get_epsilon(self._config.privacy.target_delta))
+        except PrivacyError as error:
+            raise PrivacyError(f"site {self.name!r}: {error}") from error
 
     def run_round(
         self, round_: int, message: bytes, on_step: Callable[[], None] = lambda: None
@@ -110,7 +130,8 @@ class Site:
             on_step: called after each local step.
 
         Raises:
-            WireError: the message does not fit, or the round is out of range; nothing is trained then.
+            WireError: the message does not fit, or the round is out of range; nothing is trained
+                then.
             FFAError: an adapter did not move.
             PrivacyError: a frozen tensor moved.
         """
@@ -146,19 +167,19 @@ class Site:
     def _train(self, steps: int, on_step: Callable[[], None]) -> tuple[float, int]:
         """(mean loss over the records seen, their number) of so many logical steps."""
         total, seen = 0.0, 0
-        done = self._engine.stats["steps"]
-        goal = done + steps
-        while done < goal:
+        done = 0
+        while done < steps:
             inputs, labels = next(self._batches)
+            last = self._optimizer.private_step.at_end_of_logical_batch
             loss = F.cross_entropy(self._model(**inputs).logits, labels)
             self._optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
             total += loss.item() * len(labels)
             seen += len(labels)
             # A draw may come in several physical batches; only its last makes a step.
-            if self._engine.stats["steps"] > done:
-                done = self._engine.stats["steps"]
+            if last:
+                done += 1
                 on_step()
         return total / max(seen, 1), seen
 
@@ -191,14 +212,21 @@ class Site:
             log.write(json.dumps(entry) + "\n")
 
 
+def batch_size(train: Train, records: int) -> int:
+    """The expected records of a step at a site of so many."""
+    if train.batch_size is not None:
+        return train.batch_size
+    assert train.sample_rate is not None
+    return max(1, round(train.sample_rate * records))
+
+
 def check_records(name: str, count: int, config: Config) -> None:
     """Raises ConfigError unless a site of `count` training records can take part."""
-    least = max(config.data.min_records, config.train.batch_size)
-    if count < least:
+    least, size = config.data.min_records, batch_size(config.train, count)
+    if count < max(least, size):
         raise ConfigError(
-            f"site {name!r}: got {count} training records; accepted: at least {least} "
-            f"([data] min_records = {config.data.min_records}, "
-            f"[train] batch_size = {config.train.batch_size})"
+            f"site {name!r}: got {count} training records; accepted: at least {max(least, size)} "
+            f"([data] min_records is {least}, a step draws {size})"
         )
     if config.privacy.target_delta * count >= 1.0:
         raise ConfigError(
@@ -232,7 +260,7 @@ def copy_sharing_frozen(model: nn.Module) -> nn.Module:
 
 
 def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy `tensors` into the model's trained parameters, in place, whatever their dtype and device."""
+    """Copy `tensors` into the model's trained parameters, in place, whatever their dtype."""
     with torch.no_grad():
         for name, parameter in wire.trained_tensors(model).items():
             parameter.copy_(tensors[name])

@@ -1,8 +1,9 @@
-"""The messages between server and sites: safetensors of the trained tensors, with a header that must match.
+"""The messages between server and sites: the trained tensors, with a header that must match.
 
-A message is a plain safetensors file. Its metadata is the header: protocol, kind, run, round, site, the fingerprints
-of the frozen base and of the frozen A, and the codec of the values. A reader says beforehand what it expects and gets
-tensors that fit, or a WireError; nothing of an unexpected message is handed on.
+A message is a plain safetensors file. Its metadata is the header: protocol, kind, run, round, site,
+the fingerprints of the frozen base and of the frozen A, and the codec of the values. A reader says
+beforehand what it expects and gets tensors that fit, or a WireError; nothing of an unexpected
+message is handed on.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _SHORT = 80
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """SHA-256, in hexadecimal, of the frozen tensors (`base`) and of the frozen lora_A among them (`recipe`)."""
+    """SHA-256 in hexadecimal: of the frozen tensors (`base`) and of the frozen A (`recipe`)."""
 
     base: str
     recipe: str
@@ -60,7 +61,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of one message, or of several: values of adapters, values of saved modules, and all the rest."""
+    """Bytes of messages: values of adapters, values of saved modules (`head`), and all the rest."""
 
     adapter: int = 0
     head: int = 0
@@ -83,7 +84,7 @@ def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a tensor of that name belongs to a low-rank adapter; every other trained tensor is head."""
+    """Whether a tensor of that name is an adapter's; every other trained tensor is head."""
     return any(part in ("lora_A", "lora_B") for part in name.split("."))
 
 
@@ -122,14 +123,14 @@ def encode(header: Header, tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def decode(data: bytes, expected: Header, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a message that says exactly `expected` and holds exactly the names and shapes of `like`.
+    """The tensors of a message that says exactly `expected` and has the names and shapes of `like`.
 
     Returns:
         fp32 CPU tensors that share nothing with `data`, in the order of `like`.
 
     Raises:
-        WireError: naming the first thing that does not fit. Size is judged before anything is parsed, and the
-            tensors only after their names, shapes and dtypes.
+        WireError: naming the first thing that does not fit. Size is judged before anything is
+            parsed, and the tensors only after their names, shapes and dtypes.
     """
     header_limit = _HEADER_FIXED + _HEADER_PER_TENSOR * len(like) + sum(map(len, like))
     limit = _LENGTH_BYTES + header_limit + sum(4 * tensor.numel() for tensor in like.values())
@@ -137,9 +138,7 @@ def decode(data: bytes, expected: Header, like: Mapping[str, Tensor]) -> dict[st
         raise WireError(f"size: got {len(data)} bytes, accepted are at most {limit}")
     entries, metadata = _parse(data, header_limit)
     if metadata.get("protocol") != PROTOCOL:
-        raise WireError(
-            f"protocol: got {_shown(metadata.get('protocol'))}, accepted: {PROTOCOL!r}"
-        )
+        raise WireError(f"protocol: got {_shown(metadata.get('protocol'))}, accepted: {PROTOCOL!r}")
     wanted = {key: str(value) for key, value in asdict(expected).items()}
     for key, value in wanted.items():
         if metadata.get(key) != value:

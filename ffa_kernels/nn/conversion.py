@@ -61,7 +61,8 @@ def convert(
             the model is then unchanged.
     """
     check_adapter(r, alpha, dropout, init)
-    modules = dict(model.named_modules())
+    # With every name of a layer that has several: all of them must become the one new layer.
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():
         if isinstance(module, FFALinear):
             raise ConfigError(
@@ -72,43 +73,47 @@ def convert(
     saved = _names("modules_to_save", modules_to_save, modules)
     if not targets:
         raise ConfigError("target_modules is empty; accepted: at least one name")
-    adapted: dict[str, FFALinear] = {}
+    saved_parameters = {
+        id(p) for name, m in modules.items() if _matches(name, saved) for p in m.parameters()
+    }
+    adapted: dict[nn.Module, FFALinear] = {}
     was_trained = {id(p): p.requires_grad for p in model.parameters()}
     try:
         for name, module in modules.items():
             if not _matches(name, targets):
                 continue
-            if any(_matches(name[: len(part)], saved) for part in _prefixes(name)):
+            if any(id(p) in saved_parameters for p in module.parameters()):
                 raise ConfigError(
-                    f"layer {name!r} is named by target_modules and by modules_to_save; accepted: "
-                    "one of them"
+                    f"layer {name!r} is named by target_modules and by modules_to_save, or shares "
+                    "a weight between them; accepted: one of them"
                 )
             if type(module) is not nn.Linear:
                 raise ConfigError(
                     f"target_modules names {name!r}, which is {type(module).__name__}; accepted: "
                     "torch.nn.Linear"
                 )
-            adapted[name] = FFALinear.from_linear(
-                module, r, alpha, init=init, seed=seed, layer=name, dropout=dropout
-            )
+            if name == "":
+                raise ConfigError(
+                    "target_modules names the model itself; accepted: layers inside it "
+                    "(FFALinear.from_linear() adapts a layer alone)"
+                )
+            if module not in adapted:
+                adapted[module] = FFALinear.from_linear(
+                    module, r, alpha, init=init, seed=seed, layer=name, dropout=dropout
+                )
     except BaseException:
         for p in model.parameters():
             p.requires_grad_(was_trained[id(p)])
         raise
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for name, layer in adapted.items():
-        _replace(model, name, layer)
     for name, module in modules.items():
+        if module in adapted:
+            _replace(model, name, adapted[module])
         if _matches(name, saved):
             for parameter in module.parameters():
                 parameter.requires_grad_(True)
     return model
-
-
-def _prefixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -125,10 +130,11 @@ def merge(model: M) -> M:
     Raises:
         ConfigError: the model has no FFALinear layer, or is itself one (use `merged()`).
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, FFALinear)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = {name: m for name, m in modules.items() if isinstance(m, FFALinear)}
     if not layers or "" in layers:
         raise ConfigError("model: accepted: a module that holds FFALinear layers")
-    plain = {name: layer.merged() for name, layer in layers.items()}
-    for name, layer in plain.items():
-        _replace(model, name, layer)
+    plain = {layer: layer.merged() for layer in set(layers.values())}
+    for name, layer in layers.items():
+        _replace(model, name, plain[layer])
     return model

@@ -15,7 +15,7 @@ from ffa_kernels.nn.record_taps import RecordTaps, tapping
 
 def check_adapter(r: object, alpha: object, dropout: object, init: object) -> None:
     """Raises ConfigError unless these are an adapter's possible settings."""
-    if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r:
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise ConfigError(f"r is {r!r}; accepted: an integer of 1 or more, the rank")
     if not isinstance(alpha, (int, float)) or not 0 < alpha < float("inf"):
         raise ConfigError(f"alpha is {alpha!r}; accepted: a positive number")
@@ -129,6 +129,10 @@ class FFALinear(nn.Module):
         # and so the same mask, when the forward is run again.
         counter = torch.randint(1 << 62, (1,), device=x.device)
         return torch.cat([self._dropout_key.to(x.device), counter])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The engine's key is secret: a pickle would write it to disk, a copy would share it.
+        return {**self.__dict__, "_dropout_key": torch.zeros(4, dtype=torch.int64)}
 
     def forward(self, x: Tensor) -> Tensor:
         """x (n, ..., d_in) to y (n, ..., d_out)."""

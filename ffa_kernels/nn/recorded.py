@@ -39,7 +39,6 @@ class _Record(torch.autograd.Function):
 class _Recorded(nn.Module):
     """What the recording subclasses share; `_plain` is the class whose forward they run."""
 
-
     _plain: type[nn.Module]
     record_taps: RecordTaps | None
 
@@ -49,7 +48,10 @@ class _Recorded(nn.Module):
 
         sampler = GradSampleModule.GRAD_SAMPLERS[self._plain]
         named = dict(self.named_parameters(recurse=False))
-        result: dict[Any, Tensor] = sampler(self, [x], g)
+        # Opacus' convolution sampler asks for the exact type.
+        plain: Any = object.__new__(self._plain)
+        object.__setattr__(plain, "__dict__", self.__dict__)
+        result: dict[Any, Tensor] = sampler(plain, [x], g)
         by_id = {id(parameter): grad for parameter, grad in result.items()}
         taps = self.record_taps
         factor = x.shape[0] if taps is not None and taps.mean_loss else 1
@@ -105,6 +107,13 @@ class RecordedEmbedding(_Recorded, nn.Embedding):
     """A trained nn.Embedding."""
 
     _plain = nn.Embedding
+
+    def grad_samples(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+        result = super().grad_samples(x, g)
+        if self.padding_idx is not None and "weight" in result:
+            # As in PyTorch's own backward, and unlike in Opacus'.
+            result["weight"][:, self.padding_idx] = 0
+        return result
 
 
 class RecordedLayerNorm(_Recorded, nn.LayerNorm):

@@ -11,6 +11,9 @@ from torch import Tensor
 from ffa_kernels.backends.dispatch import kernel
 from ffa_kernels.ops._library import define, require
 
+# Outside these the square of a norm that must be clipped would leave fp64's range.
+_SMALLEST_BOUND, _LARGEST_BOUND = 2.0**-500, 2.0**500
+
 
 def check_sums(op: str, sums: list[Tensor], max_grad_norm: list[float], count: int) -> None:
     """The sums' dtype follows from the bound: integers on the grid, fp64 where C is infinite."""
@@ -20,10 +23,11 @@ def check_sums(op: str, sums: list[Tensor], max_grad_norm: list[float], count: i
         lambda: f"{op}: {len(sums)} sums for {count} tensors; accepted: one each",
     )
     require(
-        len(max_grad_norm) in (1, count) and all(c > 0 for c in max_grad_norm),
+        len(max_grad_norm) in (1, count)
+        and all(_SMALLEST_BOUND <= c <= _LARGEST_BOUND or c == math.inf for c in max_grad_norm),
         lambda: (
-            f"{op}: max_grad_norm is {max_grad_norm}; accepted: one positive bound (flat), or "
-            f"{count}, one a tensor"
+            f"{op}: max_grad_norm is {max_grad_norm}; accepted: one bound (flat), or {count}, one "
+            f"a tensor, each from {_SMALLEST_BOUND:.1e} to {_LARGEST_BOUND:.1e}, or infinity"
         ),
     )
     for k, total in enumerate(sums):
@@ -32,7 +36,8 @@ def check_sums(op: str, sums: list[Tensor], max_grad_norm: list[float], count: i
         require(
             total.dtype == dtype and total.is_contiguous(),
             lambda k=k, total=total, dtype=dtype: (  # type: ignore[misc]
-                f"{op}: sums[{k}] is {total.dtype}; accepted: contiguous {dtype} for its bound"
+                f"{op}: sums[{k}] is {total.dtype} with strides {total.stride()}; accepted: "
+                f"contiguous {dtype} for its bound"
             ),
         )
 

@@ -9,9 +9,7 @@ from ffa_kernels.backends.dispatch import kernel
 from ffa_kernels.ops._library import check_rng_state, define, require
 
 
-def _implementation(
-    rng_state: Tensor, tensor_id: int, numel: int, dtype: torch.dtype
-) -> Tensor:
+def _implementation(rng_state: Tensor, tensor_id: int, numel: int, dtype: torch.dtype) -> Tensor:
     check_rng_state("gaussian", "rng_state", rng_state)
     require(
         0 <= tensor_id < 1 << 32,

@@ -24,20 +24,39 @@ def _check(
     dropout_state: Tensor | None,
     dropout_p: float,
 ) -> None:
+    require(
+        weight.dim() == 2 and weight.is_floating_point(),
+        lambda: (
+            f"linear: weight is {weight.dtype} {tuple(weight.shape)}; accepted: a float type, "
+            "(d_out, d_in)"
+        ),
+    )
     d_out, d_in = weight.shape
-    r = lora_A.shape[0]
     require(
         x.dim() >= 2 and x.shape[-1] == d_in,
         lambda: f"linear: x is {tuple(x.shape)}; accepted: (n, ..., {d_in}), the weight's d_in",
     )
     require(
-        tuple(lora_A.shape) == (r, d_in) and tuple(lora_B.shape) == (d_out, r),
+        bias is None or tuple(bias.shape) == (d_out,),
+        lambda: f"linear: bias is {bias}; accepted: None or ({d_out},), the weight's d_out",
+    )
+    require(
+        lora_A.dim() == 2
+        and lora_A.shape[1] == d_in
+        and tuple(lora_B.shape) == (d_out, lora_A.shape[0]),
         lambda: (
             f"linear: lora_A is {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}; accepted: "
             f"(r, {d_in}) and ({d_out}, r)"
         ),
     )
-    for name, t in (("weight", weight), ("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B)):
+    r = lora_A.shape[0]
+    for name, t in (
+        ("weight", weight),
+        ("bias", bias),
+        ("lora_A", lora_A),
+        ("lora_B", lora_B),
+        ("tap", tap),
+    ):
         require(
             t is None or t.dtype == x.dtype,
             lambda name=name, t=t: (  # type: ignore[misc]
@@ -182,9 +201,7 @@ def _autograd(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | No
     return grad_x, None, None, None, grad_B, tap_grad, None, None, None, None
 
 
-torch.library.register_autograd(
-    "ffa::linear", _autograd, setup_context=_setup_context, lib=LIBRARY
-)
+torch.library.register_autograd("ffa::linear", _autograd, setup_context=_setup_context, lib=LIBRARY)
 
 
 def linear(

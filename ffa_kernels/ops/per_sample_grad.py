@@ -11,10 +11,13 @@ from ffa_kernels.ops._library import define, require
 
 def _check(g: Tensor, h: Tensor, lora_B: Tensor | None) -> None:
     require(
-        g.dim() >= 2 and g.shape[:-1] == h.shape[:-1] and g.dtype == h.dtype,
+        g.dim() >= 2
+        and g.shape[:-1] == h.shape[:-1]
+        and g.dtype == h.dtype
+        and g.is_floating_point(),
         lambda: (
             f"per_sample_grad: g is {g.dtype} {tuple(g.shape)}, h is {h.dtype} {tuple(h.shape)}; "
-            "accepted: (n, ..., d_out) and (n, ..., r) with the same leading sizes and dtype"
+            "accepted: (n, ..., d_out) and (n, ..., r) with the same leading sizes and float type"
         ),
     )
     if lora_B is not None:

@@ -57,9 +57,32 @@ def _check(
                 f"a contiguous float tensor {tuple(total.shape)}, as its sum"
             ),
         )
+    for name, buffers in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+        for k, (buffer, param) in enumerate(zip(buffers, params, strict=False)):
+            require(
+                buffer.shape == param.shape
+                and buffer.dtype == param.dtype
+                and buffer.is_contiguous(),
+                lambda name=name, k=k, buffer=buffer, param=param: (  # type: ignore[misc]
+                    f"private_update: {name}[{k}] is {buffer.dtype} {tuple(buffer.shape)}; "
+                    f"accepted: contiguous {param.dtype} {tuple(param.shape)}, as its parameter"
+                ),
+            )
+    for k, step in enumerate(steps):
+        require(
+            step.dtype == torch.float32 and step.numel() == 1,
+            lambda k=k, step=step: (  # type: ignore[misc]
+                f"private_update: steps[{k}] is {step.dtype} {tuple(step.shape)}; accepted: a "
+                "float32 scalar"
+            ),
+        )
     require(
-        len(tensor_ids) == len(set(tensor_ids)) == count,
-        lambda: f"private_update: tensor_ids are {tensor_ids}; accepted: {count} different ones",
+        len(tensor_ids) == len(set(tensor_ids)) == count
+        and all(0 <= i < 1 << 32 for i in tensor_ids),
+        lambda: (
+            f"private_update: tensor_ids are {tensor_ids}; accepted: {count} different ones from "
+            "0 to 2^32 - 1"
+        ),
     )
     require(
         hyper.dtype == torch.float64 and tuple(hyper.shape) == (count, 5),
@@ -77,7 +100,7 @@ def _check(
         lambda: "private_update: noise needs a finite max_grad_norm, given infinity",
     )
     require(
-        expected_batch_size > 0,
+        math.isfinite(expected_batch_size) and expected_batch_size > 0,
         lambda: f"private_update: expected_batch_size is {expected_batch_size}; accepted: above 0",
     )
 
@@ -188,19 +211,20 @@ def private_update(
     """
     # The in-place writes happen below autograd: its version counters are told here.
     torch.autograd.graph.increment_version(list(params))
-    _op(
-        list(params),
-        list(sums),
-        list(exp_avgs),
-        list(exp_avg_sqs),
-        list(steps),
-        rng_state,
-        hyper,
-        list(tensor_ids),
-        list(max_grad_norm),
-        noise_multiplier,
-        expected_batch_size,
-        optimizer,
-        nesterov,
-        maximize,
-    )
+    with torch.no_grad():
+        _op(
+            list(params),
+            list(sums),
+            list(exp_avgs),
+            list(exp_avg_sqs),
+            list(steps),
+            rng_state,
+            hyper,
+            list(tensor_ids),
+            list(max_grad_norm),
+            noise_multiplier,
+            expected_batch_size,
+            optimizer,
+            nesterov,
+            maximize,
+        )

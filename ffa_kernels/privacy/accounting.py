@@ -122,9 +122,7 @@ def noise_multiplier_for(
         )
 
     def total(noise_multiplier: float) -> float:
-        return epsilon(
-            [*history, (noise_multiplier, sample_rate, steps)], target_delta, accountant
-        )
+        return epsilon([*history, (noise_multiplier, sample_rate, steps)], target_delta, accountant)
 
     high = 1.0
     while total(high) > target_epsilon:

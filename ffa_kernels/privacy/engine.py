@@ -15,6 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from ffa_kernels.backends.grid import grid_size
 from ffa_kernels.errors import ConfigError, PrivacyError
 from ffa_kernels.nn.linear import FFALinear
 from ffa_kernels.nn.record_taps import RecordTaps
@@ -120,11 +121,11 @@ class PrivacyEngine:
                 "the number of records"
             )
         if not self.ledger.private:
-            raise PrivacyError("the ledger holds steps whose noise was seeded: its total is not "
-                               "private, and cannot be held to target_epsilon")
-        sample_rate, steps = _rate_and_steps(
-            loader, records, options.get("poisson_sampling", True)
-        )
+            raise PrivacyError(
+                "the ledger holds steps whose noise was seeded: its total is not "
+                "private, and cannot be held to target_epsilon"
+            )
+        sample_rate, steps = _rate_and_steps(loader, records, options.get("poisson_sampling", True))
         noise_multiplier = noise_multiplier_for(
             target_epsilon,
             target_delta,
@@ -248,6 +249,13 @@ def _check_model(module: nn.Module) -> None:
                 f"layer {name!r} is {type(layer).__name__}, which mixes records: no record's "
                 "gradient is its own; accepted: GroupNorm, LayerNorm or RMSNorm in its place"
             )
+        if getattr(layer, "max_norm", None) is not None and isinstance(
+            layer, (nn.Embedding, nn.EmbeddingBag)
+        ):
+            raise PrivacyError(
+                f"layer {name!r} has max_norm, which rewrites in the forward pass the rows that a "
+                "batch uses, without noise; accepted: max_norm=None"
+            )
 
 
 def _check_trained(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
@@ -276,7 +284,12 @@ def _check_trained(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Para
             if not p.requires_grad:
                 continue
             adapter = isinstance(layer, FFALinear) and local == "lora_B"
-            recordable = type(layer) in RECORDED or is_recorded(layer)
+            # Opacus' convolution samplers know no other padding; weight_norm's pairs have no tap.
+            recordable = (
+                (type(layer) in RECORDED or is_recorded(layer))
+                and getattr(layer, "padding_mode", "zeros") == "zeros"
+                and local in ("weight", "bias")
+            )
             if not adapter and not recordable:
                 refused.append(f"{name}.{local} ({type(layer).__name__})".lstrip("."))
     if refused:
@@ -305,6 +318,14 @@ def _bounds(
         raise ConfigError(f"max_grad_norm is {max_grad_norm!r}; accepted: above 0")
     if noise_multiplier > 0 and not all(map(math.isfinite, bounds)):
         raise ConfigError("max_grad_norm is infinite; accepted with noise: a finite bound")
+    noise_std = noise_multiplier * math.sqrt(sum(c * c for c in bounds)) if noise_multiplier else 0
+    for c in filter(math.isfinite, bounds):
+        # A Gaussian here stays below 8.6 sigma; on its tensor's grid it must fit in 64 bits.
+        if not (2.0**-500 <= c <= 2.0**500 and noise_std < 2.0**58 * grid_size(c)):
+            raise ConfigError(
+                f"max_grad_norm {c:g} with noise of standard deviation {noise_std:g} does not fit "
+                "the 64-bit sum; accepted: bounds from 2^-500 to 2^500, noise up to 2^25 times each"
+            )
     return bounds
 
 
@@ -334,6 +355,9 @@ def _rate_and_steps(
 def _attach(module: nn.Module, trained: dict[str, nn.Parameter], mean_loss: bool) -> list[Trained]:
     """Makes every layer with trained tensors record them."""
     holders: dict[int, list[tuple[RecordTaps, str]]] = {id(p): [] for p in trained.values()}
+    for p in module.parameters():
+        # Frozen ones too: an optimizer steps whatever has a gradient, a stale one as well.
+        p.grad = None
     for name, layer in module.named_modules():
         local = [(n, p) for n, p in layer.named_parameters(recurse=False) if id(p) in holders]
         if not local:
@@ -345,7 +369,6 @@ def _attach(module: nn.Module, trained: dict[str, nn.Parameter], mean_loss: bool
         taps = RecordTaps(name, mean_loss)
         layer.record_taps = taps
         for parameter_name, parameter in local:
-            parameter.grad = None
             holders[id(parameter)].append((taps, parameter_name))
     return [Trained(name, p, tuple(holders[id(p)])) for name, p in trained.items()]
 

@@ -58,18 +58,31 @@ class Ledger:
         try:
             self._read(path)
         except BaseException:
-            self._file.close()
+            self.close()
             raise
+        # A file that is new must survive a crash as its lines do.
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
     def _read(self, path: Path) -> None:
         self._file.seek(0)
         content: bytes = self._file.read()
         whole, _, torn = content.rpartition(b"\n")
+        unended = b"}" in torn
+        if unended:
+            # Complete but for its newline: to be read as it stands, or found to be damaged.
+            whole, torn = content, b""
         lines = whole.split(b"\n") if whole else []
         last: dict[str, Any] | None = None
         for number, line in enumerate(lines, start=1):
             last = self._parse(path, number, line)
             self._apply(last)
+        if unended:
+            self._file.write(b"\n")
+            self._file.flush()
         if not lines and not torn:
             self._write({"format": _FORMAT})
             return
@@ -169,7 +182,10 @@ class Ledger:
 
     def close(self) -> None:
         """Gives the file's lock back; charging afterwards is an error."""
-        if self._file is not None:
+        if self._file is not None and not self._file.closed:
+            if os.getpid() == self._pid:
+                # Closing alone would leave the lock with forked children, data workers say.
+                fcntl.flock(self._file, fcntl.LOCK_UN)
             self._file.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:

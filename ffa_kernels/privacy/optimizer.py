@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from ffa_kernels.errors import PrivacyError
 from ffa_kernels.privacy.step import PrivateStep
 
-_SHARED_FLAGS = ("nesterov", "maximize")
+_SHARED_FLAGS = ("nesterov", "maximize", "decoupled_weight_decay")
 
 
 class PrivateOptimizer(Optimizer):
@@ -83,9 +84,22 @@ class PrivateOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._refuse_strays()
         if self.private_step.accumulate():
             self._release()
         return loss
+
+    def _refuse_strays(self) -> None:
+        trained = {id(t.parameter) for t in self.private_step.trained}
+        held = [p for group in self.param_groups for p in group["params"]]
+        strays = [tuple(p.shape) for p in held if id(p) not in trained and p.grad is not None]
+        if strays:
+            self.private_step.abandon()
+            raise PrivacyError(
+                f"the optimizer holds gradients, summed over records, of {len(strays)} tensors "
+                f"that were frozen in make_private (shapes {strays[:3]}): call make_private again "
+                "after unfreezing"
+            )
 
     def _fused_kind(self, groups: list[dict[str, Any]]) -> str:
         kind = {SGD: "sgd", Adam: "adam", AdamW: "adamw"}.get(type(self.original_optimizer))
@@ -97,15 +111,18 @@ class PrivateOptimizer(Optimizer):
         # SGD without momentum in one group and with it in another has no common buffer list.
         momenta = {group.get("momentum", 0) == 0 for group in groups}
         plain = all(not group.get("amsgrad", False) for group in groups)
-        return kind if kind and shared and plain and len(momenta) == 1 else "none"
+        if not (kind and shared and plain and len(momenta) == 1):
+            return "none"
+        # Adam's own flag makes it AdamW.
+        return "adamw" if groups[0].get("decoupled_weight_decay", False) else kind
 
     def _release(self) -> None:
         by_id = {id(p): group for group in self.param_groups for p in group["params"]}
         params = [t.parameter for t in self.private_step.trained]
         groups = [by_id[id(p)] for p in params]
         kind = self._fused_kind(groups)
-        hyper = torch.tensor([_hyper(g) for g in groups], dtype=torch.float64)
         if kind == "none":
+            hyper = torch.zeros(len(params), 5, dtype=torch.float64)
             grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in params]
             self.private_step.release(grads, [], [], [], hyper, kind)
             for p, grad in zip(params, grads, strict=True):
@@ -114,6 +131,7 @@ class PrivateOptimizer(Optimizer):
             for p in params:
                 p.grad = None
             return
+        hyper = torch.tensor([_hyper(g) for g in groups], dtype=torch.float64)
         exp_avgs: list[Tensor] = []
         exp_avg_sqs: list[Tensor] = []
         steps: list[Tensor] = []

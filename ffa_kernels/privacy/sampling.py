@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from ffa_kernels.errors import ConfigError
+from ffa_kernels.errors import ConfigError, PrivacyError
 from ffa_kernels.ops import chacha20
 from ffa_kernels.privacy.keys import SecretStream
 
@@ -40,9 +40,7 @@ class PoissonSampler(Sampler[list[int]]):
         stream: the secret stream that is drawn from.
     """
 
-    def __init__(
-        self, records: int, sample_rate: float, steps: int, stream: SecretStream
-    ) -> None:
+    def __init__(self, records: int, sample_rate: float, steps: int, stream: SecretStream) -> None:
         self.records, self.sample_rate, self.steps = records, sample_rate, steps
         self.stream = stream
 
@@ -62,8 +60,8 @@ class PoissonSampler(Sampler[list[int]]):
 class _PhysicalBatches(Sampler[list[int]]):
     """Cuts logical batches into physical ones, and notes a Piece for each."""
 
-    def __init__(self, logical: Any, physical_size: int | None) -> None:
-        self.logical, self.physical_size = logical, physical_size
+    def __init__(self, logical: Any, physical_size: int | None, records: int) -> None:
+        self.logical, self.physical_size, self.records = logical, physical_size, records
         self.pieces: deque[Piece] = deque()
 
     def __len__(self) -> int:
@@ -75,6 +73,12 @@ class _PhysicalBatches(Sampler[list[int]]):
 
     def _cut(self, pieces: deque[Piece]) -> Iterator[list[int]]:
         for indices in self.logical:
+            if len({int(i) % self.records for i in indices}) < len(indices):
+                raise PrivacyError(
+                    "the data_loader's sampler drew a record twice in one batch, which doubles "
+                    "what that record can change; accepted: poisson_sampling=True, or a sampler "
+                    "without replacement"
+                )
             # Padding repeats record 0, a valid input; its gradient is left out by selection.
             size = self.physical_size or max(len(indices), 1)
             starts = range(0, max(len(indices), 1), size)
@@ -103,7 +107,8 @@ class PrivateDataLoader(DataLoader[Any]):
         physical_size: int | None,
         announce: Callable[[Piece], None],
     ) -> None:
-        self._physical = _PhysicalBatches(logical, physical_size)
+        dataset: Any = loader.dataset
+        self._physical = _PhysicalBatches(logical, physical_size, len(dataset))
         self._announce = announce
         workers: dict[str, Any] = {}
         if loader.num_workers > 0:

@@ -7,6 +7,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +148,7 @@ class PrivateStep:
             return
         grad, tap.grad = tap.grad, None
         if k in self._clipped:
-            self._abandon()
+            self.abandon()
             raise PrivacyError(
                 f"{trained.name}: a second gradient in one batch, after the first was clipped and "
                 "freed (a layer used in several checkpointed segments, or a second backward): "
@@ -171,15 +172,22 @@ class PrivateStep:
             for record_taps, name in t.holders:
                 record_taps.taps.pop(name, None)
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
+        """Forgets the draw under way, the sum of its earlier pieces included."""
         self._end_batch()
         for total in self._sums:
             total.zero_()
 
     def detach(self) -> None:
         """Ends this step's life: the model belongs to another engine from now on."""
-        self._abandon()
+        self.abandon()
         self.detached = True
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise PrivacyError(
+            "a private step holds the noise's key and cannot be copied or pickled; save "
+            "optimizer.state_dict(), and call make_private on the copy's own model"
+        )
 
     def accumulate(self) -> bool:
         """Clips the batch's gradients, adds them; True when the draw is whole.
@@ -196,7 +204,7 @@ class PrivateStep:
             )
         for t in self.trained:
             if t.parameter.grad is not None:
-                self._abandon()
+                self.abandon()
                 raise PrivacyError(
                     f"{t.name}: its gradient came to .grad, summed over records: the tensor is "
                     "used outside the layer that owns it, so records cannot be clipped"
@@ -235,23 +243,28 @@ class PrivateStep:
         """Charges the ledger, then adds noise and updates `params`; see `ops.private_update`."""
         self._charge()
         self.steps += 1
-        with torch.no_grad():
-            ops.private_update(
-                params,
-                self._sums,
-                exp_avgs,
-                exp_avg_sqs,
-                steps,
-                self._noise_state,
-                hyper,
-                tensor_ids=list(range(len(self.trained))),
-                max_grad_norm=list(self.mechanism.max_grad_norm),
-                noise_multiplier=self.mechanism.noise_multiplier,
-                expected_batch_size=self.mechanism.expected_batch_size,
-                optimizer=optimizer,
-                nesterov=nesterov,
-                maximize=maximize,
-            )
+        drawn = int(self._noise_state[4])
+        try:
+            with torch.no_grad():
+                ops.private_update(
+                    params,
+                    self._sums,
+                    exp_avgs,
+                    exp_avg_sqs,
+                    steps,
+                    self._noise_state,
+                    hyper,
+                    tensor_ids=list(range(len(self.trained))),
+                    max_grad_norm=list(self.mechanism.max_grad_norm),
+                    noise_multiplier=self.mechanism.noise_multiplier,
+                    expected_batch_size=self.mechanism.expected_batch_size,
+                    optimizer=optimizer,
+                    nesterov=nesterov,
+                    maximize=maximize,
+                )
+        finally:
+            # Interrupted halfway, some tensors have shown this step's noise: never draw it again.
+            self._noise_state[4] = drawn + 1
 
 
 def _arrived(step_ref: weakref.ref[PrivateStep], k: int, tap: Tensor) -> None:

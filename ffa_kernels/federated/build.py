@@ -1,0 +1,104 @@
+"""The model that every site begins with: a base with a head, adapted by the configured method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ffa_kernels.errors import ConfigError
+from ffa_kernels.federated.config import Config, Model
+from ffa_kernels.nn import convert
+
+
+def build(config: Config) -> tuple[nn.Module, Any]:
+    """(adapted model, its tokenizer), the same in every process with the same configuration.
+
+    Raises:
+        ConfigError: a model that cannot be loaded, or names that it does not have.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.federation.seed)
+        model, tokenizer = _base(config.model)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                # Its masks come from torch's generator: one record more would shift all others'.
+                # LoRA dropout (config.model.dropout) is keyed by the privacy engine.
+                module.p = 0.0
+        if config.federation.method == "ffa":
+            _convert(model, config)
+        else:
+            _add_lora(model, config)
+    return model, tokenizer
+
+
+def _base(config: Model) -> tuple[nn.Module, Any]:
+    if config.kind == "minilm":
+        from ffa_kernels.federated.models import build_minilm_classifier
+
+        model, tokenizer = build_minilm_classifier(config.classes)
+        return model, tokenizer
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.kind, local_files_only=True)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            config.kind, num_labels=config.classes, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"[model] kind: {config.kind} does not load as a sequence classifier ({error}); "
+            "accepted: a folder with config, weights and tokenizer"
+        ) from error
+    return model, tokenizer
+
+
+def _convert(model: nn.Module, config: Config) -> None:
+    adapter = config.model
+    convert(
+        model,
+        r=adapter.r,
+        alpha=adapter.alpha,
+        target_modules=adapter.target_modules,
+        init=adapter.init,
+        seed=config.federation.seed,
+        dropout=adapter.dropout,
+        modules_to_save=adapter.modules_to_save,
+    )
+
+
+def _add_lora(model: nn.Module, config: Config) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    adapter = config.model
+    if adapter.dropout:
+        raise ConfigError(
+            f"[model] dropout: got {adapter.dropout} with method = 'lora', whose masks are not "
+            "secret; accepted: 0, or method = 'ffa'"
+        )
+    modules = dict(model.named_modules())
+    for key in ("target_modules", "modules_to_save"):
+        names: Sequence[str] = getattr(adapter, key)
+        for name in names:
+            if not any(_ends_with(full, name) for full in modules):
+                raise ConfigError(f"[model] {key}: the model has no module {name!r}")
+    saved = [m for n, m in modules.items() for s in adapter.modules_to_save if _ends_with(n, s)]
+    settings = LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        target_modules=list(adapter.target_modules),
+    )
+    try:
+        inject_adapter_in_model(settings, model)
+    except ValueError as error:
+        raise ConfigError(f"[model] target_modules: {error}") from error
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    for module in saved:
+        module.requires_grad_(True)
+
+
+def _ends_with(full: str, name: str) -> bool:
+    return full == name or full.endswith("." + name)

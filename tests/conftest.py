@@ -1,0 +1,59 @@
+"""What every test runs under: no network, few threads, poisoned memory, one backend or each."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+from ffa_kernels.backends import native
+from ffa_kernels.backends.dispatch import use_backend
+
+# transformers reads these when it is imported, which only tests do.
+for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ[variable] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
+
+# Derandomised: a red run must be red again for whoever looks into it.
+hypothesis.settings.register_profile(
+    "ffa",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=25,
+    # The fixtures used with @given (the backend) do not change between examples.
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("ffa")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty comes filled with NaN (integers: the largest), so that a hole is seen."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def few_threads():
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    """The name of a backend, forced for the whole test."""
+    if request.param == "cpu" and not native.available("cpu"):
+        pytest.skip(f"cpu backend: {native.describe()['cpu']['reason']}")
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def compiled():
+    """Skips where the compiled CPU library is missing."""
+    if not native.available("cpu"):
+        pytest.skip(f"cpu backend: {native.describe()['cpu']['reason']}")

@@ -1,0 +1,694 @@
+"""PrivacyEngine as its user meets it: an ordinary loop, ordinary optimizers, clear refusals."""
+
+import copy
+import inspect
+import io
+import math
+import pickle
+
+import opacus
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import ffa_kernels as ffa
+from ffa_kernels.errors import ConfigError, PrivacyError
+from ffa_kernels.privacy import PrivacyEngine
+
+WIDTH, CLASSES = 6, 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Body(nn.Module):
+    def __init__(self, extra=None):
+        super().__init__()
+        self.body = nn.Linear(WIDTH, WIDTH)
+        self.extra = extra or nn.Identity()
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.extra(self.body(x).tanh()))
+
+
+def converted(dropout=0.0):
+    torch.manual_seed(0)
+    model = ffa.convert(
+        Body(), r=2, target_modules=["body"], modules_to_save=["head"], dropout=dropout
+    )
+    nn.init.normal_(model.body.lora_B, std=0.1)
+    return model
+
+
+def data(n=12):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, WIDTH, generator=generator)
+    return TensorDataset(x, torch.randint(CLASSES, (n,), generator=generator))
+
+
+def loader_of(n=12, batch_size=12, **options):
+    return DataLoader(data(n), batch_size=batch_size, **options)
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def sgd(model, **options):
+    return torch.optim.SGD(trained(model), **{"lr": 0.1, **options})
+
+
+def private(model, optimizer=None, loader=None, engine=None, **options):
+    options = {
+        "noise_multiplier": 0.0,
+        "max_grad_norm": math.inf,
+        "poisson_sampling": False,
+        **options,
+    }
+    return (engine or PrivacyEngine()).make_private(
+        module=model,
+        optimizer=optimizer or sgd(model),
+        data_loader=loader or loader_of(),
+        **options,
+    )
+
+
+def loss_of(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def train(model, optimizer, loader, epochs=1):
+    for _ in range(epochs):
+        for batch in loader:
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+
+
+# One import changes.
+
+
+def test_names_and_defaults_are_those_of_opacus():
+    for name in ("make_private", "make_private_with_epsilon", "get_epsilon"):
+        ours = inspect.signature(getattr(PrivacyEngine, name)).parameters
+        theirs = inspect.signature(getattr(opacus.PrivacyEngine, name)).parameters
+        needed = {n for n, p in theirs.items() if p.default is p.empty and n != "kwargs"}
+        assert needed <= ours.keys(), name
+        for n in needed:
+            assert ours[n].default is inspect.Parameter.empty, (name, n)
+    default = inspect.signature(PrivacyEngine.make_private).parameters
+    assert default["poisson_sampling"].default is True
+    assert default["clipping"].default == "flat"
+    assert default["loss_reduction"].default == "mean"
+    accountant = inspect.signature(PrivacyEngine).parameters["accountant"].default
+    assert accountant == inspect.signature(opacus.PrivacyEngine).parameters["accountant"].default
+
+
+@pytest.mark.parametrize("home", [opacus, ffa])
+def test_one_loop_serves_both(home):
+    torch.manual_seed(0)
+    model = Body()
+    engine = home.PrivacyEngine(accountant="rdp")
+    model, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=loader_of(batch_size=4),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    batches = 0
+    for x, y in loader:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        batches += 1
+    assert batches == len(loader) == 3
+    assert engine.get_epsilon(delta=1e-5) == pytest.approx(12.75, rel=0.3)
+    assert all((a != b).any() for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_same_object_and_same_names():
+    model = converted()
+    names = list(model.state_dict())
+    parameters = dict(model.named_parameters())
+    returned, optimizer, loader = private(model)
+    assert returned is model
+    assert list(model.state_dict()) == names
+    assert all(model.get_parameter(n) is p for n, p in parameters.items())
+    assert isinstance(model.head, nn.Linear) and isinstance(optimizer, torch.optim.Optimizer)
+    assert isinstance(loader, DataLoader)
+    assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
+    fresh = converted()
+    fresh.load_state_dict(model.state_dict())
+
+
+def test_grad_sample_has_a_row_for_each_record_and_grad_stays_none():
+    model, optimizer, loader = private(converted())
+    for batch in loader:
+        loss_of(model, batch).backward()
+        for p in trained(model):
+            assert p.grad_sample.shape == (12, *p.shape)
+            assert p.grad is None
+        optimizer.step()
+        assert all(p.grad is None and p.grad_sample is None for p in trained(model))
+
+
+# Refusals, with nothing half done.
+
+
+def state_of(model):
+    return [
+        (n, type(m), [(k, p, p.requires_grad, p.grad) for k, p in m.named_parameters()])
+        for n, m in model.named_modules()
+    ]
+
+
+def assert_untouched(model, before):
+    for (name, kind, held), (now_name, now_kind, now_held) in zip(
+        before, state_of(model), strict=True
+    ):
+        assert (name, kind) == (now_name, now_kind)
+        for (k, p, needed, grad), (now_k, now_p, now_needed, now_grad) in zip(
+            held, now_held, strict=True
+        ):
+            assert k == now_k and p is now_p and needed == now_needed and grad is now_grad
+    assert not hasattr(model, "_private_step")
+
+
+class RawParameter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x):
+        return x * self.gate
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+    def forward(self, x):
+        x = x.unsqueeze(1)
+        return self.attention(x, x, x)[0].squeeze(1)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (nn.BatchNorm1d(WIDTH), r"'extra' is BatchNorm1d.*GroupNorm"),
+        (nn.BatchNorm1d(WIDTH, affine=False), r"'extra' is BatchNorm1d"),
+        (nn.SyncBatchNorm(WIDTH), r"'extra' is SyncBatchNorm"),
+        (nn.InstanceNorm1d(WIDTH, track_running_stats=True), r"'extra' is InstanceNorm1d"),
+        (nn.Embedding(5, WIDTH, max_norm=1.0), r"'extra' has max_norm"),
+        (RawParameter(), r"extra\.gate \(RawParameter\)"),
+        (Attention(), r"extra\.attention\.in_proj_weight \(MultiheadAttention\)"),
+        (nn.GRU(WIDTH, WIDTH), r"extra\.weight_ih_l0 \(GRU\)"),
+        (nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular"), r"extra\.weight \(Conv1d\)"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH)), r"extra\.param"),
+    ],
+)
+def test_a_model_that_cannot_be_private_is_refused_untouched(extra, message):
+    model = Body(extra)
+    model.body.weight.grad = torch.ones_like(model.body.weight)
+    before = state_of(model)
+    with pytest.raises(PrivacyError, match=message):
+        private(model)
+    assert_untouched(model, before)
+
+
+def test_what_is_refused_when_trained_is_accepted_when_frozen():
+    for extra in (RawParameter(), Attention()):
+        model = Body(extra.requires_grad_(False))
+        _, optimizer, loader = private(model)
+        train(model, optimizer, loader)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"noise_multiplier": -1.0}, "noise_multiplier"),
+        ({"noise_multiplier": math.nan}, "noise_multiplier"),
+        ({"noise_multiplier": 1.0}, "max_grad_norm is infinite"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm"),
+        ({"max_grad_norm": [1.0, 1.0, 1.0]}, "max_grad_norm has 3 bounds"),
+        ({"max_grad_norm": [1.0], "clipping": "per_layer"}, "max_grad_norm has 1 bounds"),
+        ({"clipping": "adaptive"}, "clipping.*flat, per_layer"),
+        ({"loss_reduction": "none"}, "loss_reduction.*mean, sum"),
+        ({"max_physical_batch_size": 0}, "max_physical_batch_size"),
+        ({"max_physical_batch_size": 2.5}, "max_physical_batch_size"),
+    ],
+)
+def test_bad_arguments_are_named_and_change_nothing(options, message):
+    model = converted()
+    before = state_of(model)
+    with pytest.raises(ConfigError, match=message):
+        private(model, **options)
+    assert_untouched(model, before)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from data()
+
+
+def test_data_loaders_that_cannot_be_sampled_are_refused():
+    model = converted()
+    before = state_of(model)
+    cases = [
+        (DataLoader(Stream(), batch_size=4), "stream"),
+        (loader_of(3, batch_size=8), "batch size is 8, but there are 3 records"),
+        (DataLoader(data(), batch_size=None), "no batch size"),
+        ([1, 2, 3], "data_loader is list"),
+    ]
+    for loader, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            private(model, loader=loader)
+        with pytest.raises(ConfigError, match=message):
+            private(model, loader=loader, poisson_sampling=True)
+    assert_untouched(model, before)
+    _, _, used = private(model)
+    with pytest.raises(ConfigError, match="private already"):
+        private(model, loader=used)
+
+
+def test_three_records_can_be_trained_on():
+    model, optimizer, loader = private(converted(), loader=loader_of(3, batch_size=3))
+    train(model, optimizer, loader)
+
+
+def test_optimizer_and_model_must_fit():
+    model = converted()
+    before = state_of(model)
+    lacking = torch.optim.SGD([model.body.lora_B, model.head.weight], lr=0.1)
+    with pytest.raises(ConfigError, match=r"lacks head\.bias"):
+        private(model, lacking)
+    foreign = torch.optim.SGD([*trained(model), nn.Parameter(torch.ones(2))], lr=0.1)
+    with pytest.raises(ConfigError, match="1 tensors that are not the module's"):
+        private(model, foreign)
+    with pytest.raises(ConfigError, match="trains nothing"):
+        private(Body().requires_grad_(False), foreign)
+    assert_untouched(model, before)
+    _, optimizer, _ = private(model)
+    with pytest.raises(ConfigError, match="PrivateOptimizer"):
+        private(model, optimizer)
+    with pytest.raises(NotImplementedError, match="add_param_group"):
+        optimizer.add_param_group({"params": []})
+
+
+# Steps out of order.
+
+
+def test_step_without_backward():
+    model, optimizer, loader = private(converted())
+    for batch in loader:
+        with pytest.raises(PrivacyError, match="without gradients"):
+            optimizer.step()
+        loss_of(model, batch).backward()
+        optimizer.zero_grad()
+        with pytest.raises(PrivacyError, match="without gradients"):
+            optimizer.step()
+
+
+def test_a_batch_that_no_loader_announced():
+    engine = PrivacyEngine()
+    model, optimizer, _ = private(converted(), engine=engine)
+    batch = data().tensors
+    with pytest.raises(PrivacyError, match=r"'body'.*no batch is under way"):
+        loss_of(model, batch)
+    with pytest.raises(PrivacyError, match="without a batch"):
+        optimizer.step()
+    assert engine.ledger.history == []
+
+
+def test_two_steps_on_one_batch_release_once():
+    engine = PrivacyEngine()
+    model, optimizer, loader = private(converted(), engine=engine)
+    for batch in loader:
+        loss_of(model, batch).backward()
+        optimizer.step()
+        with pytest.raises(PrivacyError, match="without a batch"):
+            optimizer.step()
+        with pytest.raises(PrivacyError, match="no batch is under way"):
+            loss_of(model, batch)
+    assert engine.ledger.history == [(0.0, 1.0, 1)]
+
+
+def test_a_skipped_step_is_noticed():
+    model, _, loader = private(converted(), loader=loader_of(batch_size=4))
+    batches = iter(loader)
+    loss_of(model, next(batches)).backward()
+    with pytest.raises(PrivacyError, match="last one are still there"):
+        next(batches)
+
+
+def test_a_batch_of_another_size_is_refused():
+    model, _, loader = private(converted(), loader=loader_of(batch_size=4))
+    for x, y in loader:
+        with pytest.raises(PrivacyError, match="batch has 4 records"):
+            loss_of(model, (torch.cat([x, x]), torch.cat([y, y])))
+
+
+def test_eval_mode_and_no_grad_are_plain():
+    model = converted()
+    plain = copy.deepcopy(model).eval()
+    engine = PrivacyEngine()
+    model, optimizer, loader = private(model, engine=engine)
+    x, y = data().tensors
+    model.eval()
+    torch.testing.assert_close(model(x), plain(x))
+    # A gradient made in eval mode is summed over records: it must not be stepped with.
+    next(iter(loader))
+    loss_of(model, (x, y)).backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PrivacyError, match=r"summed over records"):
+        optimizer.step()
+    assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
+    model.train()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x))
+    assert engine.ledger.history == []
+
+
+@pytest.mark.parametrize("frozen_part", ["body", "head"])
+def test_a_layer_left_in_eval_mode_gives_no_summed_gradient(frozen_part):
+    model, optimizer, loader = private(converted())
+    model.get_submodule(frozen_part).eval()
+    before = copy.deepcopy(model.state_dict())
+    for batch in loader:
+        loss_of(model, batch).backward()
+        with pytest.raises(PrivacyError, match=frozen_part):
+            optimizer.step()
+    assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
+
+
+def test_second_make_private_retires_the_first():
+    model = converted()
+    optimizer = sgd(model)
+    _, old_optimizer, old_loader = private(model, optimizer)
+    _, new_optimizer, new_loader = private(model, optimizer)
+    with pytest.raises(PrivacyError, match="made private again"):
+        next(iter(old_loader))
+    with pytest.raises(PrivacyError, match="made private again"):
+        old_optimizer.step()
+    before = model.head.weight.detach().clone()
+    train(model, new_optimizer, new_loader)
+    assert not torch.equal(before, model.head.weight)
+
+
+def test_frozen_after_a_first_engine_is_frozen():
+    model = converted()
+    private(model)
+    model.head.requires_grad_(False)
+    _, optimizer, loader = private(model)
+    head = model.head.weight.detach().clone()
+    B = model.body.lora_B.detach().clone()
+    train(model, optimizer, loader)
+    assert torch.equal(head, model.head.weight) and not torch.equal(B, model.body.lora_B)
+
+
+def test_a_sampler_that_repeats_a_record_within_a_batch_is_refused():
+    repeats = torch.utils.data.RandomSampler(data(2), replacement=True, num_samples=64)
+    # Two records in a batch of 2, 32 times: the chance that none repeats is 2^-32.
+    loader = DataLoader(data(2), batch_size=2, sampler=repeats)
+    model, optimizer, loader = private(converted(), loader=loader)
+    with pytest.raises(PrivacyError, match="twice in one batch"):
+        train(model, optimizer, loader)
+
+
+# Optimizers: the released gradient, then PyTorch's own arithmetic.
+
+OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, {"lr": 0.1}),
+    "momentum": (
+        torch.optim.SGD,
+        {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.01},
+    ),
+    "nesterov": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    "adam": (torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.1}),
+    "adam as adamw": (
+        torch.optim.Adam,
+        {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    ),
+    "adamw": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1, "maximize": True}),
+    "amsgrad": (torch.optim.AdamW, {"lr": 0.01, "amsgrad": True}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5}),
+    "nadam": (torch.optim.NAdam, {"lr": 0.01}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.01}),
+}
+
+
+def gradients_by_hand(model, batch, C):
+    """The clipped sum over L, from one backward a record."""
+    total = None
+    for i in range(len(batch[0])):
+        record = [t[i : i + 1] for t in batch]
+        G = torch.autograd.grad(loss_of(model, record), trained(model))
+        norm = torch.sqrt(sum(g.double().square().sum() for g in G))
+        factor = float(min(1.0, C / norm))
+        clipped = [g.double() * factor for g in G]
+        total = clipped if total is None else [a + b for a, b in zip(total, clipped, strict=True)]
+    return [t.float() / len(batch[0]) for t in total]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_equals_the_manual_computation(name):
+    kind, options = OPTIMIZERS[name]
+    C = 0.4
+    model = converted()
+    plain = copy.deepcopy(model)
+    reference = kind(trained(plain), **options)
+    _, optimizer, loader = private(
+        model, kind(trained(model), **options), loader_of(batch_size=4), max_grad_norm=C
+    )
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
+    reference_scheduler = torch.optim.lr_scheduler.StepLR(reference, step_size=2, gamma=0.5)
+    for _ in range(2):
+        for batch in loader:
+            gradients = gradients_by_hand(plain, batch, C)
+            for p, gradient in zip(trained(plain), gradients, strict=True):
+                p.grad = gradient
+            reference.step()
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+            scheduler.step()
+            reference_scheduler.step()
+    for p, q in zip(trained(model), trained(plain), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-6)
+    ours, theirs = optimizer.state_dict(), reference.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    if name != "sgd" and "SGD" not in kind.__name__:
+        assert ours["state"].keys() == theirs["state"].keys()
+        for k, state in theirs["state"].items():
+            assert ours["state"][k].keys() == state.keys()
+            for key, value in state.items():
+                torch.testing.assert_close(ours["state"][k][key], value, rtol=1e-3, atol=1e-6)
+
+
+def test_groups_with_their_own_settings():
+    def groups(model):
+        return [
+            {"params": [model.body.lora_B], "lr": 0.3},
+            {"params": list(model.head.parameters()), "lr": 0.01, "weight_decay": 0.5},
+        ]
+
+    model = converted()
+    plain = copy.deepcopy(model)
+    _, optimizer, loader = private(model, torch.optim.AdamW(groups(model)), max_grad_norm=1.0)
+    reference = torch.optim.AdamW(groups(plain))
+    for batch in loader:
+        for p, gradient in zip(trained(plain), gradients_by_hand(plain, batch, 1.0), strict=True):
+            p.grad = gradient
+        reference.step()
+        loss_of(model, batch).backward()
+        optimizer.step()
+    for p, q in zip(trained(model), trained(plain), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam", "adamw", "rmsprop"])
+def test_state_dict_round_trip_goes_on_as_if_nothing_had_happened(name):
+    kind, options = OPTIMIZERS[name]
+
+    def run(interrupted):
+        model = converted()
+        optimizer = kind(trained(model), **options)
+        _, optimizer, loader = private(model, optimizer, loader_of(batch_size=4), max_grad_norm=0.4)
+        train(model, optimizer, loader)
+        if interrupted:
+            saved = io.BytesIO()
+            torch.save((model.state_dict(), optimizer.state_dict()), saved)
+            saved.seek(0)
+            model_state, optimizer_state = torch.load(saved)
+            model = converted()
+            model.load_state_dict(model_state)
+            optimizer = kind(trained(model), **options)
+            _, optimizer, loader = private(
+                model, optimizer, loader_of(batch_size=4), max_grad_norm=0.4
+            )
+            optimizer.load_state_dict(optimizer_state)
+        train(model, optimizer, loader)
+        return model
+
+    for p, q in zip(run(False).parameters(), run(True).parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_plain_optimizers_state_can_be_taken_over():
+    model = converted()
+    adam = torch.optim.Adam(trained(model), lr=0.01)
+    loss_of(model, data().tensors).backward()
+    adam.step()
+    plain, state = copy.deepcopy(model), copy.deepcopy(adam.state_dict())
+    reference = torch.optim.Adam(trained(plain), lr=0.01)
+    reference.load_state_dict(state)
+    _, optimizer, loader = private(model, adam, max_grad_norm=math.inf)
+    train(model, optimizer, loader)
+    reference.zero_grad()
+    loss_of(plain, data().tensors).backward()
+    reference.step()
+    for p, q in zip(trained(model), trained(plain), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.5**step),
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=10),
+    ],
+)
+@pytest.mark.parametrize("before", [True, False])
+def test_schedulers_set_the_rate_that_is_used(make, before):
+    model = converted()
+    plain_optimizer = sgd(model, momentum=0.9)
+    if before:
+        scheduler = make(plain_optimizer)
+    _, optimizer, loader = private(model, plain_optimizer, loader_of(batch_size=4))
+    if not before:
+        scheduler = make(optimizer)
+    rates = []
+    for batch in loader:
+        rates.append(optimizer.param_groups[0]["lr"])
+        loss_of(model, batch).backward()
+        optimizer.step()
+        scheduler.step()
+    assert len(set(rates)) == 3
+
+
+def test_closures_are_called_once():
+    model, optimizer, loader = private(converted())
+    calls = []
+    for batch in loader:
+
+        def closure(batch=batch):
+            optimizer.zero_grad()
+            loss = loss_of(model, batch)
+            loss.backward()
+            calls.append(loss.item())
+            return loss
+
+        assert float(optimizer.step(closure)) == calls[0]
+    assert len(calls) == 1
+
+
+# Copies, pickles, compilers.
+
+
+def test_a_copy_belongs_to_no_engine():
+    model, optimizer, loader = private(converted())
+    twin = copy.deepcopy(model)
+    assert list(twin.state_dict()) == list(model.state_dict())
+    for batch in loader:
+        loss_of(model, batch).backward()
+        with pytest.raises(PrivacyError, match="no batch is under way"):
+            loss_of(twin, batch)
+        assert all(getattr(p, "grad_sample", None) is None for p in trained(twin))
+        optimizer.step()
+    assert not torch.equal(model.head.weight, twin.head.weight)
+    _, twin_optimizer, twin_loader = private(twin)
+    train(twin, twin_optimizer, twin_loader)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_pickled_model_predicts_and_can_be_made_private_again():
+    model, optimizer, loader = private(converted(dropout=0.1))
+    train(model, optimizer, loader)
+    twin = pickle.loads(pickle.dumps(model))
+    x, _ = data().tensors
+    assert torch.equal(model.eval()(x), twin.eval()(x))
+    twin.train()
+    _, optimizer, loader = private(twin)
+    train(twin, optimizer, loader)
+
+
+def test_no_key_leaves_in_a_pickle_or_a_copy():
+    engine = PrivacyEngine()
+    model, optimizer, loader = private(converted(dropout=0.1), engine=engine)
+    for batch in loader:
+        loss_of(model, batch).backward()
+        streams = [engine._noise.state, engine._sampling.state, engine._dropout.state]
+        keys = [bytes(s[i : i + 1].numpy()) for s in streams for i in range(4)]
+        keys += [bytes(model.body._dropout_key[i : i + 1].numpy()) for i in range(4)]
+        assert len(set(keys)) == 16
+        files = []
+        for thing in (model, model.state_dict(), optimizer.state_dict()):
+            saved = io.BytesIO()
+            torch.save(thing, saved)
+            files += [saved.getvalue(), pickle.dumps(thing)]
+        assert not any(key in file for key in keys for file in files)
+        assert copy.deepcopy(model).body._dropout_key.eq(0).all()
+        for action in (pickle.dumps, copy.deepcopy):
+            with pytest.raises(PrivacyError, match="key"):
+                action(optimizer)
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_torch_compile_gives_the_same_grad_samples(compiled_first):
+    """Several batches of two sizes: taps that a compiled graph had frozen in would show."""
+    torch._dynamo.reset()
+
+    def run(compiled):
+        torch.manual_seed(0)
+        model = ffa.convert(
+            Body(nn.LayerNorm(WIDTH)),
+            r=2,
+            target_modules=["body"],
+            modules_to_save=["head", "extra"],
+        )
+        nn.init.normal_(model.body.lora_B, std=0.1)
+        forward = model
+        if compiled and compiled_first:
+            forward = torch.compile(model, backend="aot_eager")
+        _, optimizer, loader = private(model, loader=loader_of(10, batch_size=4))
+        if compiled and not compiled_first:
+            forward = torch.compile(model, backend="aot_eager")
+        samples = []
+        for _ in range(2):
+            for batch in loader:
+                loss_of(forward, batch).backward()
+                samples.append([p.grad_sample.clone() for p in trained(model)])
+                optimizer.step()
+        return samples
+
+    eager, compiled = run(False), run(True)
+    assert [len(batch[0]) for batch in eager] == [4, 4, 2] * 2
+    for a, b in zip(eager, compiled, strict=True):
+        for G, H in zip(a, b, strict=True):
+            assert G.abs().max() > 0
+            torch.testing.assert_close(G, H, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,491 @@
+"""The adapted linear layer: gradients, rounding, what it saves, its dropout mask, compilation."""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import ffa_kernels as ffa
+from ffa_kernels import ops
+from ffa_kernels.errors import ConfigError
+from ffa_kernels.nn.record_taps import RecordTaps
+
+STATE = torch.tensor([101, -202, 303, -404, 2**40 + 5])
+
+
+@dataclass
+class Case:
+    """One call's inputs."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float = 0.75
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        tensors = {k: v.to(dtype) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
+
+    def op(self, x: Tensor | None = None, lora_B: Tensor | None = None, **options) -> Tensor:
+        return ops.linear(
+            self.x if x is None else x,
+            self.weight,
+            self.bias,
+            self.lora_A,
+            self.lora_B if lora_B is None else lora_B,
+            scaling=self.scaling,
+            **options,
+        )
+
+
+def make(shape=(4, 6), d_in=13, d_out=11, r=3, bias=True, dtype=torch.float64, seed=0) -> Case:
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, dtype=torch.float64).to(dtype)
+
+    generator = torch.Generator().manual_seed(seed)
+    return Case(
+        draw(*shape, d_in),
+        draw(d_out, d_in) / math.sqrt(d_in),
+        draw(d_out) if bias else None,
+        draw(r, d_in) / math.sqrt(d_in),
+        draw(d_out, r),
+    )
+
+
+def mask_of(x: Tensor, p: float, state: Tensor = STATE) -> Tensor:
+    """The dropout factor of each element of x, from the documented layout of the keystream."""
+    threshold = round(65536 * p)
+    words = ops.chacha20(state, 0, 0, -(-x.numel() // 32)).flatten().tolist()
+    halves = [half for w in words for half in (w & 0xFFFF, w >> 16 & 0xFFFF)][: x.numel()]
+    keep = torch.tensor([half >= threshold for half in halves], dtype=torch.float64)
+    return (keep / (1 - threshold / 65536)).to(x.dtype).view(x.shape)
+
+
+def stock(case: Case, x=None, lora_B=None, tap=None, mask=None) -> Tensor:
+    """The same layer in PyTorch's own operators, differentiable in x, B and tap."""
+    x = case.x if x is None else x
+    B = case.lora_B if lora_B is None else lora_B
+    h = (x if mask is None else x * mask) @ case.lora_A.t()
+    y = F.linear(x, case.weight, case.bias)
+    if tap is None:
+        return y + case.scaling * (h @ B.t())
+    rows = h.reshape(h.shape[0], math.prod(h.shape[1:-1]), h.shape[-1])
+    adapter = torch.bmm(rows, (B + tap).transpose(1, 2)).view(y.shape)
+    return y + case.scaling * adapter
+
+
+def ulp_of_largest(t: Tensor, dtype: torch.dtype) -> float:
+    largest = t.abs().max().item() if t.numel() else 0.0
+    return torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(largest)) if largest else 0.0
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3,), (2, 2), (2, 1, 2)], ids=["2-D", "3-D", "4-D"])
+def test_gradcheck_of_x_and_B(backend, shape, bias, p):
+    case = make(shape, d_in=5, d_out=3, r=2, bias=bias)
+    options = {"dropout_state": STATE, "dropout_p": p} if p else {}
+    x, B = case.x.requires_grad_(), case.lora_B.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, B: case.op(x, B, **options), (x, B))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05])
+@pytest.mark.parametrize("mean_loss", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 7), (3, 2, 4)])
+def test_tap_receives_the_gradient_of_each_record(backend, shape, mean_loss, p):
+    case = make(shape, d_in=40, d_out=77, r=8)
+    n = shape[0]
+    mask = mask_of(case.x, p) if p else None
+    options = {"dropout_state": STATE, "dropout_p": p} if p else {}
+    c = torch.randn(*shape, 77, dtype=torch.float64)
+
+    x, tap = case.x.clone().requires_grad_(), torch.zeros((), dtype=torch.float64)
+    tap = tap.expand(n, 77, 8).detach().requires_grad_()
+    B = case.lora_B.clone().requires_grad_()
+    y = case.op(x, B, tap=tap, mean_loss=mean_loss, **options)
+    (y * c).sum().backward()
+
+    x_stock = case.x.clone().requires_grad_()
+    tap_stock = torch.zeros(n, 77, 8, dtype=torch.float64, requires_grad=True)
+    y_stock = stock(case, x_stock, tap=tap_stock, mask=mask)
+    (y_stock * c).sum().backward()
+
+    factor = n if mean_loss else 1
+    torch.testing.assert_close(y, y_stock)
+    torch.testing.assert_close(x.grad, x_stock.grad)
+    torch.testing.assert_close(tap.grad, factor * tap_stock.grad)
+    assert B.grad is None
+
+    g = c.reshape(n, math.prod(shape[1:]), 77)
+    dropped = case.x if mask is None else case.x * mask
+    h = (dropped @ case.lora_A.t()).reshape(n, math.prod(shape[1:]), 8)
+    formula = torch.einsum("ntd,ntr->ndr", g, h) * case.scaling * factor
+    torch.testing.assert_close(tap.grad, formula)
+
+
+def test_calls_that_share_a_tap_add_up(backend):
+    case = make((3, 4))
+    tap = torch.zeros(3, 11, 3, dtype=torch.float64, requires_grad=True)
+    (case.op(tap=tap).sum() + 2 * case.op(2 * case.x, tap=tap).sum()).backward()
+    alone = torch.zeros(3, 11, 3, dtype=torch.float64, requires_grad=True)
+    case.op(tap=alone).sum().backward()
+    torch.testing.assert_close(tap.grad, 5 * alone.grad)
+
+
+def test_gradients_only_where_they_are_wanted(backend):
+    case = make((3, 4))
+    for name in ("weight", "bias", "lora_A"):
+        getattr(case, name).requires_grad_()
+    x = case.x.clone().requires_grad_()
+    case.op(x).sum().backward()
+    assert x.grad is not None
+    assert case.weight.grad is None and case.bias.grad is None and case.lora_A.grad is None
+    B = case.lora_B.clone().requires_grad_()
+    case.op(lora_B=B).sum().backward()
+    expected = stock(case, lora_B=(C := case.lora_B.clone().requires_grad_()))
+    expected.sum().backward()
+    torch.testing.assert_close(B.grad, C.grad)
+
+
+UGLY = [
+    ((5, 1), 33, 77, 1),
+    ((5, 7), 33, 77, 3),
+    ((5, 130), 64, 77, 64),
+    ((5,), 129, 1, 8),
+    ((1, 40), 1, 600, 5),
+    ((2, 3, 5), 65, 257, 7),
+]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape, d_in, d_out, r", UGLY)
+def test_fp32_error_is_within_twice_pytorchs_own(backend, shape, d_in, d_out, r, bias, p):
+    check_rounding(make(shape, d_in, d_out, r, bias), torch.float32, p)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05])
+@pytest.mark.parametrize("shape, d_in, d_out, r", UGLY)
+def test_bf16_error_is_within_twice_pytorchs_own(shape, d_in, d_out, r, p):
+    check_rounding(make(shape, d_in, d_out, r), torch.bfloat16, p)
+
+
+def check_rounding(case: Case, dtype: torch.dtype, p: float) -> None:
+    """y, dx, dB and G against fp64 on the same rounded inputs."""
+    case = case.to(dtype)
+    options = {"dropout_state": STATE, "dropout_p": p} if p else {}
+    n, (d_out, r) = case.x.shape[0], case.lora_B.shape
+    c = torch.randn(*case.x.shape[:-1], d_out, generator=torch.Generator().manual_seed(1))
+    c = c.to(dtype)
+
+    def results(case: Case, run) -> list[Tensor]:
+        x, B = case.x.clone().requires_grad_(), case.lora_B.clone().requires_grad_()
+        y = run(case, x, B, None)
+        dx, dB = torch.autograd.grad((y * c.to(y.dtype)).sum(), (x, B))
+        x, tap = case.x.clone().requires_grad_(), case.x.new_zeros(n, d_out, r).requires_grad_()
+        tapped_y = run(case, x, case.lora_B, tap)
+        tapped_dx, G = torch.autograd.grad((tapped_y * c.to(y.dtype)).sum(), (x, tap))
+        return [y.detach(), dx, dB, tapped_y.detach(), tapped_dx, G]
+
+    def by_op(case, x, B, tap):
+        return case.op(x, B, tap=tap, **options)
+
+    def by_pytorch(case, x, B, tap):
+        return stock(case, x, B, tap, mask_of(x, p) if p else None)
+
+    exact = results(case.to(torch.float64), by_pytorch)
+    own, ours = results(case, by_pytorch), results(case, by_op)
+    names = ("y", "dx", "dB", "y with tap", "dx with tap", "G")
+    for name, truth, theirs, mine in zip(names, exact, own, ours, strict=True):
+        assert mine.dtype == dtype and mine.shape == truth.shape
+        error = (mine.double() - truth).abs().max().item()
+        allowed = 2 * (theirs.double() - truth).abs().max().item() + ulp_of_largest(truth, dtype)
+        assert error <= allowed, f"{name}: {error} against {allowed}"
+
+
+@pytest.mark.parametrize("tapped", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.05])
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (0, 2, 3)])
+def test_an_empty_batch(backend, shape, p, tapped):
+    case = make(shape, r=2, dtype=torch.float32)
+    options = {"dropout_state": STATE, "dropout_p": p} if p else {}
+    x, B = case.x.requires_grad_(), case.lora_B.requires_grad_()
+    tap = torch.zeros(0, 11, 2, requires_grad=True) if tapped else None
+    y = case.op(x, B, tap=tap, **options)
+    assert y.shape == (*shape, 11)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    if tapped:
+        assert tap.grad.shape == (0, 11, 2)
+    else:
+        assert torch.equal(B.grad, torch.zeros(11, 2))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_inputs_need_not_be_contiguous(backend, p):
+    case = make((3, 5, 4), d_in=36, d_out=10, r=4)
+    options = {"dropout_state": STATE, "dropout_p": p} if p else {}
+    strided = replace(
+        case,
+        weight=case.weight.t().contiguous().t(),
+        bias=torch.stack([case.bias, case.bias], dim=1)[:, 0],
+        lora_A=case.lora_A.t().contiguous().t(),
+        lora_B=case.lora_B.t().contiguous().t(),
+    )
+    c = torch.randn(3, 5, 4, 10, dtype=torch.float64)
+    grads = []
+    layouts = (
+        lambda t: t.clone(),
+        lambda t: t.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+    )
+    for given, layout in ((case, layouts[0]), (strided, layouts[1])):
+        x = layout(case.x).detach().requires_grad_()
+        tap = torch.zeros(3, 10, 4, dtype=torch.float64, requires_grad=True)
+        y = given.op(x, tap=tap, **options)
+        y.backward(layout(c))
+        B = given.lora_B.detach().requires_grad_()
+        given.op(layout(case.x), B, **options).backward(layout(c))
+        grads.append((y, x.grad, tap.grad, B.grad))
+    assert not x.is_contiguous()
+    for plain, other in zip(*grads, strict=True):
+        torch.testing.assert_close(other, plain)
+
+
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_h_is_all_that_is_saved(backend, dtype, dropout, private):
+    n, T, d_in, d_out, r = 6, 31, 96, 80, 4
+    layer = ffa.FFALinear(d_in, d_out, r, dropout=dropout, dtype=dtype)
+    if private:
+        give_tap(layer, n, dtype)
+    parameters = {p.data_ptr() for p in layer.parameters()}
+    saved: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t
+        return t
+
+    x = torch.randn(n, T, d_in, dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = layer(x)
+    activations = [t for t in saved.values() if t.data_ptr() not in parameters]
+    counters = [t for t in activations if t.dtype == torch.int64]
+    assert [tuple(t.shape) for t in counters] == ([(5,)] if dropout else [])
+    floats = [t for t in activations if t.dtype != torch.int64]
+    assert [tuple(t.shape) for t in floats] == [(n, T, r)]
+    assert sum(t.untyped_storage().nbytes() for t in floats) == n * T * r * dtype.itemsize
+    y.sum().backward()
+    assert x.grad is not None
+
+
+def give_tap(layer: ffa.FFALinear, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tap in the layer, as the privacy engine places it."""
+    layer.record_taps = RecordTaps("layer", mean_loss=True)
+    zeros = torch.zeros((), dtype=dtype).expand(n, layer.out_features, layer.r)
+    layer.record_taps.taps["lora_B"] = tap = zeros.detach().requires_grad_()
+    return tap
+
+
+def drop_ones(rows: int, columns: int, p: float, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The mask's factors as forward and as backward apply them."""
+    x = torch.ones(rows, columns, dtype=torch.float64, requires_grad=True)
+    eye = torch.eye(columns, dtype=torch.float64)
+    weight = torch.zeros(columns, columns, dtype=torch.float64)
+    y = ops.linear(x, weight, None, eye, eye, dropout_state=state, dropout_p=p)
+    y.sum().backward()
+    return y.detach(), x.grad
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9, 1e-6, 1 - 1e-9])
+def test_mask_is_the_documented_one_in_forward_and_backward(backend, p):
+    forward, backward = drop_ones(37, 41, p, STATE)
+    assert torch.equal(forward, backward)
+    if p < 1 - 2**-17:
+        torch.testing.assert_close(forward, mask_of(forward, p), rtol=1e-15, atol=0)
+    else:
+        assert torch.equal(forward, torch.zeros(37, 41, dtype=torch.float64))
+
+
+def test_mask_of_many_rows_does_not_depend_on_how_the_work_is_cut(backend):
+    # More than one chunk of the CPU backend, each side of the cut at an odd number of elements.
+    forward, backward = drop_ones(9001, 19, 0.25, STATE)
+    assert torch.equal(forward, backward)
+    torch.set_num_threads(2)
+    assert torch.equal(drop_ones(9001, 19, 0.25, STATE)[0], forward)
+    torch.testing.assert_close(forward, mask_of(forward, 0.25), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_mask_keeps_the_right_fraction_without_bias(backend, p):
+    forward, _ = drop_ones(4000, 50, p, STATE)
+    count = forward.numel()
+    dropped = (forward == 0).double().mean().item()
+    assert abs(dropped - p) < 5 * math.sqrt(p * (1 - p) / count)
+    assert abs(forward.mean().item() - 1) < 5 * math.sqrt(p / (1 - p) / count)
+
+
+def test_module_dropout_changes_by_call_and_repeats_under_a_seed(backend):
+    layer = ffa.FFALinear(64, 32, r=4, dropout=0.3)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(5, 64)
+    torch.manual_seed(3)
+    first, second = layer(x), layer(x)
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    assert torch.equal(layer(x), first) and torch.equal(layer(x), second)
+    other = ffa.FFALinear.from_linear(torch.nn.Linear(64, 32), r=4, dropout=0.3)
+    other.load_state_dict(layer.state_dict())
+    other._dropout_key = torch.tensor([1, 2, 3, 4])
+    torch.manual_seed(3)
+    assert not torch.equal(other(x), first)
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    torch.testing.assert_close(layer(x), layer.merged()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_without_dropout_the_generator_is_left_alone():
+    layer = ffa.FFALinear(8, 8, r=2)
+    before = torch.get_rng_state()
+    layer(torch.randn(2, 8, generator=torch.Generator()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_changes_no_gradient(backend, use_reentrant, private):
+    layers = [ffa.FFALinear(24, 24, r=3, dropout=0.05, layer=str(i)) for i in range(2)]
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B)
+
+    def block(x: Tensor) -> Tensor:
+        return layers[1](torch.tanh(layers[0](x)))
+
+    def gradients(run) -> list[Tensor]:
+        taps = [give_tap(layer, 4) for layer in layers] if private else []
+        wanted = taps or [layer.lora_B for layer in layers]
+        for t in wanted:
+            t.grad = None
+        torch.manual_seed(11)
+        x = torch.randn(4, 5, 24, requires_grad=True)
+        run(x).square().sum().backward()
+        return [x.grad, *(t.grad for t in wanted)]
+
+    plain = gradients(block)
+    again = gradients(lambda x: checkpoint(block, x, use_reentrant=use_reentrant))
+    for a, b in zip(plain, again, strict=True):
+        assert torch.equal(a, b)
+    layers[0].dropout = layers[1].dropout = 0.0
+    assert not torch.equal(gradients(block)[0], plain[0])
+
+
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)]
+)
+@pytest.mark.parametrize("p", [0.0, 0.05])
+@pytest.mark.parametrize("tapped", [False, True])
+def test_compiled_equals_eager(tapped, p, compiler):
+    torch._dynamo.reset()
+    case = make((4, 6), dtype=torch.float32)
+    options = {"dropout_state": STATE, "dropout_p": p} if p else {}
+
+    def f(x: Tensor, B: Tensor, tap: Tensor | None) -> Tensor:
+        return torch.tanh(case.op(torch.sin(x), B, tap=tap, mean_loss=True, **options))
+
+    results = []
+    for run in (f, torch.compile(f, fullgraph=True, backend=compiler)):
+        x, B = case.x.clone().requires_grad_(), case.lora_B.clone().requires_grad_()
+        tap = torch.zeros(()).expand(4, 11, 3).detach().requires_grad_() if tapped else None
+        y = run(x, B, tap)
+        y.square().sum().backward()
+        results.append((y, x.grad, tap.grad if tapped else B.grad))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_compiled_module_equals_eager_with_dropout(private):
+    torch._dynamo.reset()
+    layer = ffa.FFALinear(16, 12, r=3, dropout=0.2)
+    torch.nn.init.normal_(layer.lora_B)
+    results = []
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        tap = give_tap(layer, 4) if private else None
+        layer.lora_B.grad = None
+        torch.manual_seed(5)
+        x = torch.randn(4, 6, 16, requires_grad=True)
+        y = run(x)
+        y.square().sum().backward()
+        results.append((y, x.grad, tap.grad if private else layer.lora_B.grad))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize(
+    "shape, bias, tapped, p",
+    [
+        ((4,), True, False, 0.0),
+        ((4, 3), False, True, 0.0),
+        ((4, 3), True, False, 0.05),
+        ((2, 3, 2), True, True, 0.05),
+    ],
+)
+def test_opcheck(backend, shape, bias, tapped, p):
+    case = make(shape, bias=bias)
+    tap = torch.zeros(shape[0], 11, 3, dtype=torch.float64, requires_grad=True) if tapped else None
+    torch.library.opcheck(
+        torch.ops.ffa.linear.default,
+        (
+            case.x.requires_grad_(),
+            case.weight,
+            case.bias,
+            case.lora_A,
+            case.lora_B.requires_grad_(not tapped),
+            tap,
+            STATE if p else None,
+            case.scaling,
+            p,
+            tapped,
+        ),
+    )
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05])
+def test_opcheck_of_backward(backend, p):
+    case = make((4, 3))
+    g, u = torch.randn(4, 3, 11).double(), torch.randn(4, 3, 3).double()
+    arguments = (g, u, case.weight, case.lora_A, STATE if p else None, 0.5, p)
+    torch.library.opcheck(torch.ops.ffa.linear_backward.default, arguments)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.zeros(13).double()}, r"x is \(13,\); accepted: \(n, ..., 13\)"),
+        ({"x": torch.zeros(4, 12).double()}, r"x is \(4, 12\); accepted: \(n, ..., 13\)"),
+        ({"x": torch.zeros(4, 13)}, "weight is torch.float64; accepted: torch.float32"),
+        ({"weight": torch.zeros(13).double()}, r"weight is torch.float64 \(13,\); accepted"),
+        ({"bias": torch.zeros(1).double()}, r"bias is .*; accepted: None or \(11,\)"),
+        ({"bias": torch.zeros(11)}, "bias is torch.float32; accepted: torch.float64"),
+        ({"lora_A": torch.zeros(()).double()}, r"lora_A is \(\) and lora_B \(11, 3\)"),
+        ({"lora_A": torch.zeros(3, 12).double()}, r"lora_A is \(3, 12\) and lora_B \(11, 3\)"),
+        ({"lora_B": torch.zeros(3, 11).double()}, r"lora_A is \(3, 13\) and lora_B \(3, 11\)"),
+        ({"tap": torch.zeros(3, 11, 3).double()}, r"tap is \(3, 11, 3\); accepted: \(4, 11, 3\)"),
+        ({"tap": torch.zeros(4, 11, 3)}, "tap is torch.float32; accepted: torch.float64"),
+        ({"dropout_state": STATE[:4]}, r"dropout_state is torch.int64 \(4,\); accepted"),
+        ({"dropout_state": STATE, "dropout_p": 1.0}, "dropout_p is 1.0; accepted: 0 <= p < 1"),
+        ({"dropout_state": STATE, "dropout_p": -0.1}, "dropout_p is -0.1; accepted"),
+    ],
+)
+def test_errors_name_the_argument(change, message):
+    case = make()
+    fields = ("x", "weight", "bias", "lora_A", "lora_B")
+    arguments = {name: getattr(case, name) for name in fields} | change
+    with pytest.raises(ConfigError, match=message):
+        ops.linear(**arguments)
