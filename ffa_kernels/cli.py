@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _federate(arguments: argparse.Namespace) -> int:
+    # Its notes on a new head and its own progress bars would tear ours apart.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from rich.console import Console
 
     from ffa_kernels.federated import config, driver

@@ -121,9 +121,7 @@ def test_nothing_escapes_a_tiny_bound(reduction):
 
     model = classifier()
     before = [p.detach().clone() for p in model.parameters()]
-    _, optimizer, loader = private(
-        model, dataset(), max_grad_norm=C, loss_reduction=reduction
-    )
+    _, optimizer, loader = private(model, dataset(), max_grad_norm=C, loss_reduction=reduction)
     steps(model, optimizer, loader, reduction)
     for old, parameter in zip(before, model.parameters(), strict=True):
         assert (parameter.detach().double() - old.double()).abs().max() <= 1e-8
@@ -136,9 +134,7 @@ def test_without_a_bound_everything_moves_as_sgd_moves_it(reduction, dtype):
     plain = copy.deepcopy(model)
     start = [p.detach().clone() for p in trained(model)]
     data = dataset(dtype=dtype)
-    _, optimizer, loader = private(
-        model, data, max_grad_norm=math.inf, loss_reduction=reduction
-    )
+    _, optimizer, loader = private(model, data, max_grad_norm=math.inf, loss_reduction=reduction)
     steps(model, optimizer, loader, reduction)
     # The release is divided by L whatever the reduction: a sum is L times PyTorch's step.
     sgd = torch.optim.SGD(trained(plain), lr=1.0 if reduction == "mean" else 1.0 / N)
@@ -500,7 +496,9 @@ def test_an_abandoned_draw_is_not_released_with_the_next():
     fresh = Reveal(trained(fresh_model))
     _, optimizer, loader = private(fresh_model, dataset(), fresh, max_physical_batch_size=4)
     steps(fresh_model, optimizer, loader)
-    assert all(torch.equal(a, b) for a, b in zip(reveal.released[0], fresh.released[0], strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(reveal.released[0], fresh.released[0], strict=True)
+    )
 
 
 # Clipping a tensor at a time.

@@ -75,7 +75,7 @@ def private(model, optimizer=None, loader=None, engine=None, **options):
     return (engine or PrivacyEngine()).make_private(
         module=model,
         optimizer=optimizer or sgd(model),
-        data_loader=loader or loader_of(),
+        data_loader=loader_of() if loader is None else loader,
         **options,
     )
 
@@ -111,6 +111,7 @@ def test_names_and_defaults_are_those_of_opacus():
     assert accountant == inspect.signature(opacus.PrivacyEngine).parameters["accountant"].default
 
 
+@pytest.mark.filterwarnings("ignore:Secure RNG turned off", "ignore:Full backward hook")
 @pytest.mark.parametrize("home", [opacus, ffa])
 def test_one_loop_serves_both(home):
     torch.manual_seed(0)
@@ -131,7 +132,10 @@ def test_one_loop_serves_both(home):
         optimizer.step()
         batches += 1
     assert batches == len(loader) == 3
-    assert engine.get_epsilon(delta=1e-5) == pytest.approx(12.75, rel=0.3)
+    accountant = opacus.accountants.RDPAccountant()
+    for _ in range(3):
+        accountant.step(noise_multiplier=1.0, sample_rate=4 / 12)
+    assert engine.get_epsilon(delta=1e-5) == pytest.approx(accountant.get_epsilon(delta=1e-5))
     assert all((a != b).any() for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -570,6 +574,8 @@ def test_a_plain_optimizers_state_can_be_taken_over():
         lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=10),
     ],
 )
+# One made before watches the plain optimizer, which is never stepped itself.
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("before", [True, False])
 def test_schedulers_set_the_rate_that_is_used(make, before):
     model = converted()
@@ -600,7 +606,7 @@ def test_closures_are_called_once():
             calls.append(loss.item())
             return loss
 
-        assert float(optimizer.step(closure)) == calls[0]
+        assert optimizer.step(closure).item() == calls[0]
     assert len(calls) == 1
 
 

@@ -412,6 +412,8 @@ def test_physical_batches_do_not_change_the_number_of_steps(
     with closing(bench.site()) as site:
         site.run_round(1, bench.server.message(1, "north"), on_step=lambda: ticks.append(1))
     assert len(ticks) == config.federation.local_steps
+    entry = json.loads((tmp_path / "sites" / "north" / "local.jsonl").read_text())
+    assert 0 <= entry["clipped_fraction"] <= 1
 
 
 def test_a_site_with_three_records_is_not_let_in(bench: Bench) -> None:

@@ -44,6 +44,7 @@ def run(config: Config, out: Path, console: Console | None = None) -> dict[str, 
             then.
         PrivacyError: a site's budget is spent, or a privacy rule was about to be broken.
     """
+    began = time.monotonic()
     console = console or Console(quiet=True)
     records = load_records(config)
     _check_counts(config, len(records))
@@ -60,7 +61,7 @@ def run(config: Config, out: Path, console: Console | None = None) -> dict[str, 
             sites[name] = open_sites.enter_context(closing(site))
         tests = {name: records[name][1] for name in sites}
         run_ = _Run(config, model, tokenizer, sites, tests, run_id, console)
-        result = run_.go()
+        result = run_.go(began)
     write_atomic(out / "trained.safetensors", run_.server.message(config.federation.rounds, "any"))
     report.write(out, config.federation.name, result)
     return result
@@ -93,9 +94,12 @@ class _Run:
         self.up = dict.fromkeys(sites, wire.Size())
         self.down = dict.fromkeys(sites, wire.Size())
 
-    def go(self) -> dict[str, Any]:
-        """All rounds and the final evaluation; the content of report.json."""
-        began = time.monotonic()
+    def go(self, began: float) -> dict[str, Any]:
+        """All rounds and the final evaluation; the content of report.json.
+
+        Args:
+            began: what time.monotonic() said at the start of the whole run.
+        """
         self.console.print(_plan(self.config, self.sites), highlight=False, markup=False)
         with _progress(self.config, len(self.sites), self.console) as (step, note):
             rounds = [

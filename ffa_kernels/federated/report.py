@@ -110,6 +110,7 @@ def picture(name: str, result: dict[str, Any]) -> bytes:
     """A PNG with accuracy, epsilon and bytes against rounds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     rounds = result["rounds"]
     x = [entry["round"] for entry in rounds]
@@ -125,13 +126,13 @@ def picture(name: str, result: dict[str, Any]) -> bytes:
     accuracy.axhline(result["baseline_accuracy"], color="grey", ls=":", label="majority class")
     accuracy.set(title="accuracy, held-out sample", xlabel="round")
     epsilon.set(title=f"epsilon spent at delta {result['delta']:g}", xlabel="round", ylim=(0, None))
-    for key, label in (("bytes_up", "up"), ("bytes_down", "down")):
+    for key, label, style in (("bytes_up", "up", "-"), ("bytes_down", "down", "--")):
         per_round = [sum(s[key] for s in entry["sites"].values()) for entry in rounds]
         total = [sum(per_round[: i + 1]) / 1e6 for i in range(len(per_round))]
-        traffic.plot(x, total, marker=".", label=label)
+        traffic.plot(x, total, style, marker=".", label=label)
     traffic.set(title="megabytes sent, all sites", xlabel="round", ylim=(0, None))
     for axes in (accuracy, epsilon, traffic):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="x-small")
     figure.suptitle(f"{name}, method {result['method']}")

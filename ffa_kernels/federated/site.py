@@ -75,7 +75,7 @@ class Site:
                 module=own.train(),
                 optimizer=build_optimizer(own, train),
                 data_loader=DataLoader(
-                    list(zip(records.texts, records.labels, strict=True)),  # type: ignore[arg-type]
+                    _by_length(records),  # type: ignore[arg-type]
                     batch_size=self.batch_size,
                     collate_fn=self._collate,
                 ),
@@ -83,6 +83,7 @@ class Site:
                 max_grad_norm=privacy.max_grad_norm,
                 clipping=privacy.clipping,
                 max_physical_batch_size=train.max_physical_batch_size,
+                pad_physical_batches=False,
             )
         except BaseException:
             self.close()
@@ -170,15 +171,17 @@ class Site:
         done = 0
         while done < steps:
             inputs, labels = next(self._batches)
-            last = self._optimizer.private_step.at_end_of_logical_batch
-            loss = F.cross_entropy(self._model(**inputs).logits, labels)
+            piece = self._optimizer.private_step.piece
+            assert piece is not None
+            losses = F.cross_entropy(self._model(**inputs).logits, labels, reduction="none")
             self._optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            losses.mean().backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
-            total += loss.item() * len(labels)
-            seen += len(labels)
+            # Rows beyond `kept` are padding.
+            total += float(losses.detach()[: piece.kept].sum())
+            seen += piece.kept
             # A draw may come in several physical batches; only its last makes a step.
-            if last:
+            if piece.last:
                 done += 1
                 on_step()
         return total / max(seen, 1), seen
@@ -218,6 +221,14 @@ def batch_size(train: Train, records: int) -> int:
         return train.batch_size
     assert train.sample_rate is not None
     return max(1, round(train.sample_rate * records))
+
+
+def _by_length(records: Records) -> list[tuple[str, int]]:
+    """The records, short texts first: a draw is cut in this order, so little is padding.
+
+    The clipped sum does not depend on the order.
+    """
+    return sorted(zip(records.texts, records.labels, strict=True), key=lambda row: len(row[0]))
 
 
 def check_records(name: str, count: int, config: Config) -> None:

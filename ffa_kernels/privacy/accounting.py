@@ -17,6 +17,9 @@ ACCOUNTANTS = ("prv", "rdp")
 History = Sequence[tuple[float, float, int]]
 
 _MAX_NOISE = 1e6
+# The PRV's memory grows with epsilon * sqrt(steps): some 2 GB at this bound, without limit beyond.
+_MAX_PRV_WORK = 1e4
+_MAX_PRV_EPSILON = 200.0
 
 
 def check_accountant(name: object) -> str:
@@ -45,7 +48,8 @@ def epsilon(history: History, delta: float, accountant: str = "prv") -> float:
     Args:
         history: (noise multiplier, Poisson sample rate, steps) entries; rate 1 is no sampling.
         delta: in (0, 1).
-        accountant: "prv" (Gopi, Lee, Wutschitz 2021) or "rdp" (Mironov 2017).
+        accountant: "prv" (Gopi, Lee, Wutschitz 2021), which gives way to "rdp" (Mironov 2017)
+            where it would need gigabytes: an epsilon above 200, or millions of steps.
 
     Returns:
         An upper bound; infinity when a step had no noise, 0 when nothing was released.
@@ -68,6 +72,11 @@ def epsilon(history: History, delta: float, accountant: str = "prv") -> float:
 def _epsilon(history: tuple[tuple[float, float, int], ...], delta: float, accountant: str) -> float:
     from opacus.accountants import create_accountant
 
+    if accountant == "prv":
+        looser = _epsilon(history, delta, "rdp")
+        work = looser * math.sqrt(sum(steps for _, _, steps in history))
+        if looser > _MAX_PRV_EPSILON or work > _MAX_PRV_WORK:
+            return looser
     counter = create_accountant(accountant)
     counter.history = list(history)
     with warnings.catch_warnings():

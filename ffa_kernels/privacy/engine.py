@@ -155,6 +155,7 @@ class PrivacyEngine:
         clipping: str = "flat",
         loss_reduction: str = "mean",
         max_physical_batch_size: int | None = None,
+        pad_physical_batches: bool = True,
         keep_grad_sample: bool = False,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
         """Prepares a model, its optimizer and its data for private training.
@@ -173,7 +174,9 @@ class PrivacyEngine:
                 loader's own order is kept, and nothing is gained from sampling (rate 1).
             clipping: "flat" (one norm over all trained tensors) or "per_layer".
             loss_reduction: "mean" or "sum": how the loss combines the records' own losses.
-            max_physical_batch_size: draws are cut into, and padded to, batches of this size.
+            max_physical_batch_size: draws are cut into batches of at most this size.
+            pad_physical_batches: pad those to that size with rows that are left out of the sum,
+                for the static shapes of `torch.compile` and CUDA graphs.
             keep_grad_sample: with "per_layer", keep `.grad_sample` until `step()`.
 
         Returns:
@@ -222,7 +225,9 @@ class PrivacyEngine:
                 assert key is not None
                 layer._dropout_key = key
 
-        private_loader = PrivateDataLoader(loader, logical, max_physical_batch_size, announce)
+        private_loader = PrivateDataLoader(
+            loader, logical, max_physical_batch_size, announce, pad=pad_physical_batches
+        )
         return module, PrivateOptimizer(optimizer, step), private_loader
 
     def _charge(self, mechanism: Mechanism) -> None:

@@ -60,8 +60,11 @@ class PoissonSampler(Sampler[list[int]]):
 class _PhysicalBatches(Sampler[list[int]]):
     """Cuts logical batches into physical ones, and notes a Piece for each."""
 
-    def __init__(self, logical: Any, physical_size: int | None, records: int) -> None:
-        self.logical, self.physical_size, self.records = logical, physical_size, records
+    def __init__(
+        self, logical: Any, physical_size: int | None, pad: bool, records: int
+    ) -> None:
+        self.logical, self.records = logical, records
+        self.physical_size, self.pad = physical_size, pad
         self.pieces: deque[Piece] = deque()
 
     def __len__(self) -> int:
@@ -79,13 +82,18 @@ class _PhysicalBatches(Sampler[list[int]]):
                     "what that record can change; accepted: poisson_sampling=True, or a sampler "
                     "without replacement"
                 )
-            # Padding repeats record 0, a valid input; its gradient is left out by selection.
-            size = self.physical_size or max(len(indices), 1)
-            starts = range(0, max(len(indices), 1), size)
-            for start in starts:
-                part = list(indices[start : start + size])
-                pieces.append(Piece(size, len(part), start == 0, start + size >= len(indices)))
-                yield part + [0] * (size - len(part))
+            # An empty draw is one row of padding: models seldom take a batch of none.
+            drawn = max(len(indices), 1)
+            count = math.ceil(drawn / (self.physical_size or drawn))
+            size = math.ceil(drawn / count)
+            if self.pad and self.physical_size is not None:
+                size = self.physical_size
+            for k in range(count):
+                part = list(indices[k * size : (k + 1) * size])
+                rows = size if self.pad else max(len(part), 1)
+                pieces.append(Piece(rows, len(part), k == 0, k == count - 1))
+                # Padding repeats record 0, a valid input; its gradient is left out by selection.
+                yield part + [0] * (rows - len(part))
 
 
 class PrivateDataLoader(DataLoader[Any]):
@@ -96,8 +104,9 @@ class PrivateDataLoader(DataLoader[Any]):
     Args:
         loader: any DataLoader over a data set with a length.
         logical: the sampler of logical batches.
-        physical_size: rows of every physical batch, None for one of the draw's size.
+        physical_size: the most rows of a physical batch, None for one of the draw's size.
         announce: called with the Piece just before its batch is yielded.
+        pad: pad every physical batch to `physical_size`; otherwise a draw is cut evenly.
     """
 
     def __init__(
@@ -106,9 +115,10 @@ class PrivateDataLoader(DataLoader[Any]):
         logical: Any,
         physical_size: int | None,
         announce: Callable[[Piece], None],
+        pad: bool = True,
     ) -> None:
         dataset: Any = loader.dataset
-        self._physical = _PhysicalBatches(logical, physical_size, len(dataset))
+        self._physical = _PhysicalBatches(logical, physical_size, pad, len(dataset))
         self._announce = announce
         workers: dict[str, Any] = {}
         if loader.num_workers > 0:

@@ -97,9 +97,9 @@ class PrivateStep:
         return {"steps": self.steps, "clipped": clipped, "dropped": dropped}
 
     @property
-    def at_end_of_logical_batch(self) -> bool:
-        """Whether the batch under way is the last piece of its draw."""
-        return self._piece is not None and self._piece.last
+    def piece(self) -> Piece | None:
+        """The physical batch under way, from its announcement until `step()`."""
+        return self._piece
 
     def begin(self, piece: Piece) -> None:
         """Starts a physical batch: every trained tensor gets a fresh tap of `piece.records` rows.

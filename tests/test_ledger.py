@@ -1,0 +1,477 @@
+"""The account on disk: over processes, crashes, damage and forks."""
+
+import copy
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ffa_kernels.backends.dispatch import use_backend
+from ffa_kernels.errors import LedgerError, PrivacyError
+from ffa_kernels.privacy import Ledger, PrivacyEngine
+
+ROOT = Path(__file__).parents[1]
+DELTA = 1e-5
+
+
+def run_python(source, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(source), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+
+
+def written(path, *charges):
+    ledger = Ledger(path)
+    for charge in charges:
+        ledger.charge(*charge)
+    ledger.close()
+    return path.read_bytes()
+
+
+def history_of(path):
+    ledger = Ledger(path)
+    try:
+        return ledger.history, ledger.private
+    finally:
+        ledger.close()
+
+
+def prepared(engine, optimizer=torch.optim.SGD, options=(("lr", 0.1),), **arguments):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    return engine.make_private(
+        module=model,
+        optimizer=optimizer(model.parameters(), **dict(options)),
+        data_loader=DataLoader(TensorDataset(torch.randn(40, 3)), batch_size=10),
+        noise_multiplier=2.0,
+        max_grad_norm=1.0,
+        **arguments,
+    )
+
+
+def train(model, optimizer, loader):
+    for (x,) in loader:
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+# Going on.
+
+
+def test_a_reopened_ledger_goes_on_counting(tmp_path):
+    path = tmp_path / "new" / "ledger.jsonl"
+    for run in (1, 2, 3):
+        engine = PrivacyEngine(accountant="rdp", ledger=path)
+        train(*prepared(engine))
+        assert engine.ledger.history == [(2.0, 0.25, 4 * run)]
+        engine.ledger.close()
+    assert len(path.read_bytes().splitlines()) == 1 + 12
+
+
+def train_to(target, path):
+    """Two epochs at the noise that keeps the ledger's total within `target`."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    engine = PrivacyEngine(accountant="rdp", ledger=path)
+    try:
+        private = engine.make_private_with_epsilon(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=DataLoader(TensorDataset(torch.randn(40, 3)), batch_size=10),
+            target_epsilon=target,
+            target_delta=DELTA,
+            epochs=2,
+            max_grad_norm=1.0,
+        )
+        for _ in range(2):
+            train(*private)
+        return engine.get_epsilon(DELTA)
+    finally:
+        engine.ledger.close()
+
+
+def test_what_another_process_has_spent_is_spent(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    source = """
+        import sys
+        from pathlib import Path
+        sys.path.insert(0, sys.argv[2])
+        from test_ledger import train_to
+        print(train_to(2.0, Path(sys.argv[1])))
+    """
+    first = run_python(source, path, Path(__file__).parent)
+    assert first.returncode == 0, first.stderr
+    assert 1.95 < float(first.stdout) <= 2.0
+    with pytest.raises(PrivacyError, match="already spent"):
+        train_to(1.9, path)
+    assert 2.95 < train_to(3.0, path) <= 3.0
+    history, private = history_of(path)
+    assert private and [steps for _, _, steps in history] == [8, 8]
+
+
+def test_in_memory_ledgers_keep_the_same_account():
+    engine = PrivacyEngine(accountant="rdp")
+    train(*prepared(engine))
+    assert engine.ledger.path is None and engine.ledger.history == [(2.0, 0.25, 4)]
+    other = PrivacyEngine(accountant="rdp", ledger=engine.ledger)
+    train(*prepared(other))
+    assert other.get_epsilon(DELTA) == engine.get_epsilon(DELTA)
+    assert engine.ledger.history == [(2.0, 0.25, 8)]
+
+
+def test_a_seeded_step_marks_the_ledger_for_good(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    with pytest.warns(UserWarning, match="seed"):
+        engine = PrivacyEngine(seed=1, ledger=path)
+    train(*prepared(engine))
+    assert engine.get_epsilon(DELTA) == math.inf
+    engine.ledger.close()
+    honest = PrivacyEngine(ledger=path)
+    train(*prepared(honest))
+    assert not honest.ledger.private and honest.get_epsilon(DELTA) == math.inf
+    honest.ledger.close()
+
+
+# Charged before anything is released.
+
+
+def sizes_at_update(path, monkeypatch):
+    """The ledger's size on disk at each moment that the update op is entered."""
+    from ffa_kernels.privacy import step as step_module
+
+    sizes = []
+    update = step_module.ops.private_update
+
+    def watched(*arguments, **options):
+        sizes.append(len(path.read_bytes().splitlines()))
+        return update(*arguments, **options)
+
+    monkeypatch.setattr(step_module.ops, "private_update", watched)
+    return sizes
+
+
+def test_the_charge_is_on_disk_when_the_update_begins(tmp_path, monkeypatch):
+    path = tmp_path / "ledger.jsonl"
+    sizes = sizes_at_update(path, monkeypatch)
+    engine = PrivacyEngine(ledger=path)
+    train(*prepared(engine))
+    assert sizes == [2, 3, 4, 5]
+    engine.ledger.close()
+
+
+def fail_in_the_middle(optimizer):
+    """Makes the second tensor's momentum unusable: the update fails, in op or check."""
+    _, bias = optimizer.private_step.trained
+    optimizer.state[bias.parameter]["momentum_buffer"] = torch.zeros(7)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_failed_update_is_charged_and_draws_other_noise_after(tmp_path, backend):
+    path = tmp_path / "ledger.jsonl"
+    engine = PrivacyEngine(ledger=path)
+    momentum = (("lr", 0.1), ("momentum", 0.9))
+    try:
+        with use_backend(backend):
+            model, optimizer, loader = prepared(engine, options=momentum)
+            batches = iter(loader)
+            (x,) = next(batches)
+            model(x).square().mean().backward()
+            fail_in_the_middle(optimizer)
+            drawn = int(engine._noise.state[4])
+            with pytest.raises((ValueError, RuntimeError)):
+                optimizer.step()
+            assert len(path.read_bytes().splitlines()) == 2
+            # What it may have shown must not be drawn again for another sum.
+            assert int(engine._noise.state[4]) == drawn + 1
+            with pytest.raises(PrivacyError, match="without a batch"):
+                optimizer.step()
+    finally:
+        engine.ledger.close()
+    assert history_of(path) == ([(2.0, 0.25, 1)], True)
+
+
+def test_nothing_is_released_when_the_charge_fails(tmp_path):
+    engine = PrivacyEngine(ledger=tmp_path / "ledger.jsonl")
+    model, optimizer, loader = prepared(engine)
+    before = copy.deepcopy(model.state_dict())
+    (x,) = next(iter(loader))
+    model(x).square().mean().backward()
+    engine.ledger.close()
+    with pytest.raises((LedgerError, ValueError)):
+        optimizer.step()
+    assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
+    assert engine.stats["steps"] == 0
+
+
+def test_a_killed_process_has_charged_what_it_released(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    source = """
+        import sys, torch
+        from torch.utils.data import DataLoader, TensorDataset
+        from ffa_kernels.privacy import PrivacyEngine
+
+        engine = PrivacyEngine(ledger=sys.argv[1])
+        model = torch.nn.Linear(3, 2)
+        model, optimizer, loader = engine.make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=DataLoader(TensorDataset(torch.randn(40, 3)), batch_size=10),
+            noise_multiplier=2.0, max_grad_norm=1.0,
+        )
+        while True:
+            for (x,) in loader:
+                model(x).square().mean().backward()
+                optimizer.step()
+                print("released", flush=True)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(source), str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    released = [process.stdout.readline() for _ in range(7)]
+    process.send_signal(signal.SIGKILL)
+    released += process.stdout.readlines()
+    process.stdout.close()
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    count = sum(line == "released\n" for line in released)
+    ((_, _, steps),), _ = history_of(path)
+    assert count >= 7 and steps >= count
+
+
+# Damage.
+
+
+def test_a_torn_last_line_counts_as_another_step(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    charges = [(1.0, 0.5), (2.0, 0.25)]
+    whole = written(path, *charges)
+    start = whole.rstrip(b"\n").rfind(b"\n") + 1
+    before = len(whole[:start])
+    for end in range(before, len(whole)):
+        path.write_bytes(whole[:end])
+        history, private = history_of(path)
+        torn = before < end < len(whole) - 1
+        expected = {(1.0, 0.5): 2 if torn else 1}
+        if end == len(whole) - 1:
+            # Only its newline is missing: what it says is known, and counts.
+            expected[(2.0, 0.25)] = 1
+        assert {(s, q): n for s, q, n in history} == expected and private
+        # It has been repaired: the next process reads the same.
+        assert history_of(path)[0] == history
+        assert path.read_bytes().endswith(b"\n")
+
+
+def test_a_torn_first_line_is_begun_again(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    header = written(path)
+    for end in range(len(header) + 1):
+        path.write_bytes(header[:end])
+        assert history_of(path) == ([], True)
+        assert path.read_bytes() == header
+
+
+def test_every_flipped_byte_is_refused_or_changes_nothing(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    whole = written(path, (1.0, 0.5), (2.0, 0.25), (0.5, 1.0, 3))
+    truth = history_of(path)
+    refused = 0
+    for position in range(len(whole)):
+        for mask in (0x01, 0x20, 0x80):
+            damaged = bytearray(whole)
+            damaged[position] ^= mask
+            path.write_bytes(damaged)
+            try:
+                assert history_of(path) == truth, (position, mask)
+            except LedgerError as error:
+                assert str(path) in str(error)
+                assert path.read_bytes() == damaged
+                refused += 1
+    assert refused > 0.95 * 3 * len(whole)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: lines[:2] + lines[3:],
+        lambda lines: [lines[0], lines[2], lines[1], lines[3]],
+        lambda lines: [*lines, lines[-1]],
+        lambda lines: lines[1:],
+        lambda lines: [lines[0], b"[]", *lines[1:]],
+        lambda lines: [lines[0], b"[" * 100_000, *lines[1:]],
+        lambda lines: [lines[0], b"", *lines[1:]],
+        lambda lines: [b"\xff\xfe" + lines[0], *lines[1:]],
+    ],
+)
+def test_lines_taken_out_moved_or_repeated_are_refused(tmp_path, change):
+    path = tmp_path / "ledger.jsonl"
+    whole = written(path, (1.0, 0.5), (2.0, 0.25), (0.5, 1.0))
+    damaged = b"\n".join(change(whole.splitlines())) + b"\n"
+    path.write_bytes(damaged)
+    with pytest.raises(LedgerError, match=r"line \d"):
+        Ledger(path)
+    assert path.read_bytes() == damaged
+    # A refusal gives the lock back.
+    path.write_bytes(whole)
+    assert len(history_of(path)[0]) == 3
+
+
+def test_a_file_that_is_something_else_is_not_touched(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("my notes\nnot yours\n")
+    with pytest.raises(LedgerError, match="line 1"):
+        Ledger(path)
+    assert path.read_text() == "my notes\nnot yours\n"
+
+
+@pytest.mark.parametrize(
+    "charge",
+    [(-1.0, 0.5), (math.nan, 0.5), (math.inf, 0.5), (1.0, 0.0), (1.0, 1.5), (1.0, 0.5, 0)],
+)
+def test_charges_that_make_no_sense_are_refused(tmp_path, charge):
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    size = path.stat().st_size
+    with pytest.raises(LedgerError, match="accepted"):
+        ledger.charge(*charge)
+    assert path.stat().st_size == size and ledger.history == []
+    ledger.close()
+
+
+def test_lines_are_plain_json(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    lines = [json.loads(line) for line in written(path, (1.0, 0.5, 3)).splitlines()]
+    assert lines[0]["format"] == 1
+    assert {k: v for k, v in lines[1].items() if k != "checksum"} == {
+        "noise_multiplier": 1.0,
+        "sample_rate": 0.5,
+        "steps": 3,
+        "private": True,
+    }
+
+
+# One process at a time.
+
+
+def test_a_second_process_is_kept_out_until_the_first_is_done(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    source = """
+        import sys
+        from ffa_kernels.errors import LedgerError
+        from ffa_kernels.privacy import Ledger
+        try:
+            Ledger(sys.argv[1])
+        except LedgerError as error:
+            print(error, flush=True)
+        sys.stdin.readline()
+        ledger = Ledger(sys.argv[1])
+        ledger.charge(1.0, 0.5)
+        print(ledger.history)
+    """
+    ledger = Ledger(path)
+    ledger.charge(2.0, 0.25)
+    with pytest.raises(LedgerError, match="holds it"):
+        Ledger(path)
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(source), str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    ) as other:
+        assert "another process holds it" in other.stdout.readline()
+        ledger.close()
+        answer, _ = other.communicate("now\n", timeout=60)
+    assert other.returncode == 0
+    assert answer == "[(2.0, 0.25, 1), (1.0, 0.5, 1)]\n"
+
+
+def in_child(function):
+    """The exit status of a forked child that returns `function()`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = function()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_forked_child_cannot_charge_nor_release(tmp_path, on_disk):
+    path = tmp_path / "ledger.jsonl"
+    engine = PrivacyEngine(ledger=path if on_disk else None)
+    model, optimizer, loader = prepared(engine)
+    (x,) = next(iter(loader))
+    before = copy.deepcopy(model.state_dict())
+
+    def release():
+        torch.set_num_threads(1)
+        try:
+            engine.ledger.charge(1.0, 0.5)
+            return 2
+        except LedgerError:
+            pass
+        model(x).square().mean().backward()
+        try:
+            optimizer.step()
+            return 3
+        except LedgerError:
+            same = all(torch.equal(before[n], p) for n, p in model.state_dict().items())
+            return 0 if same else 4
+
+    assert in_child(release) == 0
+    assert engine.ledger.history == []
+    engine.ledger.charge(1.0, 0.5)
+    engine.ledger.close()
+    if on_disk:
+        assert history_of(path) == ([(1.0, 0.5, 1)], True)
+
+
+def test_closing_gives_the_lock_back_though_a_child_lives_on(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        child = os.fork()
+    if child == 0:
+        os.close(write)
+        os.read(read, 1)
+        os._exit(0)
+    try:
+        ledger.close()
+        Ledger(path).close()
+    finally:
+        os.close(write)
+        os.close(read)
+        os.waitpid(child, 0)
+
+
+def test_ledgers_are_neither_copied_nor_pickled(tmp_path):
+    ledger = Ledger()
+    for action in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(LedgerError):
+            action(ledger)
+        with pytest.raises(LedgerError):
+            action(PrivacyEngine(ledger=ledger))

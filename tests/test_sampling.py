@@ -1,0 +1,325 @@
+"""Poisson draws, physical batches, and where their randomness comes from."""
+
+import copy
+import math
+import os
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from ffa_kernels.privacy import PrivacyEngine
+from ffa_kernels.privacy.keys import SecretStream
+from ffa_kernels.privacy.sampling import Piece, PoissonSampler, PrivateDataLoader
+
+# Bounds below are five and a half standard deviations: one false alarm in 10^7 a comparison.
+Z = 5.5
+
+
+class Fixed:
+    """Logical batches that a test has chosen."""
+
+    def __init__(self, draws):
+        self.draws = draws
+
+    def __len__(self):
+        return len(self.draws)
+
+    def __iter__(self):
+        return iter(self.draws)
+
+
+class Numbers(Dataset):
+    """Record i is the number i."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return torch.tensor(float(i))
+
+
+def announced(draws, physical_size=None, records=100, **options):
+    pieces = []
+    loader = PrivateDataLoader(
+        DataLoader(Numbers(records), batch_size=4, **options),
+        Fixed(draws),
+        physical_size,
+        pieces.append,
+    )
+    return loader, pieces
+
+
+def draws_of(records, rate, steps, seed=None):
+    return list(PoissonSampler(records, rate, steps, SecretStream("sampling", seed)))
+
+
+def test_inclusion_rates_are_those_of_independent_coins():
+    records, rate, steps = 203, 0.11, 3000
+    drawn = torch.zeros(steps, records, dtype=torch.float64)
+    for step, indices in enumerate(draws_of(records, rate, steps)):
+        assert indices == sorted(set(indices))
+        drawn[step, indices] = 1
+    deviation = math.sqrt(rate * (1 - rate))
+    assert abs(drawn.mean() - rate) < Z * deviation / math.sqrt(steps * records)
+    assert (drawn.mean(dim=0) - rate).abs().max() < Z * deviation / math.sqrt(steps)
+    # The sizes vary as a binomial's do; a sampler of fixed size has variance 0.
+    variance = records * rate * (1 - rate)
+    assert drawn.sum(dim=1).var() == pytest.approx(variance, rel=Z * math.sqrt(2 / steps))
+    centred = (drawn - rate) / deviation
+    # Between any two records within a step, and between one step and the next for each record.
+    together = centred.T @ centred / steps
+    together.fill_diagonal_(0)
+    assert together.abs().max() < (Z + 0.7) / math.sqrt(steps)
+    after = (centred[1:] * centred[:-1]).mean(dim=0)
+    assert after.abs().max() < Z / math.sqrt(steps - 1)
+
+
+@pytest.mark.parametrize(("records", "rate"), [(1, 0.5), (7, 1.0), (9, 1 / 9), (64, 0.99)])
+def test_every_record_can_be_drawn(records, rate):
+    counts = torch.zeros(records)
+    for indices in draws_of(records, rate, 400):
+        counts[indices] += 1
+    spread = Z * math.sqrt(rate * (1 - rate) * 400)
+    assert (counts - 400 * rate).abs().max() <= spread
+
+
+def test_two_iterations_draw_different_batches():
+    sampler = PoissonSampler(200, 0.5, 3, SecretStream("sampling"))
+    first, second = list(sampler), list(sampler)
+    flat = [tuple(draw) for draw in first + second]
+    assert len(set(flat)) == 6
+    assert len(sampler) == 3
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 10, 50, None])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_draws_are_cut_never_truncated(size, workers):
+    draws = [[5, 9, 11], [], list(range(20, 43)), [7], [0, 99], list(range(30, 40))]
+    loader, pieces = announced(draws, size, num_workers=workers)
+    assert len(loader) == len(draws)
+    for _ in range(2):
+        pieces.clear()
+        seen, current = [], None
+        for number, batch in enumerate(loader, start=1):
+            # Announced before it is yielded, one for each, in order.
+            assert len(pieces) == number
+            piece = pieces[-1]
+            assert len(batch) == piece.records >= 1
+            if size is not None:
+                assert piece.records == size
+            if piece.first:
+                assert current is None
+                current = []
+            current += batch[: piece.kept].int().tolist()
+            if piece.last:
+                seen.append(current)
+                current = None
+        assert seen == draws
+        expected = sum(max(1, math.ceil(len(d) / (size or 1000))) for d in draws)
+        assert len(pieces) == expected
+        if size is None:
+            assert pieces[1] == Piece(records=1, kept=0, first=True, last=True)
+
+
+def test_persistent_workers_and_an_iteration_left_early():
+    draws = [[1, 2, 3], [4], [5, 6]]
+    loader, pieces = announced(draws, 2, num_workers=2, persistent_workers=True)
+    for _ in loader:
+        break
+    for _ in range(2):
+        pieces.clear()
+        kept = [batch[: pieces[-1].kept].int().tolist() for batch in loader]
+        assert kept == [[1, 2], [3], [4], [5, 6]]
+        assert [p.last for p in pieces] == [False, True, True, True]
+
+
+def test_the_loaders_collation_and_workers_are_kept():
+    def collate(rows):
+        return {"rows": torch.stack(rows), "count": len(rows)}
+
+    loader, _ = announced([[1, 2]], collate_fn=collate, num_workers=1, prefetch_factor=3)
+    (batch,) = loader
+    assert batch["count"] == 2
+    assert (loader.num_workers, loader.prefetch_factor) == (1, 3)
+
+
+class Model(nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, x):
+        return self.head(x)
+
+
+def private(engine, records=40, batch_size=4, seed=0, **options):
+    torch.manual_seed(seed)
+    model = Model()
+    return engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(
+            TensorDataset(torch.arange(records), torch.randn(records, 4)), batch_size=batch_size
+        ),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        **options,
+    )
+
+
+def drawn_by(engine, **options):
+    """The records of each logical batch of one epoch, and the parameters after it."""
+    model, optimizer, loader = private(engine, **options)
+    draws = []
+    for indices, x in loader:
+        piece = optimizer.private_step._piece
+        if piece.first:
+            draws.append([])
+        draws[-1] += indices[: piece.kept].tolist()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return draws, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("size", [None, 3])
+def test_engine_draws_every_record_at_the_rate_of_the_batch_size(size):
+    engine = PrivacyEngine()
+    counts = torch.zeros(40)
+    epochs, sizes = 30, []
+    for _ in range(epochs):
+        draws, _ = drawn_by(engine, max_physical_batch_size=size)
+        assert len(draws) == 10
+        for draw in draws:
+            assert len(set(draw)) == len(draw)
+            counts[draw] += 1
+            sizes.append(len(draw))
+    steps = epochs * 10
+    spread = Z * math.sqrt(0.1 * 0.9 * steps)
+    assert (counts - 0.1 * steps).abs().max() < spread
+    assert min(sizes) < 4 < max(sizes)
+    assert engine.ledger.history == [(1.0, 0.1, steps)]
+
+
+def test_length_is_the_logical_steps_and_rounds_up():
+    for records, batch_size, steps in [(40, 4, 10), (41, 4, 11), (3, 3, 1), (10, 3, 4)]:
+        _, _, loader = private(PrivacyEngine(), records, batch_size, max_physical_batch_size=2)
+        assert len(loader) == steps
+
+
+def test_without_poisson_sampling_the_order_is_the_loaders_and_nothing_is_gained():
+    engine = PrivacyEngine()
+    draws, _ = drawn_by(engine, poisson_sampling=False)
+    assert draws == [list(range(i, i + 4)) for i in range(0, 40, 4)]
+    assert engine.ledger.history == [(1.0, 1.0, 10)]
+
+
+def test_torch_seeds_decide_neither_draws_nor_noise():
+    results = [drawn_by(PrivacyEngine(), seed=3) for _ in range(2)]
+    assert results[0][0] != results[1][0]
+    assert not torch.equal(results[0][1], results[1][1])
+
+
+def test_seed_repeats_and_says_so():
+    results = []
+    for seed in (5, 5, 6):
+        with pytest.warns(UserWarning, match=r"seed=.*nothing trained is private"):
+            engine = PrivacyEngine(seed=seed)
+        results.append(drawn_by(engine))
+        assert not engine.ledger.private
+        assert engine.get_epsilon(1e-5) == math.inf
+    (draws, parameters), (again, same), (other, different) = results
+    assert draws == again and torch.equal(parameters, same)
+    assert draws != other and not torch.equal(parameters, different)
+
+
+def test_purposes_have_keys_of_their_own():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engines = [PrivacyEngine(), PrivacyEngine(), PrivacyEngine(seed=1), PrivacyEngine(seed=2)]
+    keys = {
+        tuple(stream.state[:4].tolist())
+        for engine in engines
+        for stream in (engine._noise, engine._sampling, engine._dropout)
+    }
+    assert len(keys) == 12
+
+
+def test_dropout_has_a_new_key_each_batch():
+    import ffa_kernels as ffa
+
+    engine = PrivacyEngine()
+    model = ffa.convert(nn.Sequential(nn.Linear(4, 2)), r=2, target_modules=["0"], dropout=0.5)
+    _, _, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        data_loader=DataLoader(TensorDataset(torch.randn(12, 4)), batch_size=3),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    keys = {tuple(model[0]._dropout_key.tolist()) for _ in loader}
+    assert len(keys) == 4 and (0, 0, 0, 0) not in keys
+
+
+def in_child(function):
+    """What `function` returns in a forked child, as bytes."""
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        # Python 3.12 warns of forks in a process with threads; that is what is being tried.
+        warnings.simplefilter("ignore")
+        child = os.fork()
+    if child == 0:
+        try:
+            os.write(write, pickle.dumps(function()))
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        result = pickle.loads(pipe.read())
+    assert os.waitpid(child, 0)[1] == 0
+    return result
+
+
+def test_a_forked_child_draws_with_keys_of_its_own():
+    engine = PrivacyEngine()
+    sampler = PoissonSampler(200, 0.5, 4, engine._sampling)
+
+    def draw():
+        keys = [
+            stream.state.tolist() for stream in (engine._noise, engine._sampling, engine._dropout)
+        ]
+        return keys, list(sampler)
+
+    list(sampler)
+    before = engine._sampling.state.clone()
+    children = [in_child(draw) for _ in range(2)]
+    assert torch.equal(engine._sampling.state, before)
+    results = [*children, draw()]
+    for i in range(3):
+        for j in range(i):
+            for a, b in zip(results[i][0], results[j][0], strict=True):
+                assert a[:4] != b[:4]
+            assert all(a != b for a, b in zip(results[i][1], results[j][1], strict=True))
+
+
+def test_the_private_steps_own_key_is_renewed_after_a_fork():
+    engine = PrivacyEngine()
+    _, optimizer, _ = private(engine)
+    state = optimizer.private_step._noise_state
+    child = in_child(lambda: optimizer.private_step._noise_state.tolist())
+    assert child[:4] != state[:4].tolist()
+
+
+def test_streams_are_renewed_by_copies_and_pickles():
+    stream = SecretStream("noise")
+    key = bytes(stream.state.numpy())
+    file = pickle.dumps(stream)
+    assert key[:8] not in file and key[8:16] not in file
+    others = [pickle.loads(file), copy.deepcopy(stream), SecretStream("noise")]
+    assert len({tuple(s.state.tolist()) for s in [stream, *others]}) == 4
