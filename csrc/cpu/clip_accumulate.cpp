@@ -62,8 +62,9 @@ void add_chunk(const T* samples, int64_t numel, int64_t n, const double* factors
   const double per_grid = 1.0 / clip_grid(bound);
   alignas(64) double acc[kSumChunk] = {};
   for (int64_t i = 0; i < n; ++i) {
-    if (factors[i] == 0.0) continue;
-    add_truncated(samples + i * numel + first, factors[i] * per_grid, count, acc);
+    if (factors[i] != 0.0) {
+      add_truncated(samples + i * numel + first, factors[i] * per_grid, count, acc);
+    }
     if ((i + 1) % kExactRecords == 0) flush(acc, count, static_cast<int64_t*>(sum) + first);
   }
   flush(acc, count, static_cast<int64_t*>(sum) + first);

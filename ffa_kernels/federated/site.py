@@ -147,6 +147,7 @@ class Site:
         load_trained(self._model, received)
         began = time.monotonic()
         before = dict(self._engine.stats)
+        self._set_learning_rates(1.0 - self._config.train.lr_decay * (round_ - 1) / rounds)
         loss, seen = self._train(self._config.federation.local_steps, on_step)
         self._check_moved(received)
         update = wire.encode(self._header("update", round_), trained)
@@ -164,6 +165,10 @@ class Site:
             }
         )
         return update
+
+    def _set_learning_rates(self, share: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = share * group.setdefault("first_lr", group["lr"])
 
     def _train(self, steps: int, on_step: Callable[[], None]) -> tuple[float, int]:
         """(mean loss over the records seen, their number) of so many logical steps."""

@@ -172,6 +172,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if g is None:
         return (None,) * 10
+    if torch.is_grad_enabled() and g.requires_grad:
+        raise NotImplementedError(
+            "linear: its gradient has no gradient (create_graph=True); accepted: a first backward"
+        )
     h, weight, lora_A, lora_B, dropout_state = ctx.saved_tensors
     wants_x, wants_B = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
     u = tap_grad = grad_B = None

@@ -29,8 +29,12 @@ from ffa_kernels.privacy.sampling import (
     PoissonSampler,
     PrivateDataLoader,
     check_loader,
+    check_whole,
 )
-from ffa_kernels.privacy.step import Mechanism, PrivateStep, Trained
+from ffa_kernels.privacy.step import Mechanism, Plan, PrivateStep, Trained
+
+# Of the noise multiplier, where a record more or less moves two records of a step.
+_FIXED_BATCH_SHARE = 0.5
 
 
 class PrivacyEngine:
@@ -103,7 +107,8 @@ class PrivacyEngine:
 
         Args:
             target_epsilon: for all that the ledger holds when the `epochs` are over, what it
-                already holds included.
+                already holds included. A step beyond them is refused, and so is any once the
+                ledger has been charged for something else meanwhile.
             target_delta: below 1 / number of records.
             epochs: how often the returned loader will be iterated.
             module, optimizer, data_loader, max_grad_norm, options: as in `make_private`.
@@ -126,7 +131,7 @@ class PrivacyEngine:
                 "private, and cannot be held to target_epsilon"
             )
         sample_rate, steps = _rate_and_steps(loader, records, options.get("poisson_sampling", True))
-        noise_multiplier = noise_multiplier_for(
+        charged_noise = noise_multiplier_for(
             target_epsilon,
             target_delta,
             sample_rate,
@@ -134,14 +139,17 @@ class PrivacyEngine:
             self.accountant,
             self.ledger.history,
         )
-        return self.make_private(
+        poisson = options.get("poisson_sampling", True)
+        private = self.make_private(
             module=module,
             optimizer=optimizer,
             data_loader=data_loader,
-            noise_multiplier=noise_multiplier,
+            noise_multiplier=charged_noise if poisson else charged_noise / _FIXED_BATCH_SHARE,
             max_grad_norm=max_grad_norm,
             **options,
         )
+        private[1].private_step.plan = Plan(self.ledger, epochs * steps, target_epsilon)
+        return private
 
     def make_private(
         self,
@@ -171,7 +179,9 @@ class PrivacyEngine:
             max_grad_norm: the bound C on a record's gradient; with clipping "per_layer" one for
                 each trained tensor, a single number C meaning C / sqrt(K) for each of K.
             poisson_sampling: each record is drawn with probability batch size / N. Otherwise the
-                loader's own order is kept, and nothing is gained from sampling (rate 1).
+                loader's own order is kept and nothing is gained from sampling: each step is
+                charged at rate 1, and at half its noise, since one record more shifts the batches
+                after it and so can change two records of a step.
             clipping: "flat" (one norm over all trained tensors) or "per_layer".
             loss_reduction: "mean" or "sum": how the loss combines the records' own losses.
             max_physical_batch_size: draws are cut into batches of at most this size.
@@ -206,6 +216,7 @@ class PrivacyEngine:
             per_layer=clipping == "per_layer",
             expected_batch_size=batch_size,
             sample_rate=sample_rate,
+            poisson=bool(poisson_sampling),
             keep_grad_sample=keep_grad_sample,
         )
         trained = _attach(module, names, loss_reduction == "mean")
@@ -232,6 +243,8 @@ class PrivacyEngine:
 
     def _charge(self, mechanism: Mechanism) -> None:
         noise = mechanism.noise_multiplier
+        if not mechanism.poisson:
+            noise *= _FIXED_BATCH_SHARE
         self.ledger.charge(noise, mechanism.sample_rate, private=self.seed is None)
 
     def _dropout_key(self) -> torch.Tensor:
@@ -354,6 +367,7 @@ def _rate_and_steps(
         )
     if not poisson_sampling:
         return 1.0, len(loader)
+    check_whole(loader)
     return size / records, math.ceil(records / size)
 
 

@@ -172,6 +172,11 @@ class Ledger:
         return list(self._steps)
 
     @property
+    def steps(self) -> int:
+        """How many steps were charged."""
+        return sum(steps for _, _, steps in self._steps)
+
+    @property
     def private(self) -> bool:
         """Whether every step's noise was secret."""
         return self._private

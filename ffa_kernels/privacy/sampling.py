@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+)
 
 from ffa_kernels.errors import ConfigError, PrivacyError
 from ffa_kernels.ops import chacha20
@@ -60,9 +68,7 @@ class PoissonSampler(Sampler[list[int]]):
 class _PhysicalBatches(Sampler[list[int]]):
     """Cuts logical batches into physical ones, and notes a Piece for each."""
 
-    def __init__(
-        self, logical: Any, physical_size: int | None, pad: bool, records: int
-    ) -> None:
+    def __init__(self, logical: Any, physical_size: int | None, pad: bool, records: int) -> None:
         self.logical, self.records = logical, records
         self.physical_size, self.pad = physical_size, pad
         self.pieces: deque[Piece] = deque()
@@ -82,7 +88,6 @@ class _PhysicalBatches(Sampler[list[int]]):
                     "what that record can change; accepted: poisson_sampling=True, or a sampler "
                     "without replacement"
                 )
-            # An empty draw is one row of padding: models seldom take a batch of none.
             drawn = max(len(indices), 1)
             count = math.ceil(drawn / (self.physical_size or drawn))
             size = math.ceil(drawn / count)
@@ -92,8 +97,35 @@ class _PhysicalBatches(Sampler[list[int]]):
                 part = list(indices[k * size : (k + 1) * size])
                 rows = size if self.pad else max(len(part), 1)
                 pieces.append(Piece(rows, len(part), k == 0, k == count - 1))
-                # Padding repeats record 0, a valid input; its gradient is left out by selection.
-                yield part + [0] * (rows - len(part))
+                # An empty draw is one row of padding, record 0: its gradient is left out by
+                # selection, and models seldom take a batch of none.
+                yield part or [0]
+
+
+def _padded(batch: Any, have: int, rows: int) -> Any:
+    """`batch` of `have` rows with its first row repeated to make `rows`.
+
+    Done after collation, which may put records in another order: the padding is last for sure.
+    """
+    if rows == have:
+        return batch
+    if isinstance(batch, torch.Tensor):
+        if batch.dim() == 0 or batch.shape[0] != have:
+            return batch
+        return torch.cat([batch, batch[:1].expand(rows - have, *batch.shape[1:])])
+    if isinstance(batch, Mapping):
+        padded = {key: _padded(value, have, rows) for key, value in batch.items()}
+        return padded if type(batch) is dict else type(batch)(padded)  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_padded(value, have, rows) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        if len(batch) == have and not any(isinstance(v, (torch.Tensor, Mapping)) for v in batch):
+            return [*batch, *[batch[0]] * (rows - have)]
+        return type(batch)(_padded(value, have, rows) for value in batch)
+    raise ConfigError(
+        f"data_loader collates to {type(batch).__name__}, which cannot be padded; accepted: "
+        "tensors in tuples, lists and mappings, or pad_physical_batches=False"
+    )
 
 
 class PrivateDataLoader(DataLoader[Any]):
@@ -142,8 +174,10 @@ class PrivateDataLoader(DataLoader[Any]):
         batches = super().__iter__()
         pieces = self._physical.pieces
         for batch in batches:
-            self._announce(pieces.popleft())
-            yield batch
+            piece = pieces.popleft()
+            padded = _padded(batch, max(piece.kept, 1), piece.records)
+            self._announce(piece)
+            yield padded
 
 
 def check_loader(loader: object, max_physical_batch_size: object) -> tuple[DataLoader[Any], int]:
@@ -174,3 +208,19 @@ def check_loader(loader: object, max_physical_batch_size: object) -> tuple[DataL
     if records == 0:
         raise ConfigError("data_loader holds no records; accepted: one or more")
     return loader, records
+
+
+def check_whole(loader: DataLoader[Any]) -> None:
+    """Poisson sampling draws from the whole data set: a sampler that picks from it is refused.
+
+    Raises:
+        ConfigError: the loader's sampler is one that Poisson sampling would silently replace.
+    """
+    batches = loader.batch_sampler
+    sampler = batches.sampler if type(batches) is BatchSampler else batches
+    if not isinstance(sampler, (SequentialSampler, RandomSampler)):
+        raise ConfigError(
+            f"data_loader's sampler is {type(sampler).__name__}, which Poisson sampling would "
+            "replace: every record of the data set could be drawn; accepted: a loader over a "
+            "torch.utils.data.Subset of the records to train on, or poisson_sampling=False"
+        )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ffa_kernels import ops
 from ffa_kernels.errors import PrivacyError
 from ffa_kernels.nn.record_taps import RecordTaps
+from ffa_kernels.privacy.ledger import Ledger
 from ffa_kernels.privacy.sampling import Piece
 
 
@@ -40,12 +41,35 @@ class Mechanism:
     per_layer: bool
     expected_batch_size: float
     sample_rate: float
+    poisson: bool
     keep_grad_sample: bool
 
     @property
     def clips_in_backward(self) -> bool:
         """Per layer, a tensor's gradients are clipped as soon as they are whole, then freed."""
         return self.per_layer and not self.keep_grad_sample
+
+
+class Plan:
+    """So many steps that end at a target epsilon, if nothing else is charged to the ledger."""
+
+    def __init__(self, ledger: Ledger, steps: int, target_epsilon: float) -> None:
+        self._ledger, self._steps, self._target = ledger, steps, target_epsilon
+        self._charged = ledger.steps
+
+    def check(self, done: int) -> None:
+        """Raises PrivacyError unless step `done` + 1 was reckoned with."""
+        if done >= self._steps:
+            raise PrivacyError(
+                f"target_epsilon {self._target:g} is spent: the noise was chosen for "
+                f"{self._steps} steps, which are done; accepted: make_private_with_epsilon with "
+                "a larger target, or more epochs from the start"
+            )
+        if self._ledger.steps != self._charged + done:
+            raise PrivacyError(
+                "the ledger was charged for something else since make_private_with_epsilon, so "
+                f"target_epsilon {self._target:g} would not hold; accepted: call it again"
+            )
 
 
 class PrivateStep:
@@ -68,6 +92,7 @@ class PrivateStep:
         self.trained, self.mechanism = list(trained), mechanism
         self.detached = False
         self.steps = 0
+        self.plan: Plan | None = None
         self._noise_state, self._charge = noise_state, charge
         self._sums = [
             torch.zeros(
@@ -241,6 +266,8 @@ class PrivateStep:
         maximize: bool = False,
     ) -> None:
         """Charges the ledger, then adds noise and updates `params`; see `ops.private_update`."""
+        if self.plan is not None:
+            self.plan.check(self.steps)
         self._charge()
         self.steps += 1
         drawn = int(self._noise_state[4])
