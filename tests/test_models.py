@@ -33,13 +33,17 @@ def test_logits_of_a_record_do_not_depend_on_its_neighbours_or_padding(built):
     assert not torch.allclose(both[0], both[1], atol=1e-2)
 
 
-def test_features_have_the_same_length_and_no_mean(built):
+def test_features_have_unit_length_and_the_prompts_lie_around_their_centre(built):
     model, tokenizer = built
     with torch.no_grad():
-        features = model.features(**tokenizer(["One."], return_tensors="pt"))
-    assert features.shape == (1, 384)
-    torch.testing.assert_close(features.norm(), torch.tensor(1.0), rtol=1e-4, atol=0)
-    torch.testing.assert_close(features.mean(), torch.tensor(0.0), rtol=0, atol=1e-6)
+        pooled = [
+            model.pooled(**tokenizer(of_class, padding=True, return_tensors="pt")).mean(dim=0)
+            for of_class in PROMPTS
+        ]
+        features = model.features(torch.stack(pooled))
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(2), rtol=1e-4, atol=0)
+    # Two classes lie opposite each other, seen from the middle between them.
+    torch.testing.assert_close(features[0], -features[1], rtol=0, atol=1e-4)
 
 
 def test_a_head_from_prompts_tells_the_classes_apart(built):

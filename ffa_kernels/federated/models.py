@@ -19,7 +19,7 @@ _PROMPT_SCALE = 8.0
 
 
 class PooledClassifier(nn.Module):
-    """logits = classifier(f), f the mean of a record's token states less a fixed centre, of length 1.
+    """logits = classifier(f), f a record's mean token state less a fixed centre, of unit length.
 
     Each record is pooled over its own tokens and normalised alone, so that its gradient depends on
     no other record. Unit length keeps the head's gradient below 2 and in the range of the
