@@ -201,6 +201,28 @@ def test_a_second_engine_run_gets_only_what_is_left():
     assert new[0] > 1.05 * alone and old[2] == new[2] == 20
 
 
+def test_a_step_beyond_the_planned_epochs_is_refused():
+    engine = PrivacyEngine(accountant="rdp")
+    private = prepared(engine, 2.0)
+    train(*private, epochs=2)
+    before = [p.detach().clone() for p in private[0].parameters()]
+    with pytest.raises(PrivacyError, match=r"target_epsilon 2 is spent.*20 steps"):
+        train(*private, epochs=1)
+    assert engine.ledger.steps == 20
+    for old, new in zip(before, private[0].parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_two_plans_on_one_budget_do_not_both_run():
+    engine = PrivacyEngine(accountant="rdp")
+    first, second = prepared(engine, 2.0), prepared(engine, 2.0)
+    train(*first, epochs=1)
+    with pytest.raises(PrivacyError, match="charged for something else"):
+        train(*second, epochs=1)
+    train(*first, epochs=1)
+    assert engine.get_epsilon(DELTA) <= 2.0
+
+
 def test_each_step_costs_one_step_however_it_is_cut():
     engine = PrivacyEngine(accountant="rdp")
     train(*prepared(engine, max_physical_batch_size=2), epochs=1)

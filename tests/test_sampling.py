@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from ffa_kernels.errors import ConfigError
 from ffa_kernels.privacy import PrivacyEngine
 from ffa_kernels.privacy.keys import SecretStream
 from ffa_kernels.privacy.sampling import Piece, PoissonSampler, PrivateDataLoader
@@ -45,13 +46,14 @@ class Numbers(Dataset):
         return torch.tensor(float(i))
 
 
-def announced(draws, physical_size=None, records=100, **options):
+def announced(draws, physical_size=None, records=100, pad=True, **options):
     pieces = []
     loader = PrivateDataLoader(
         DataLoader(Numbers(records), batch_size=4, **options),
         Fixed(draws),
         physical_size,
         pieces.append,
+        pad=pad,
     )
     return loader, pieces
 
@@ -126,6 +128,46 @@ def test_draws_are_cut_never_truncated(size, workers):
         assert len(pieces) == expected
         if size is None:
             assert pieces[1] == Piece(records=1, kept=0, first=True, last=True)
+
+
+@pytest.mark.parametrize("drawn", [0, 1, 5, 9])
+def test_without_padding_a_draw_is_cut_evenly(drawn):
+    loader, pieces = announced([list(range(drawn))], 4, pad=False)
+    batches = [batch.tolist() for batch in loader]
+    sizes = [len(batch) for batch in batches]
+    assert len(batches) == max(1, math.ceil(drawn / 4))
+    assert max(sizes) <= 4 and max(sizes) - min(sizes) <= 1
+    assert [piece.records for piece in pieces] == sizes
+    assert [i for batch in batches for i in batch][:drawn] == list(range(drawn))
+    assert sum(piece.kept for piece in pieces) == drawn
+
+
+def by_size(rows):
+    return torch.stack(sorted(rows, key=float, reverse=True))
+
+
+def test_padding_is_last_whatever_order_collation_makes():
+    loader, pieces = announced([[3, 1, 7]], 8, collate_fn=by_size)
+    (batch,) = loader
+    assert batch.tolist() == [7.0, 3.0, 1.0] + [7.0] * 5
+    assert pieces == [Piece(8, 3, True, True)]
+
+
+def test_padding_reaches_into_collated_structures():
+    def collate(rows):
+        return {"x": torch.stack(rows), "pair": (torch.ones(len(rows), 2), ["a"] * len(rows))}
+
+    loader, _ = announced([[3, 1]], 4, collate_fn=collate)
+    (batch,) = loader
+    assert batch["x"].tolist() == [3.0, 1.0, 3.0, 3.0]
+    assert batch["pair"][0].shape == (4, 2) and batch["pair"][1] == ["a"] * 4
+
+
+def test_what_cannot_be_padded_is_refused():
+    loader, pieces = announced([[3, 1]], 4, collate_fn=lambda rows: object())
+    with pytest.raises(ConfigError, match="pad_physical_batches"):
+        list(loader)
+    assert not pieces
 
 
 def test_persistent_workers_and_an_iteration_left_early():
@@ -218,6 +260,19 @@ def test_without_poisson_sampling_the_order_is_the_loaders_and_nothing_is_gained
     draws, _ = drawn_by(engine, poisson_sampling=False)
     assert draws == [list(range(i, i + 4)) for i in range(0, 40, 4)]
     assert engine.ledger.history == [(0.5, 1.0, 10)]  # one record more can move two of a step
+
+
+def test_a_sampler_that_poisson_sampling_would_replace_is_refused():
+    model, data = Model(), TensorDataset(torch.arange(40), torch.randn(40, 4))
+    sampler = torch.utils.data.SubsetRandomSampler(range(20))
+    with pytest.raises(ConfigError, match=r"SubsetRandomSampler.*Subset"):
+        PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=DataLoader(data, batch_size=4, sampler=sampler),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )
 
 
 def test_torch_seeds_decide_neither_draws_nor_noise():
