@@ -2,24 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from ffa_kernels.backends.dispatch import kernel
 from ffa_kernels.errors import ConfigError
 
 # `Library.define` and not `custom_op`: half the overhead a call, which small models feel.
 LIBRARY: Any = torch.library.Library("ffa", "DEF")  # type: ignore[no-untyped-call]
 
 
-def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Registers `ffa::<name>` of `schema` for every device; returns the callable op."""
+def define(
+    schema: str,
+    check: Callable[..., None],
+    chosen_by: Callable[..., Sequence[torch.Tensor]],
+    fake: Callable[..., Any],
+) -> Any:
+    """Registers `ffa::<name>` of `schema` for every device.
+
+    Args:
+        schema: of the op, as PyTorch writes it.
+        check: given the op's arguments, raises ConfigError unless they fit together.
+        chosen_by: given the op's arguments, the tensors whose device and dtypes decide the
+            backend; its function of the op's name is then called with the arguments.
+        fake: given the op's arguments, its outputs without values.
+
+    Returns:
+        The callable op.
+    """
     name = schema.split("(", 1)[0]
+
+    def implementation(*arguments: Any) -> Any:
+        check(*arguments)
+        return kernel(name, *chosen_by(*arguments))(*arguments)
+
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ffa::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.ffa, name).default
+
+
+def by_first(first: torch.Tensor, *_: object) -> tuple[torch.Tensor]:
+    """`chosen_by` for an op that its first tensor decides."""
+    return (first,)
 
 
 def require(condition: bool, message: Callable[[], str]) -> None:

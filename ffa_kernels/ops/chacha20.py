@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ffa_kernels.backends.dispatch import kernel
-from ffa_kernels.ops._library import check_rng_state, define, require
+from ffa_kernels.ops._library import by_first, check_rng_state, define, require
 
 
 def _check(rng_state: Tensor, tensor_id: int, first_block: int, n_blocks: int) -> None:
@@ -24,19 +23,14 @@ def _check(rng_state: Tensor, tensor_id: int, first_block: int, n_blocks: int) -
     )
 
 
-def _implementation(rng_state: Tensor, tensor_id: int, first_block: int, n_blocks: int) -> Tensor:
-    _check(rng_state, tensor_id, first_block, n_blocks)
-    result: Tensor = kernel("chacha20", rng_state)(rng_state, tensor_id, first_block, n_blocks)
-    return result
-
-
 def _fake(rng_state: Tensor, tensor_id: int, first_block: int, n_blocks: int) -> Tensor:
     return rng_state.new_empty(n_blocks, 16, dtype=torch.int32)
 
 
 _op = define(
     "chacha20(Tensor rng_state, int tensor_id, int first_block, SymInt n_blocks) -> Tensor",
-    _implementation,
+    _check,
+    by_first,
     _fake,
 )
 

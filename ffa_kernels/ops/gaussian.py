@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ffa_kernels.backends.dispatch import kernel
 from ffa_kernels.ops._library import check_rng_state, define, require
 
 
-def _implementation(rng_state: Tensor, tensor_id: int, numel: int, dtype: torch.dtype) -> Tensor:
+def _check(rng_state: Tensor, tensor_id: int, numel: int, dtype: torch.dtype) -> None:
     check_rng_state("gaussian", "rng_state", rng_state)
     require(
         0 <= tensor_id < 1 << 32,
@@ -20,10 +19,11 @@ def _implementation(rng_state: Tensor, tensor_id: int, numel: int, dtype: torch.
         lambda: f"gaussian: numel is {numel}; accepted: 0 to 2^35, one block counter's reach",
     )
     require(dtype.is_floating_point, lambda: f"gaussian: dtype is {dtype}; accepted: a float type")
-    # The state's dtype says nothing of the values drawn: choose by theirs.
-    witness = torch.empty(0, dtype=dtype, device=rng_state.device)
-    result: Tensor = kernel("gaussian", witness)(rng_state, tensor_id, numel, dtype)
-    return result
+
+
+def _chosen_by(rng_state: Tensor, tensor_id: int, numel: int, dtype: torch.dtype) -> list[Tensor]:
+    # The state's dtype says nothing of the values drawn: theirs decides.
+    return [torch.empty(0, dtype=dtype, device=rng_state.device)]
 
 
 def _fake(rng_state: Tensor, tensor_id: int, numel: int, dtype: torch.dtype) -> Tensor:
@@ -32,7 +32,8 @@ def _fake(rng_state: Tensor, tensor_id: int, numel: int, dtype: torch.dtype) -> 
 
 _op = define(
     "gaussian(Tensor rng_state, int tensor_id, SymInt numel, ScalarType dtype) -> Tensor",
-    _implementation,
+    _check,
+    _chosen_by,
     _fake,
 )
 

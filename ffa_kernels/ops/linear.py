@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ffa_kernels.backends.dispatch import kernel
-from ffa_kernels.ops._library import LIBRARY, check_rng_state, define, require
+from ffa_kernels.ops._library import LIBRARY, by_first, check_rng_state, define, require
 
 
 def _check(
@@ -22,7 +21,9 @@ def _check(
     lora_B: Tensor,
     tap: Tensor | None,
     dropout_state: Tensor | None,
+    scaling: float,
     dropout_p: float,
+    mean_loss: bool,
 ) -> None:
     require(
         weight.dim() == 2 and weight.is_floating_point(),
@@ -79,25 +80,6 @@ def _check(
         )
 
 
-def _implementation(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    tap: Tensor | None,
-    dropout_state: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    mean_loss: bool,
-) -> tuple[Tensor, Tensor]:
-    _check(x, weight, bias, lora_A, lora_B, tap, dropout_state, dropout_p)
-    result: tuple[Tensor, Tensor] = kernel("linear", x)(
-        x, weight, bias, lora_A, lora_B, tap, dropout_state, scaling, dropout_p, mean_loss
-    )
-    return result
-
-
 def _fake(
     x: Tensor,
     weight: Tensor,
@@ -110,7 +92,7 @@ def _fake(
     dropout_p: float,
     mean_loss: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check(x, weight, bias, lora_A, lora_B, tap, dropout_state, dropout_p)
+    _check(x, weight, bias, lora_A, lora_B, tap, dropout_state, scaling, dropout_p, mean_loss)
     leading = x.shape[:-1]
     return x.new_empty(*leading, weight.shape[0]), x.new_empty(*leading, lora_A.shape[0])
 
@@ -118,24 +100,23 @@ def _fake(
 _op = define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? tap,"
     " Tensor? dropout_state, float scaling, float dropout_p, bool mean_loss) -> (Tensor, Tensor)",
-    _implementation,
+    _check,
+    by_first,
     _fake,
 )
 
 
-def _backward_implementation(
-    g: Tensor,
-    u: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    dropout_state: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-) -> Tensor:
-    result: Tensor = kernel("linear_backward", g)(
-        g, u, weight, lora_A, dropout_state, scaling, dropout_p
+def _backward_check(g: Tensor, u: Tensor, weight: Tensor, lora_A: Tensor, *_: object) -> None:
+    require(
+        g.shape[-1] == weight.shape[0]
+        and u.shape == (*g.shape[:-1], lora_A.shape[0])
+        and lora_A.shape[1] == weight.shape[1],
+        lambda: (
+            f"linear_backward: g is {tuple(g.shape)}, u {tuple(u.shape)}, weight "
+            f"{tuple(weight.shape)}, lora_A {tuple(lora_A.shape)}; accepted: (n, ..., d_out), "
+            "(n, ..., r), (d_out, d_in), (r, d_in)"
+        ),
     )
-    return result
 
 
 def _backward_fake(
@@ -153,7 +134,8 @@ def _backward_fake(
 _backward_op = define(
     "linear_backward(Tensor g, Tensor u, Tensor weight, Tensor lora_A, Tensor? dropout_state,"
     " float scaling, float dropout_p) -> Tensor",
-    _backward_implementation,
+    _backward_check,
+    by_first,
     _backward_fake,
 )
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ffa_kernels.backends.dispatch import kernel
-from ffa_kernels.ops._library import define, require
+from ffa_kernels.ops._library import by_first, define, require
 
 
-def _check(g: Tensor, h: Tensor, lora_B: Tensor | None) -> None:
+def _check(g: Tensor, h: Tensor, lora_B: Tensor | None, *_: object) -> None:
     require(
         g.dim() >= 2
         and g.shape[:-1] == h.shape[:-1]
@@ -30,16 +29,6 @@ def _check(g: Tensor, h: Tensor, lora_B: Tensor | None) -> None:
         )
 
 
-def _implementation(
-    g: Tensor, h: Tensor, lora_B: Tensor | None, scaling: float, mean_loss: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(g, h, lora_B)
-    result: tuple[Tensor, Tensor, Tensor] = kernel("per_sample_grad", g)(
-        g, h, lora_B, scaling, mean_loss
-    )
-    return result
-
-
 def _fake(
     g: Tensor, h: Tensor, lora_B: Tensor | None, scaling: float, mean_loss: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,7 +42,8 @@ def _fake(
 _op = define(
     "per_sample_grad(Tensor g, Tensor h, Tensor? lora_B, float scaling, bool mean_loss)"
     " -> (Tensor, Tensor, Tensor)",
-    _implementation,
+    _check,
+    by_first,
     _fake,
 )
 

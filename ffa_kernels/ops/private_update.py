@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ffa_kernels.backends.dispatch import kernel
 from ffa_kernels.ops._library import check_rng_state, define, require
 from ffa_kernels.ops.clip_accumulate import check_sums
 
@@ -28,6 +27,7 @@ def _check(
     noise_multiplier: float,
     expected_batch_size: float,
     optimizer: str,
+    *_: object,
 ) -> None:
     count = len(params)
     check_sums("private_update", sums, max_grad_norm, count)
@@ -105,54 +105,6 @@ def _check(
     )
 
 
-def _implementation(
-    params: list[Tensor],
-    sums: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    rng_state: Tensor,
-    hyper: Tensor,
-    tensor_ids: list[int],
-    max_grad_norm: list[float],
-    noise_multiplier: float,
-    expected_batch_size: float,
-    optimizer: str,
-    nesterov: bool,
-    maximize: bool,
-) -> None:
-    _check(
-        params,
-        sums,
-        exp_avgs,
-        exp_avg_sqs,
-        steps,
-        rng_state,
-        hyper,
-        tensor_ids,
-        max_grad_norm,
-        noise_multiplier,
-        expected_batch_size,
-        optimizer,
-    )
-    kernel("private_update", *params)(
-        params,
-        sums,
-        exp_avgs,
-        exp_avg_sqs,
-        steps,
-        rng_state,
-        hyper,
-        tensor_ids,
-        max_grad_norm,
-        noise_multiplier,
-        expected_batch_size,
-        optimizer,
-        nesterov,
-        maximize,
-    )
-
-
 def _fake(*arguments: object) -> None:
     return None
 
@@ -162,7 +114,8 @@ _op = define(
     " Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] steps, Tensor(f!) rng_state, Tensor hyper,"
     " int[] tensor_ids, float[] max_grad_norm, float noise_multiplier, float expected_batch_size,"
     " str optimizer, bool nesterov, bool maximize) -> ()",
-    _implementation,
+    _check,
+    lambda params, *_: params,
     _fake,
 )
 
