@@ -351,6 +351,7 @@ def test_a_graph_of_an_earlier_batch_gives_nothing():
     _, optimizer, loader = private(model, dataset(), batch_size=8)
     batches = iter(loader)
     late = loss_of(model, next(batches))
+    optimizer.zero_grad()
     batch = next(batches)
     loss_of(model, batch).backward()
     alone = model.head.weight.grad_sample.clone()

@@ -352,15 +352,16 @@ def test_a_skipped_step_is_noticed():
     model, _, loader = private(converted(), loader=loader_of(batch_size=4))
     batches = iter(loader)
     loss_of(model, next(batches)).backward()
-    with pytest.raises(PrivacyError, match="last one are still there"):
+    with pytest.raises(PrivacyError, match="was not stepped"):
         next(batches)
 
 
 def test_a_batch_of_another_size_is_refused():
-    model, _, loader = private(converted(), loader=loader_of(batch_size=4))
+    model, optimizer, loader = private(converted(), loader=loader_of(batch_size=4))
     for x, y in loader:
         with pytest.raises(PrivacyError, match="batch has 4 records"):
             loss_of(model, (torch.cat([x, x]), torch.cat([y, y])))
+        optimizer.zero_grad()
 
 
 def test_eval_mode_and_no_grad_are_plain():
@@ -698,3 +699,86 @@ def test_torch_compile_gives_the_same_grad_samples(compiled_first):
         for G, H in zip(a, b, strict=True):
             assert G.abs().max() > 0
             torch.testing.assert_close(G, H, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loader_that_reads_ahead_is_refused():
+    engine = PrivacyEngine()
+    model = Body()
+    _, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        data_loader=DataLoader(TensorDataset(torch.randn(18, WIDTH)), batch_size=9),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        max_physical_batch_size=8,
+    )
+    with pytest.raises(PrivacyError, match="read batches ahead"):
+        ahead = iter(loader)
+        batch = next(ahead)
+        for following in ahead:
+            model(*batch).square().mean().backward()
+            optimizer.step()
+            batch = following
+    assert engine.ledger.steps == 0
+
+
+def test_an_iteration_left_early_can_be_begun_anew():
+    engine = PrivacyEngine()
+    model = Body()
+    _, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        data_loader=DataLoader(TensorDataset(torch.randn(18, WIDTH)), batch_size=9),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    for _ in loader:
+        break
+    for (x,) in loader:
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert engine.ledger.steps == 2
+
+
+def test_what_follows_a_trained_layer_may_work_in_place():
+    engine = PrivacyEngine()
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(inplace=True), nn.Linear(WIDTH, CLASSES))
+    plain = copy.deepcopy(model)
+    _, _, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        data_loader=DataLoader(TensorDataset(torch.randn(4, WIDTH)), batch_size=4),
+        noise_multiplier=0.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+        loss_reduction="sum",
+    )
+    for (x,) in loader:
+        model(x).square().sum().backward()
+        plain(x).square().sum().backward()
+        break
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad_sample.sum(0), theirs.grad)
+
+
+def test_merge_gives_plain_layers_back_after_private_training():
+    model = ffa.convert(Body(), r=2, target_modules=["body"], modules_to_save=["head"])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    _, optimizer, loader = PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(trained, lr=1.0),
+        data_loader=DataLoader(TensorDataset(torch.randn(4, WIDTH)), batch_size=4),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    for (x,) in loader:
+        model(x).square().mean().backward()
+        optimizer.step()
+    x = torch.randn(3, WIDTH)
+    expected = model.eval()(x)
+    merged = ffa.merge(model)
+    assert merged is model and type(model.body) is type(model.head) is nn.Linear
+    torch.testing.assert_close(model.train()(x), expected)
+    model(x).sum().backward()
+    assert model.head.weight.grad is not None
+    ffa.convert(model, r=2, target_modules=["body", "head"])

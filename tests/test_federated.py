@@ -416,6 +416,29 @@ def test_physical_batches_do_not_change_the_number_of_steps(
     assert 0 <= entry["clipped_fraction"] <= 1
 
 
+def test_a_round_tried_again_cannot_overspend(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = bench.config.federation.rounds
+    with closing(bench.site()) as site:
+        with monkeypatch.context() as patched:
+            patched.setattr(site, "_check_moved", lambda received: 1 / 0)
+            for _ in range(rounds):
+                with pytest.raises(ZeroDivisionError):
+                    site.run_round(1, bench.server.message(1, "north"))
+        with pytest.raises(PrivacyError, match="is spent"):
+            site.run_round(1, bench.server.message(1, "north"))
+        assert site.epsilon() <= bench.config.privacy.target_epsilon
+
+
+def test_another_output_folder_is_no_new_budget(config: Config, tmp_path: Path) -> None:
+    first = driver.run(config, tmp_path / "first")["sites"]["north"]
+    second = driver.run(config, tmp_path / "second")["sites"]["north"]
+    # What is left of the same epsilon is next to nothing, and the ledger's total stays under it.
+    assert second["noise_multiplier"] > 3 * first["noise_multiplier"]
+    assert first["epsilon"] < second["epsilon"] <= config.privacy.target_epsilon
+
+
 def test_a_site_with_three_records_is_not_let_in(bench: Bench) -> None:
     few = bench.records["north"][0].take(range(3))
     with pytest.raises(ConfigError, match="'north': got 3 training records; accepted: at least 50"):
@@ -473,7 +496,8 @@ def test_a_run_writes_a_report_that_adds_up(config: Config, tmp_path: Path) -> N
     assert len(report["adapter_norms"]) == len(layers)
     assert all(norm > 0 for norm in report["adapter_norms"].values())
     for name in ("east", "north", "south"):
-        ledger = Ledger(out / "sites" / name / "ledger.jsonl")
+        (of_site,) = (site for site in config.sites if site.name == name)
+        ledger = Ledger(of_site.ledger)
         assert ledger.epsilon(1e-3, "rdp") == report["sites"][name]["epsilon"]
         ledger.close()
         lines = (out / "sites" / name / "local.jsonl").read_text().splitlines()

@@ -311,14 +311,17 @@ def test_dropout_has_a_new_key_each_batch():
 
     engine = PrivacyEngine()
     model = ffa.convert(nn.Sequential(nn.Linear(4, 2)), r=2, target_modules=["0"], dropout=0.5)
-    _, _, loader = engine.make_private(
+    _, optimizer, loader = engine.make_private(
         module=model,
         optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
         data_loader=DataLoader(TensorDataset(torch.randn(12, 4)), batch_size=3),
         noise_multiplier=1.0,
         max_grad_norm=1.0,
     )
-    keys = {tuple(model[0]._dropout_key.tolist()) for _ in loader}
+    keys = set()
+    for _ in loader:
+        keys.add(tuple(model[0]._dropout_key.tolist()))
+        optimizer.zero_grad()
     assert len(keys) == 4 and (0, 0, 0, 0) not in keys
 
 

@@ -206,7 +206,9 @@ def private_update(
             grid = grid_size(bound)
             noised = total
             if noise_multiplier > 0:
-                z = gaussian(rng_state, tensor_ids[k], total.numel(), torch.float64)
+                z = gaussian(rng_state, tensor_ids[k], total.numel(), torch.float64).to(
+                    total.device
+                )
                 # In fp64, which holds these integers: int64 would overflow where another group's
                 # bound, and so the noise, is 2^30 times this one's.
                 noised = total + (z * (noise_std / grid)).round().view(total.shape)

@@ -189,6 +189,8 @@ class SiteFiles:
         name: letters, digits, "_", "-" and "."; also the name of the site's folder.
         train: file of records to train on.
         test: file of held-out records; without one, data.test_fraction of `train` is held out.
+        ledger: the account of what was ever released of these records, made if missing; by default
+            the train file's name with ".ledger.jsonl" added, so that another run goes on counting.
     """
 
     name: str = _key(
@@ -197,6 +199,7 @@ class SiteFiles:
     )
     train: str = _key("a file", bool)
     test: str | None = _key("a file", bool, None)
+    ledger: str | None = _key("a file", bool, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,6 +330,11 @@ def _check_together(config: Config) -> None:
             + "; accepted: the vaderSentiment 3.3.2 source distribution with source = 'demo', "
             "no path otherwise"
         )
+    if config.model.prompts is not None and config.model.kind != "minilm":
+        raise ConfigError(
+            f"[model] prompts: got some with kind = {config.model.kind!r}; accepted: with "
+            "'minilm' alone"
+        )
     if (data.split == "natural") != (data.sites is None):
         raise ConfigError(
             f"[data] sites: got {data.sites} with split = {data.split!r}; "
@@ -371,6 +379,7 @@ def _with_paths(config: Config, folder: Path) -> Config:
             site,
             train=_file(folder, site.train, f"[[site]] {site.name}: train"),
             test=site.test and _file(folder, site.test, f"[[site]] {site.name}: test"),
+            ledger=str((folder / (site.ledger or f"{site.train}.ledger.jsonl")).resolve()),
         )
         for site in config.sites
     )

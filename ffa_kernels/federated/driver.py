@@ -51,12 +51,16 @@ def run(config: Config, out: Path, console: Console | None = None) -> dict[str, 
     model, tokenizer = build(config)
     run_id = secrets.token_hex(8)
     out.mkdir(parents=True, exist_ok=True)
+    # Records dealt out anew have no ledger of their own; those of a file keep one beside it.
+    natural = config.data.split == "natural"
+    ledgers = {site.name: site.ledger for site in config.sites if natural}
     with ExitStack() as open_sites:
         sites = {}
         for name in sorted(records):
             site = Site(
                 *(name, records[name][0], model, tokenizer, config, run_id),
                 folder=out / "sites" / name,
+                ledger=ledgers.get(name),
             )
             sites[name] = open_sites.enter_context(closing(site))
         tests = {name: records[name][1] for name in sites}

@@ -22,6 +22,7 @@ from ffa_kernels.federated.data import Records
 from ffa_kernels.federated.files import write_atomic
 from ffa_kernels.federated.wire import Header
 from ffa_kernels.privacy import PrivacyEngine, noise_multiplier_for
+from ffa_kernels.privacy.step import Plan
 
 Batch = tuple[dict[str, Tensor], Tensor]
 
@@ -37,7 +38,9 @@ class Site:
         tokenizer: of the model, as transformers calls it.
         config: the federation's.
         run: the run's identifier; an update is kept under (run, round).
-        folder: the site's own; ledger, updates and local log live there.
+        folder: the site's own; updates and local log live there.
+        ledger: the account of all that was ever released of these records; in `folder` by
+            default, which suits data that are made for the run or public.
 
     Raises:
         ConfigError: too few records, or a delta too large for them; nothing has been trained or
@@ -54,6 +57,7 @@ class Site:
         config: Config,
         run: str,
         folder: Path,
+        ledger: str | Path | None = None,
     ) -> None:
         check_records(name, len(records), config)
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +71,9 @@ class Site:
         privacy, train = config.privacy, config.train
         self.batch_size = batch_size(train, len(records))
         self.sample_rate = self.batch_size / len(records)
-        self._engine = PrivacyEngine(accountant=privacy.accountant, ledger=folder / "ledger.jsonl")
+        self._engine = PrivacyEngine(
+            accountant=privacy.accountant, ledger=ledger or folder / "ledger.jsonl"
+        )
         try:
             self.noise_multiplier = self._solve_noise()
             own = copy_sharing_frozen(model)
@@ -85,6 +91,13 @@ class Site:
                 max_physical_batch_size=train.max_physical_batch_size,
                 pad_physical_batches=False,
             )
+            if self.noise_multiplier > 0.0:
+                # A round that is tried again is charged again, and cannot overspend.
+                self._optimizer.private_step.plan = Plan(
+                    self._engine.ledger,
+                    config.federation.rounds * config.federation.local_steps,
+                    privacy.target_epsilon,
+                )
         except BaseException:
             self.close()
             raise

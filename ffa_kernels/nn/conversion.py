@@ -10,6 +10,7 @@ from torch import nn
 
 from ffa_kernels.errors import ConfigError
 from ffa_kernels.nn.linear import FFALinear, check_adapter
+from ffa_kernels.nn.recorded import plain_again
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -124,6 +125,8 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
 def merge(model: M) -> M:
     """Replaces every FFALinear of `model` in place by an nn.Linear with weight W + s B A.
 
+    Heads and other trained layers that an engine made record are plain layers again too.
+
     Returns:
         `model`.
 
@@ -137,4 +140,6 @@ def merge(model: M) -> M:
     plain = {layer: layer.merged() for layer in set(layers.values())}
     for name, layer in layers.items():
         _replace(model, name, plain[layer])
+    for module in model.modules():
+        plain_again(module)
     return model

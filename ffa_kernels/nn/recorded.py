@@ -26,7 +26,9 @@ class _Record(torch.autograd.Function):
     ) -> Tensor:
         ctx.layer, ctx.names = layer, names
         ctx.save_for_backward(x)
-        return y.view_as(y)
+        # The identity without a copy, and no view to autograd: what follows may work in place,
+        # and no layer here keeps its own output for backward.
+        return torch.ops.aten._unsafe_view(y, y.shape)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -158,6 +160,14 @@ RECORDED: dict[type[nn.Module], type[_Recorded]] = {
         RecordedConv2d,
     )
 }
+
+
+def plain_again(layer: nn.Module) -> None:
+    """Gives a recording layer its plain class back; any other layer is left as it is."""
+    if isinstance(layer, _Recorded):
+        plain: Any = layer._plain
+        layer.__class__ = plain
+        vars(layer).pop("record_taps", None)
 
 
 def is_recorded(layer: nn.Module) -> bool:

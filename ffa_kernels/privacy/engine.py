@@ -186,7 +186,8 @@ class PrivacyEngine:
             loss_reduction: "mean" or "sum": how the loss combines the records' own losses.
             max_physical_batch_size: draws are cut into batches of at most this size.
             pad_physical_batches: pad those to that size with rows that are left out of the sum,
-                for the static shapes of `torch.compile` and CUDA graphs.
+                for the static shapes of `torch.compile` and CUDA graphs. They are the last
+                rows: the model must keep a batch's rows in their order.
             keep_grad_sample: with "per_layer", keep `.grad_sample` until `step()`.
 
         Returns:
@@ -237,7 +238,7 @@ class PrivacyEngine:
                 layer._dropout_key = key
 
         private_loader = PrivateDataLoader(
-            loader, logical, max_physical_batch_size, announce, pad=pad_physical_batches
+            loader, logical, max_physical_batch_size, announce, pad_physical_batches, step.restart
         )
         return module, PrivateOptimizer(optimizer, step), private_loader
 

@@ -65,7 +65,10 @@ class PrivateOptimizer(Optimizer):
         return f"Private({self.original_optimizer!r})"
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops the last batch's gradients; the sum over a draw's earlier pieces stays."""
+        """Drops the last batch's gradients; the sum over a draw's earlier pieces stays.
+
+        With `clipping="per_layer"` a gradient is in that sum as soon as backward has made it.
+        """
         self.private_step.drop()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -122,6 +122,8 @@ def _padded(batch: Any, have: int, rows: int) -> Any:
         if len(batch) == have and not any(isinstance(v, (torch.Tensor, Mapping)) for v in batch):
             return [*batch, *[batch[0]] * (rows - have)]
         return type(batch)(_padded(value, have, rows) for value in batch)
+    if batch is None or isinstance(batch, (str, bytes, int, float)):
+        return batch
     raise ConfigError(
         f"data_loader collates to {type(batch).__name__}, which cannot be padded; accepted: "
         "tensors in tuples, lists and mappings, or pad_physical_batches=False"
@@ -139,6 +141,7 @@ class PrivateDataLoader(DataLoader[Any]):
         physical_size: the most rows of a physical batch, None for one of the draw's size.
         announce: called with the Piece just before its batch is yielded.
         pad: pad every physical batch to `physical_size`; otherwise a draw is cut evenly.
+        restart: called when an iteration begins.
     """
 
     def __init__(
@@ -148,10 +151,11 @@ class PrivateDataLoader(DataLoader[Any]):
         physical_size: int | None,
         announce: Callable[[Piece], None],
         pad: bool = True,
+        restart: Callable[[], None] = lambda: None,
     ) -> None:
         dataset: Any = loader.dataset
         self._physical = _PhysicalBatches(logical, physical_size, pad, len(dataset))
-        self._announce = announce
+        self._announce, self._restart = announce, restart
         workers: dict[str, Any] = {}
         if loader.num_workers > 0:
             workers = {
@@ -171,6 +175,7 @@ class PrivateDataLoader(DataLoader[Any]):
         )
 
     def __iter__(self) -> Any:
+        self._restart()
         batches = super().__iter__()
         pieces = self._physical.pieces
         for batch in batches:

@@ -104,6 +104,7 @@ class PrivateStep:
         ]
         self._stats = torch.zeros(2, dtype=torch.int64, device=self._sums[0].device)
         self._piece: Piece | None = None
+        self._dropped = False
         self._keep: Tensor | None = None
         self._taps: list[Tensor] = []
         self._clipped: set[int] = set()
@@ -134,16 +135,17 @@ class PrivateStep:
         """
         if self.detached:
             raise PrivacyError("this loader's model was made private again; use the newer loader")
-        if any(tap.grad is not None for tap in self._taps):
+        if self._piece is not None and not self._dropped:
             raise PrivacyError(
-                "a batch begins, but the gradients of the last one are still there: call "
-                "optimizer.step() after each batch (or zero_grad() to drop them)"
+                "a batch begins, but the last one was not stepped: call optimizer.step() after "
+                "each batch (or zero_grad() to drop it), and do not read batches ahead, for what "
+                "is announced is the batch that the model gets next"
             )
         if piece.first:
             # What an abandoned draw left behind was not released, and must not be.
             for total in self._sums:
                 total.zero_()
-        self._piece = piece
+        self._piece, self._dropped = piece, False
         self._clipped.clear()
         device = self._sums[0].device
         self._keep = None
@@ -167,6 +169,7 @@ class PrivateStep:
             # A graph of an earlier batch: its records are not this batch's.
             tap.grad = None
             return
+        self._dropped = False
         trained = self.trained[k]
         if not self.mechanism.clips_in_backward:
             trained.parameter.grad_sample = tap.grad  # type: ignore[attr-defined]
@@ -185,6 +188,7 @@ class PrivateStep:
 
     def drop(self) -> None:
         """Forgets the gradients that were not clipped yet; the sum of earlier pieces stays."""
+        self._dropped = True
         for tap, t in zip(self._taps, self.trained, strict=False):
             tap.grad = None
             t.parameter.grad_sample = None  # type: ignore[attr-defined]
@@ -202,6 +206,11 @@ class PrivateStep:
         self._end_batch()
         for total in self._sums:
             total.zero_()
+
+    def restart(self) -> None:
+        """A new iteration of the data begins: what was under way is not released."""
+        if not self.detached:
+            self.abandon()
 
     def detach(self) -> None:
         """Ends this step's life: the model belongs to another engine from now on."""
