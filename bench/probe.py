@@ -43,7 +43,7 @@ class Settings:
     weights: str = "records"
     test_fraction: float = 0.2
     split_seed: int = 0
-    max_length: int = 48
+    max_length: int = 40
     repeats: int = 5
 
 
