@@ -116,6 +116,17 @@ def _describe(python: Path) -> dict[str, Any]:
     return dict(json.loads(_run(python, "-c", textwrap.dedent(code), cwd=python.parent)))
 
 
+def _doctor_finds_the_library_under(python: Path, folder: Path) -> None:
+    """`doctor --json` says what is true: these installs have a CPU library, and it loads."""
+    backends = _doctor(python)["backends"]
+    cpu = backends["cpu"]
+    assert cpu["available"] and cpu["openmp"] and cpu["reason"] == ""
+    assert Path(cpu["path"]).is_relative_to(folder) and Path(cpu["path"]).exists()
+    assert backends["reference"]["available"]
+    # Built with NVCC="": there is none to find.
+    assert not backends["cuda"]["available"] and backends["cuda"]["path"] is None
+
+
 def _entries(tree: Any, key: str) -> list[dict[str, Any]]:
     """Every dictionary of a backend's state named `key`, wherever the report puts it."""
     if not isinstance(tree, dict):
@@ -147,9 +158,16 @@ def test_wheel_with_a_compiler_serves_every_python_of_the_platform(
 
     python = _environment(tmp_path / "env")
     _install(python, wheel, env=build_env)
-    cpu = _describe(python)["cpu"]
-    assert cpu["available"] and cpu["openmp"] and cpu["reason"] == ""
-    assert Path(cpu["path"]).is_relative_to(tmp_path)
+    _doctor_finds_the_library_under(python, tmp_path)
+
+
+@needs_compiler
+def test_sdist_installs_with_its_library(
+    sdist: Path, tmp_path: Path, build_env: dict[str, str]
+) -> None:
+    python = _environment(tmp_path / "env")
+    _install(python, sdist, env=build_env)
+    _doctor_finds_the_library_under(python, tmp_path)
 
 
 def test_wheel_without_a_compiler_installs_and_doctor_says_why(
@@ -193,8 +211,7 @@ def test_editable_install_builds_in_place(
     python = _environment(tmp_path / "env")
     _install(python, "-e", source, env=build_env)
     assert (source / "ffa_kernels" / "_lib" / "libffa_cpu.so").exists()
-    cpu = _describe(python)["cpu"]
-    assert cpu["available"] and Path(cpu["path"]).is_relative_to(source)
+    _doctor_finds_the_library_under(python, source)
 
 
 def _needs_library() -> None:
