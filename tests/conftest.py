@@ -43,6 +43,12 @@ def few_threads():
     torch.set_num_threads(THREADS)
 
 
+@pytest.fixture
+def one_thread(few_threads):
+    """For tests of small models, which threads only slow; `few_threads` undoes it for the next."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request):
     """The name of a backend, forced for the whole test."""

@@ -15,12 +15,7 @@ from ffa_kernels.privacy import PrivacyEngine
 N, TOKENS, WIDTH, CLASSES = 16, 5, 8, 3
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Classifier(nn.Module):

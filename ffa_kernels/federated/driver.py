@@ -147,7 +147,7 @@ class _Run:
             "adapter_norms": {
                 name: float(tensor.double().norm())
                 for name, tensor in self.server.tensors.items()
-                if _is_b(name)
+                if wire.is_B(name)
             },
             "environment": report.environment(),
         }
@@ -248,7 +248,7 @@ def count_correct(model: nn.Module, tokenizer: Any, records: Records, config: Co
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """The model with every trained lora_B at zero; they come back afterwards."""
-    held = {name: p for name, p in wire.trained_tensors(model).items() if _is_b(name)}
+    held = {name: p for name, p in wire.trained_tensors(model).items() if wire.is_B(name)}
     values = {name: p.detach().clone() for name, p in held.items()}
     with torch.no_grad():
         for parameter in held.values():
@@ -258,10 +258,6 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
         finally:
             for name, parameter in held.items():
                 parameter.copy_(values[name])
-
-
-def _is_b(name: str) -> bool:
-    return "lora_B" in name.split(".")
 
 
 def _check_labels(name: str, train: Records, test: Records, classes: int) -> None:

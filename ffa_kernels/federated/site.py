@@ -208,7 +208,7 @@ class Site:
         for name, parameter in wire.trained_tensors(self._model).items():
             still = torch.equal(parameter.detach().float().cpu(), received[name])
             # Only B surely moves: with no noise, the first step of a trained A has no gradient.
-            if still and "lora_B" in name.split("."):
+            if still and wire.is_B(name):
                 raise FFAError(f"{name}: did not move in a round of site {self.name!r}")
         if wire.fingerprint(self._model) != self._fingerprint:
             raise PrivacyError(

@@ -88,6 +88,11 @@ def is_adapter(name: str) -> bool:
     return any(part in ("lora_A", "lora_B") for part in name.split("."))
 
 
+def is_B(name: str) -> bool:
+    """Whether a tensor of that name is an adapter's B."""
+    return "lora_B" in name.split(".")
+
+
 def fingerprint(model: nn.Module) -> Fingerprint:
     """Digests of everything that is not trained: two ends with equal digests mean the same model.
 
