@@ -11,7 +11,7 @@
 
 #include <stdint.h>
 
-#define FFA_ABI_VERSION 1
+#define FFA_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -48,28 +48,35 @@ int ffa_cpu_chacha20(const int64_t* rng_state, int64_t tensor_id, int64_t first_
 int ffa_cpu_gaussian(const int64_t* rng_state, int64_t tensor_id, int64_t numel, int dtype,
                      void* out, int threads);
 
-/* out[e] = kept(offset + e) ? x[e] / (1 - p') : 0 for e < numel; offset is a multiple of 32 and
- * p' is p rounded to a multiple of 2^-16. out may be x. */
-int ffa_cpu_dropout(const int64_t* dropout_state, double p, int64_t offset, int64_t numel,
-                    int dtype, const void* x, void* out, int threads);
+/* x, out (rows, columns): out = kept ? x / (1 - p') : 0, p' being p rounded to a multiple of 2^-16.
+ * The mask is that of rows first_row, first_row + 1, ... of a matrix with so many columns. out may
+ * be x. */
+int ffa_cpu_dropout(const int64_t* dropout_state, double p, int64_t first_row, int64_t rows,
+                    int64_t columns, int dtype, const void* x, void* out, int threads);
 
-/* dx[e] += scaling * dropout(v)[e], same mask and arguments as above. */
-int ffa_cpu_dropout_add(const int64_t* dropout_state, double p, double scaling, int64_t offset,
-                        int64_t numel, int dtype, const void* v, void* dx, int threads);
+/* dx += scaling * dropout(v), same mask and arguments as above. */
+int ffa_cpu_dropout_add(const int64_t* dropout_state, double p, double scaling, int64_t first_row,
+                        int64_t rows, int64_t columns, int dtype, const void* v, void* dx,
+                        int threads);
 
-/* g (n, T, d_out), h (n, T, r), lora_B (d_out, r) or null; u (n, T, r) = g B (not written without
- * lora_B), G (n, d_out, r) = scale g_i^T h_i, sq (n,) = |G_i|^2. All of one dtype, F32 or F64. */
-int ffa_cpu_per_sample_grad(int64_t n, int64_t T, int64_t d_out, int64_t r, int dtype,
-                            const void* g, const void* h, const void* lora_B, double scale, void* u,
-                            void* G, void* sq, int threads);
+/* g (rows, d_out), h (rows, r), lora_B (d_out, r) or null; u (rows, r) = g B (not written without
+ * lora_B), G (n, d_out, r) = scale g_i^T h_i, sq (n,) = |G_i|^2 in float64. All else of one dtype,
+ * F32 or F64. Record i owns rows offsets[i] to offsets[i + 1] - 1; offsets (n + 1,) lie in
+ * [0, rows] and do not fall. Null offsets: rows / n each. */
+int ffa_cpu_per_sample_grad(int64_t n, int64_t rows, int64_t d_out, int64_t r, int dtype,
+                            const void* g, const void* h, const void* lora_B,
+                            const int32_t* offsets, double scale, void* u, void* G, double* sq,
+                            int threads);
 
 /* grad_samples[k] (n, numels[k]) of dtypes[k]; sums[k] (numels[k],) int64 on the grid of its bound,
  * float64 when the bound is infinite; groups is 1 (flat) or n_tensors, and so is the length of
- * max_grad_norm; keep (n,) bytes or null; stats int64[2]; factors float64 (groups, n). */
+ * max_grad_norm; keep (n,) bytes or null; stats int64[2]; factors float64 (groups, n).
+ * squares[k] float64 (2, n), or squares null: where the second row is 1 the first is |G_k,i|^2;
+ * elsewhere the norm is taken from grad_samples[k]. */
 int ffa_cpu_clip_accumulate(int64_t n_tensors, int64_t n, const int64_t* numels, const int* dtypes,
-                            const void* const* grad_samples, void* const* sums, int64_t groups,
-                            const double* max_grad_norm, const uint8_t* keep, int64_t* stats,
-                            double* factors, int threads);
+                            const void* const* grad_samples, const double* const* squares,
+                            void* const* sums, int64_t groups, const double* max_grad_norm,
+                            const uint8_t* keep, int64_t* stats, double* factors, int threads);
 
 /* One logical step over all tensors. exp_avgs and exp_avg_sqs may be null, or hold null; steps
  * float32 scalars; hyper float64 (n_tensors, 5): lr, weight_decay, beta1 | momentum,

@@ -6,6 +6,10 @@ import hypothesis
 import pytest
 import torch
 
+# Read by Triton when it is imported: without a GPU its kernels run as NumPy on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from ffa_kernels.backends import native
 from ffa_kernels.backends.dispatch import use_backend
 
@@ -49,11 +53,13 @@ def one_thread(few_threads):
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def backend(request):
     """The name of a backend, forced for the whole test."""
     if request.param == "cpu" and not native.available("cpu"):
         pytest.skip(f"cpu backend: {native.describe()['cpu']['reason']}")
+    if request.param == "triton":
+        pytest.importorskip("triton")
     with use_backend(request.param):
         yield request.param
 

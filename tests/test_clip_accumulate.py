@@ -368,5 +368,6 @@ def test_opcheck(backend, bounds):
     grads = draw([(3,), (2, 2)], 4)
     stats = torch.zeros(2, dtype=torch.int64)
     keep = torch.tensor([True, True, False, True])
-    arguments = (grads, empty_sums(grads, bounds), stats, keep, bounds)
+    squares = [torch.stack([g.double().flatten(1).square().sum(1), torch.ones(4)]) for g in grads]
+    arguments = (grads, squares, empty_sums(grads, bounds), stats, keep, bounds)
     torch.library.opcheck(torch.ops.ffa.clip_accumulate.default, arguments)

@@ -61,9 +61,11 @@ def make(shape=(4, 6), d_in=13, d_out=11, r=3, bias=True, dtype=torch.float64, s
 def mask_of(x: Tensor, p: float, state: Tensor = STATE) -> Tensor:
     """The dropout factor of each element of x, from the documented layout of the keystream."""
     threshold = round(65536 * p)
-    words = ops.chacha20(state, 0, 0, -(-x.numel() // 32)).flatten().tolist()
-    halves = [half for w in words for half in (w & 0xFFFF, w >> 16 & 0xFFFF)][: x.numel()]
-    keep = torch.tensor([half >= threshold for half in halves], dtype=torch.float64)
+    columns = x.shape[-1]
+    rows, blocks_a_row = math.prod(x.shape[:-1]), -(-columns // 32)
+    words = ops.chacha20(state, 0, 0, rows * blocks_a_row)
+    halves = torch.stack([words & 0xFFFF, words >> 16 & 0xFFFF], dim=-1)
+    keep = (halves.view(rows, 32 * blocks_a_row)[:, :columns] >= threshold).double()
     return (keep / (1 - threshold / 65536)).to(x.dtype).view(x.shape)
 
 
@@ -439,6 +441,7 @@ def test_compiled_module_equals_eager_with_dropout(private):
 def test_opcheck(backend, shape, bias, tapped, p):
     case = make(shape, bias=bias)
     tap = torch.zeros(shape[0], 11, 3, dtype=torch.float64, requires_grad=True) if tapped else None
+    norm_tap = torch.zeros(2, shape[0], dtype=torch.float64, requires_grad=True) if tapped else None
     torch.library.opcheck(
         torch.ops.ffa.linear.default,
         (
@@ -448,7 +451,9 @@ def test_opcheck(backend, shape, bias, tapped, p):
             case.lora_A,
             case.lora_B.requires_grad_(not tapped),
             tap,
+            norm_tap,
             STATE if p else None,
+            None,
             case.scaling,
             p,
             tapped,

@@ -54,7 +54,7 @@ def errors(values: list[Tensor], g: Tensor, h: Tensor, B: Tensor, scale: float) 
 def check(leading, d_out, r, dtype, mean_loss=False):
     g, h, B = inputs(leading, d_out, r, dtype)
     scale = 0.25 * (leading[0] if mean_loss else 1)
-    u, G, square = ops.per_sample_grad(g, h, B, 0.25, mean_loss)
+    u, G, square = ops.per_sample_grad(g, h, B, scaling=0.25, mean_loss=mean_loss)
     assert u.shape == (*leading, r) and G.shape == (leading[0], d_out, r)
     assert u.dtype == G.dtype == dtype
     own = formulas(g, h, B, scale)
@@ -64,11 +64,11 @@ def check(leading, d_out, r, dtype, mean_loss=False):
         ulp = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(largest)) if largest else 0.0
         assert error <= 2 * of_pytorch + ulp
     assert square.shape == (leading[0],)
-    assert square.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert square.dtype == torch.float64
     # Of the G that was returned, not of the exact one.
     of_stored = G.double().square().sum(dim=(1, 2))
     torch.testing.assert_close(square.double(), of_stored, rtol=4e-6, atol=0)
-    alone = ops.per_sample_grad(g, h, None, 0.25, mean_loss)
+    alone = ops.per_sample_grad(g, h, None, scaling=0.25, mean_loss=mean_loss)
     assert alone[0].shape == (0,)
     assert torch.equal(alone[1], G) and torch.equal(alone[2], square)
 
@@ -105,9 +105,9 @@ def test_inputs_need_not_be_contiguous(backend, dtype):
 def test_a_record_does_not_depend_on_the_others(backend):
     g, h, B = inputs((5, 11), 77, 5, torch.float32)
     g[3] = torch.nan
-    u, G, square = ops.per_sample_grad(g, h, B, 0.5)
+    u, G, square = ops.per_sample_grad(g, h, B, scaling=0.5)
     for i in (0, 1, 2, 4):
-        alone = ops.per_sample_grad(g[i : i + 1], h[i : i + 1], B, 0.5)
+        alone = ops.per_sample_grad(g[i : i + 1], h[i : i + 1], B, scaling=0.5)
         torch.testing.assert_close((u[i : i + 1], G[i : i + 1], square[i : i + 1]), alone)
     assert G[3].isnan().all() and square[3].isnan()
 
@@ -119,7 +119,7 @@ def test_thread_count_never_shows_in_the_bits(n):
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(ops.per_sample_grad(g, h, B, 0.7, True))
+        results.append(ops.per_sample_grad(g, h, B, scaling=0.7, mean_loss=True))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
@@ -151,5 +151,5 @@ def test_dtype_errors_name_the_argument(backend):
 @pytest.mark.parametrize("with_B", [True, False])
 def test_opcheck(backend, with_B):
     g, h, B = inputs((3, 4), 5, 2, torch.float32)
-    arguments = (g, h, B if with_B else None, 0.5, True)
+    arguments = (g, h, B if with_B else None, None, 0.5, True)
     torch.library.opcheck(torch.ops.ffa.per_sample_grad.default, arguments)

@@ -1,5 +1,6 @@
-// The dropout mask: element e keeps its value iff half-word e % 32 of ChaCha20 block e // 32 >=
-// thr.
+// The dropout mask of rows of K elements: element k of row m keeps its value iff half-word k % 32
+// of ChaCha20 block m ceil(K / 32) + k // 32 >= threshold. Each row begins a block, so that a tile
+// of rows and columns makes whole blocks.
 #pragma once
 
 #include "platform.h"

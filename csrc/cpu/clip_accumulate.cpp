@@ -73,9 +73,9 @@ void add_chunk(const T* samples, int64_t numel, int64_t n, const double* factors
 }  // namespace
 
 int clip_accumulate(int64_t n_tensors, int64_t n, const int64_t* numels, const int* dtypes,
-                    const void* const* grad_samples, void* const* sums, int64_t groups,
-                    const double* max_grad_norm, const uint8_t* keep, int64_t* stats,
-                    double* factors, int threads) {
+                    const void* const* grad_samples, const double* const* squares,
+                    void* const* sums, int64_t groups, const double* max_grad_norm,
+                    const uint8_t* keep, int64_t* stats, double* factors, int threads) {
   if (n_tensors < 0 || n < 0 || (groups != 1 && groups != n_tensors)) return FFA_BAD_SIZE;
   for (int64_t k = 0; k < groups; ++k) {
     if (!(max_grad_norm[k] > 0x1p-900)) return FFA_BAD_VALUE;
@@ -84,7 +84,7 @@ int clip_accumulate(int64_t n_tensors, int64_t n, const int64_t* numels, const i
   for (int64_t k = 0; k < n_tensors; ++k) {
     if (numels[k] < 0) return FFA_BAD_SIZE;
     if (dtypes[k] != FFA_F32 && dtypes[k] != FFA_F64) return FFA_BAD_DTYPE;
-    norm_tasks += n * blocks_of(numels[k]);
+    norm_tasks += n * (blocks_of(numels[k]) + 1);
     sum_tasks += (numels[k] + kSumChunk - 1) / kSumChunk;
   }
 
@@ -101,12 +101,17 @@ int clip_accumulate(int64_t n_tensors, int64_t n, const int64_t* numels, const i
     return FFA_NO_MEMORY;
   }
 
-  int64_t at = 0;
+  norm_tasks = 0;
   for (int64_t k = 0; k < n_tensors; ++k) {
     for (int64_t i = 0; i < n; ++i) {
+      // One call's norm is the record's; the norms of several calls do not add up to it.
+      if (squares != nullptr && squares[k][n + i] == 1.0) {
+        tasks[norm_tasks++] = {k, i, -1, 0};
+        continue;
+      }
       for (int64_t first = 0; first < numels[k]; first += kNormBlock) {
         const int64_t left = numels[k] - first;
-        tasks[at++] = {k, i, first, left < kNormBlock ? left : kNormBlock};
+        tasks[norm_tasks++] = {k, i, first, left < kNormBlock ? left : kNormBlock};
       }
     }
   }
@@ -115,6 +120,10 @@ int clip_accumulate(int64_t n_tensors, int64_t n, const int64_t* numels, const i
   parallel_for(threads, (norm_tasks + kBunch - 1) / kBunch, [=](int64_t bunch) {
     for (int64_t t = bunch * kBunch; t < norm_tasks && t < (bunch + 1) * kBunch; ++t) {
       const Task& task = tasks[t];
+      if (task.first < 0) {
+        partial[t] = squares[task.tensor][task.record];
+        continue;
+      }
       const Sample sample = {grad_samples[task.tensor], dtypes[task.tensor], numels[task.tensor]};
       partial[t] = sum_squares_of(sample, task.record * sample.numel + task.first, task.count);
     }
@@ -137,7 +146,7 @@ int clip_accumulate(int64_t n_tensors, int64_t n, const int64_t* numels, const i
     }
   }
 
-  at = 0;
+  int64_t at = 0;
   for (int64_t k = 0; k < n_tensors; ++k) {
     for (int64_t first = 0; first < numels[k]; first += kSumChunk) {
       const int64_t left = numels[k] - first;

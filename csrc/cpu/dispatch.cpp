@@ -78,28 +78,32 @@ int ffa_cpu_gaussian(const int64_t* rng_state, int64_t tensor_id, int64_t numel,
   return FFA_COPY(gaussian)(rng_state, tensor_id, numel, dtype, out, threads);
 }
 
-int ffa_cpu_dropout(const int64_t* dropout_state, double p, int64_t offset, int64_t numel,
-                    int dtype, const void* x, void* out, int threads) {
-  return FFA_COPY(dropout)(dropout_state, p, offset, numel, dtype, x, out, threads);
+int ffa_cpu_dropout(const int64_t* dropout_state, double p, int64_t first_row, int64_t rows,
+                    int64_t columns, int dtype, const void* x, void* out, int threads) {
+  return FFA_COPY(dropout)(dropout_state, p, first_row, rows, columns, dtype, x, out, threads);
 }
 
-int ffa_cpu_dropout_add(const int64_t* dropout_state, double p, double scaling, int64_t offset,
-                        int64_t numel, int dtype, const void* v, void* dx, int threads) {
-  return FFA_COPY(dropout_add)(dropout_state, p, scaling, offset, numel, dtype, v, dx, threads);
+int ffa_cpu_dropout_add(const int64_t* dropout_state, double p, double scaling, int64_t first_row,
+                        int64_t rows, int64_t columns, int dtype, const void* v, void* dx,
+                        int threads) {
+  return FFA_COPY(dropout_add)(dropout_state, p, scaling, first_row, rows, columns, dtype, v, dx,
+                               threads);
 }
 
-int ffa_cpu_per_sample_grad(int64_t n, int64_t T, int64_t d_out, int64_t r, int dtype,
-                            const void* g, const void* h, const void* lora_B, double scale, void* u,
-                            void* G, void* sq, int threads) {
-  return FFA_COPY(per_sample_grad)(n, T, d_out, r, dtype, g, h, lora_B, scale, u, G, sq, threads);
+int ffa_cpu_per_sample_grad(int64_t n, int64_t rows, int64_t d_out, int64_t r, int dtype,
+                            const void* g, const void* h, const void* lora_B,
+                            const int32_t* offsets, double scale, void* u, void* G, double* sq,
+                            int threads) {
+  return FFA_COPY(per_sample_grad)(n, rows, d_out, r, dtype, g, h, lora_B, offsets, scale, u, G, sq,
+                                   threads);
 }
 
 int ffa_cpu_clip_accumulate(int64_t n_tensors, int64_t n, const int64_t* numels, const int* dtypes,
-                            const void* const* grad_samples, void* const* sums, int64_t groups,
-                            const double* max_grad_norm, const uint8_t* keep, int64_t* stats,
-                            double* factors, int threads) {
-  return FFA_COPY(clip_accumulate)(n_tensors, n, numels, dtypes, grad_samples, sums, groups,
-                                   max_grad_norm, keep, stats, factors, threads);
+                            const void* const* grad_samples, const double* const* squares,
+                            void* const* sums, int64_t groups, const double* max_grad_norm,
+                            const uint8_t* keep, int64_t* stats, double* factors, int threads) {
+  return FFA_COPY(clip_accumulate)(n_tensors, n, numels, dtypes, grad_samples, squares, sums,
+                                   groups, max_grad_norm, keep, stats, factors, threads);
 }
 
 int ffa_cpu_private_update(int64_t n_tensors, const int64_t* numels, const int* dtypes,

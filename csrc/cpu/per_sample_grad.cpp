@@ -66,7 +66,11 @@ struct Simd {
 
 template <class T>
 struct Problem {
-  int64_t n, tokens, d_out, r, panel, panels;
+  int64_t n, rows, d_out, r, panel, panels;
+  // Rows starts[s] to starts[s + 1] - 1 are span s: a record, or, where offsets leave rows to no
+  // record, the head before the first and the tail after the last, which have u and no G.
+  int64_t spans, first_record;
+  const int64_t* starts;
   const T *g, *h;
   const T* packed_B;  // [column vector][rank][lane], zero-padded in the last vector
   T scale;
@@ -181,10 +185,12 @@ void pack(const T* g, int64_t stride, int64_t tokens, int64_t columns, T* packed
   }
 }
 
-// One sample and one panel: its columns of G, its part of u (added to u if `add`), its |G|^2.
+// One span and one panel: its columns of G, its part of u (added to u if `add`), its |G|^2.
 template <class T>
-double run_panel(const Problem<T>& p, int64_t i, int64_t panel, bool add, T* u, T* scratch) {
+double run_panel(const Problem<T>& p, int64_t span, int64_t panel, bool add, T* u, T* scratch) {
   constexpr int W = Simd<T>::W;
+  const int64_t row = p.starts[span], span_tokens = p.starts[span + 1] - row;
+  const int64_t i = span - p.first_record;
   const int64_t first = panel * p.panel, r = p.r;
   const int64_t columns = p.d_out - first < p.panel ? p.d_out - first : p.panel;
   const int64_t vectors = (columns + W - 1) / W;
@@ -192,13 +198,21 @@ double run_panel(const Problem<T>& p, int64_t i, int64_t panel, bool add, T* u, 
   T* acc = scratch + p.panel * kTokens;
   memset(acc, 0, static_cast<size_t>(vectors * W * r) * sizeof(T));
   const T* packed_B = p.packed_B != nullptr ? p.packed_B + first * r : nullptr;
-  for (int64_t t = 0; t < p.tokens; t += kTokens) {
-    const int64_t tokens = p.tokens - t < kTokens ? p.tokens - t : kTokens;
-    pack(p.g + (i * p.tokens + t) * p.d_out + first, p.d_out, tokens, columns, packed_g);
-    const Block<T> block = {packed_g, packed_B, p.h + (i * p.tokens + t) * r,       vectors, tokens,
-                            r,        add,      u != nullptr ? u + t * r : nullptr, acc};
+  for (int64_t t = 0; t < span_tokens; t += kTokens) {
+    const int64_t tokens = span_tokens - t < kTokens ? span_tokens - t : kTokens;
+    pack(p.g + (row + t) * p.d_out + first, p.d_out, tokens, columns, packed_g);
+    const Block<T> block = {packed_g,
+                            packed_B,
+                            p.h + (row + t) * r,
+                            vectors,
+                            tokens,
+                            r,
+                            add,
+                            u != nullptr ? u + t * r : nullptr,
+                            acc};
     block.run();
   }
+  if (i < 0 || i >= p.n) return 0.0;
   T* G = p.G + (i * p.d_out + first) * r;
   for (int64_t v = 0; v < vectors; ++v) {
     const int lanes = static_cast<int>(columns - v * W < W ? columns - v * W : W);
@@ -230,22 +244,22 @@ T* allocate(int64_t count) {
 }
 
 template <class T>
-int run(Problem<T> p, const T* lora_B, T* sq, int threads) {
+int run(Problem<T> p, const T* lora_B, double* sq, int threads) {
   constexpr int W = Simd<T>::W;
   p.panel = kPanelBytes / static_cast<int64_t>(sizeof(T));
   p.panels = p.d_out > 0 ? (p.d_out + p.panel - 1) / p.panel : 1;
   const int64_t vectors = (p.d_out + W - 1) / W;
-  const int64_t u_size = p.n * p.tokens * p.r;
+  const int64_t u_size = p.rows * p.r;
 
-  // Samples are the parallel unit when there are enough; else their panels are, and each panel's
+  // Spans are the parallel unit when there are enough; else their panels are, and each panel's
   // part of u is kept apart, then added in the order that one thread would have used.
-  const bool split = p.panels > 1 && p.n < 2 * threads;
-  const int64_t tasks = split ? p.n * p.panels : p.n;
+  const bool split = p.panels > 1 && p.spans < 2 * threads;
+  const int64_t tasks = split ? p.spans * p.panels : p.spans;
   const int64_t scratch_size = p.panel * (kTokens + p.r);
 
   T* packed = lora_B != nullptr ? allocate<T>(vectors * W * p.r) : nullptr;
   T* parts = split && lora_B != nullptr ? allocate<T>(p.panels * u_size) : nullptr;
-  double* norms = allocate<double>(p.n * p.panels);
+  double* norms = allocate<double>(p.spans * p.panels);
   // One scratch a task would be n of them: tasks take a thread's slot instead.
   const int64_t slots = threads < tasks ? (threads > 1 ? threads : 1) : tasks;
   T* scratch = allocate<T>(slots * scratch_size);
@@ -271,11 +285,11 @@ int run(Problem<T> p, const T* lora_B, T* sq, int threads) {
       while (__atomic_exchange_n(&busy[slot], 1, __ATOMIC_ACQUIRE) != 0) slot = (slot + 1) % slots;
       T* mine = scratch + slot * scratch_size;
       if (split) {
-        const int64_t i = task / p.panels, panel = task % p.panels;
-        T* u = parts != nullptr ? parts + panel * u_size + i * p.tokens * p.r : nullptr;
-        norms[task] = run_panel(p, i, panel, false, u, mine);
+        const int64_t span = task / p.panels, panel = task % p.panels;
+        T* u = parts != nullptr ? parts + panel * u_size + p.starts[span] * p.r : nullptr;
+        norms[task] = run_panel(p, span, panel, false, u, mine);
       } else {
-        T* u = packed != nullptr ? p.u + task * p.tokens * p.r : nullptr;
+        T* u = packed != nullptr ? p.u + p.starts[task] * p.r : nullptr;
         for (int64_t panel = 0; panel < p.panels; ++panel) {
           norms[task * p.panels + panel] = run_panel(p, task, panel, panel > 0, u, mine);
         }
@@ -295,8 +309,9 @@ int run(Problem<T> p, const T* lora_B, T* sq, int threads) {
     }
     for (int64_t i = 0; i < p.n; ++i) {
       double sum = 0.0;
-      for (int64_t panel = 0; panel < p.panels; ++panel) sum += norms[i * p.panels + panel];
-      sq[i] = static_cast<T>(sum);
+      const double* of_panels = norms + (i + p.first_record) * p.panels;
+      for (int64_t panel = 0; panel < p.panels; ++panel) sum += of_panels[panel];
+      sq[i] = sum;
     }
   }
   free(packed);
@@ -308,30 +323,51 @@ int run(Problem<T> p, const T* lora_B, T* sq, int threads) {
 }
 
 template <class T>
-int run(int64_t n, int64_t T_, int64_t d_out, int64_t r, const void* g, const void* h,
-        const void* lora_B, double scale, void* u, void* G, void* sq, int threads) {
+int run(int64_t n, int64_t rows, int64_t d_out, int64_t r, const void* g, const void* h,
+        const void* lora_B, const int64_t* starts, bool offsets, double scale, void* u, void* G,
+        double* sq, int threads) {
   Problem<T> p = {};
   p.n = n;
-  p.tokens = T_;
+  p.rows = rows;
   p.d_out = d_out;
   p.r = r;
+  p.spans = offsets ? n + 2 : n;
+  p.first_record = offsets ? 1 : 0;
+  p.starts = starts;
   p.g = static_cast<const T*>(g);
   p.h = static_cast<const T*>(h);
   p.scale = static_cast<T>(scale);
   p.u = static_cast<T*>(u);
   p.G = static_cast<T*>(G);
-  return run(p, static_cast<const T*>(lora_B), static_cast<T*>(sq), threads);
+  return run(p, static_cast<const T*>(lora_B), sq, threads);
 }
 
 }  // namespace
 
-int per_sample_grad(int64_t n, int64_t T, int64_t d_out, int64_t r, int dtype, const void* g,
-                    const void* h, const void* lora_B, double scale, void* u, void* G, void* sq,
-                    int threads) {
-  if (n < 0 || T < 0 || d_out < 0 || r < 0) return FFA_BAD_SIZE;
-  if (dtype == FFA_F32) return run<float>(n, T, d_out, r, g, h, lora_B, scale, u, G, sq, threads);
-  if (dtype == FFA_F64) return run<double>(n, T, d_out, r, g, h, lora_B, scale, u, G, sq, threads);
-  return FFA_BAD_DTYPE;
+int per_sample_grad(int64_t n, int64_t rows, int64_t d_out, int64_t r, int dtype, const void* g,
+                    const void* h, const void* lora_B, const int32_t* offsets, double scale,
+                    void* u, void* G, double* sq, int threads) {
+  if (n < 0 || rows < 0 || d_out < 0 || r < 0) return FFA_BAD_SIZE;
+  if (offsets == nullptr && (n == 0 ? rows != 0 : rows % n != 0)) return FFA_BAD_SIZE;
+  if (dtype != FFA_F32 && dtype != FFA_F64) return FFA_BAD_DTYPE;
+  for (int64_t i = 0; offsets != nullptr && i <= n; ++i) {
+    if (offsets[i] < (i > 0 ? offsets[i - 1] : 0) || offsets[i] > rows) return FFA_BAD_VALUE;
+  }
+  int64_t* starts = allocate<int64_t>(n + 3);
+  if (starts == nullptr) return FFA_NO_MEMORY;
+  if (offsets != nullptr) {
+    starts[0] = 0;
+    for (int64_t i = 0; i <= n; ++i) starts[i + 1] = offsets[i];
+    starts[n + 2] = rows;
+  } else {
+    for (int64_t i = 0; i <= n; ++i) starts[i] = n > 0 ? i * (rows / n) : 0;
+  }
+  const int status = dtype == FFA_F32 ? run<float>(n, rows, d_out, r, g, h, lora_B, starts,
+                                                   offsets != nullptr, scale, u, G, sq, threads)
+                                      : run<double>(n, rows, d_out, r, g, h, lora_B, starts,
+                                                    offsets != nullptr, scale, u, G, sq, threads);
+  free(starts);
+  return status;
 }
 
 }  // namespace ffa::FFA_ISA

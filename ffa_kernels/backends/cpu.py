@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ffa_kernels.backends import native
 from ffa_kernels.backends.dispatch import OPS
+from ffa_kernels.backends.grid import zero_sums
 
 # enum ffa_dtype and enum ffa_optimizer of csrc/ffa.h
 _DTYPES = {torch.float32: 0, torch.float64: 1}
@@ -38,13 +39,14 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def supports(op: str, *dtypes: torch.dtype) -> bool:
+def supports(op: str, device: torch.device, *dtypes: torch.dtype) -> bool:
     """Whether `op` runs here for tensors of these dtypes: the library loads and every floating
     dtype among them is float32 or float64 (one of the two, where an op multiplies matrices)."""
     floating = {dtype for dtype in dtypes if dtype.is_floating_point}
-    mixes = op in ("clip_accumulate", "private_update")
+    mixes = op in ("clip_accumulate", "private_update", "private_step")
     return (
         op in OPS
+        and device.type == "cpu"
         and not any(dtype.is_complex for dtype in dtypes)
         and floating <= _DTYPES.keys()
         and (mixes or len(floating) <= 1)
@@ -87,8 +89,8 @@ def gaussian(rng_state: Tensor, tensor_id: int, numel: int, dtype: torch.dtype) 
 
 
 def _dropout_chunks(rows: int, columns: int) -> list[tuple[int, int]]:
-    """Row ranges whose first element is a multiple of 32, where a ChaCha20 block begins."""
-    step = max(32, _DROPOUT_CHUNK // max(columns, 1) // 32 * 32)
+    """Row ranges of about `_DROPOUT_CHUNK` elements."""
+    step = max(1, _DROPOUT_CHUNK // max(columns, 1))
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -99,12 +101,12 @@ def _dropped_product(
     library, columns = native.load("cpu"), x.shape[1]
     state = dropout_state.contiguous()
     chunks = _dropout_chunks(*x.shape)
-    scratch = x.new_empty((min(chunks[0][1], len(x)) if chunks else 0, columns))
+    scratch = x.new_empty((chunks[0][1] if chunks else 0, columns))
     for start, end in chunks:
         rows = x[start:end].contiguous()
         masked = scratch[: end - start]
         library.call(
-            *("dropout", state.data_ptr(), dropout_p, start * columns, rows.numel()),
+            *("dropout", state.data_ptr(), dropout_p, start, end - start, columns),
             *(_dtype_code(x.dtype), rows.data_ptr(), masked.data_ptr(), _threads()),
         )
         torch.mm(masked, lora_A.t(), out=h[start:end])
@@ -117,7 +119,9 @@ def linear(
     lora_A: Tensor,
     lora_B: Tensor,
     tap: Tensor | None,
+    norm_tap: Tensor | None,
     dropout_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     scaling: float,
     dropout_p: float,
     mean_loss: bool,
@@ -154,29 +158,37 @@ def linear_backward(
         for start, end in _dropout_chunks(*dx.shape):
             adapter = u_rows[start:end] @ lora_A
             library.call(
-                *("dropout_add", state.data_ptr(), dropout_p, scaling, start * columns),
-                *(adapter.numel(), _dtype_code(dx.dtype), adapter.data_ptr()),
+                *("dropout_add", state.data_ptr(), dropout_p, scaling, start, end - start),
+                *(columns, _dtype_code(dx.dtype), adapter.data_ptr()),
                 *(dx.data_ptr() + start * columns * dx.element_size(), _threads()),
             )
     return dx.view(*g.shape[:-1], weight.shape[1])
 
 
 def per_sample_grad(
-    g: Tensor, h: Tensor, lora_B: Tensor | None, scaling: float, mean_loss: bool
+    g: Tensor,
+    h: Tensor,
+    lora_B: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scaling: float,
+    mean_loss: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """u = g B, G_i = s g_i^T h_i (n, d_out, r) and |G_i|^2 (n,), from one read of g."""
-    n, d_out, r = g.shape[0], g.shape[-1], h.shape[-1]
-    tokens = math.prod(g.shape[1:-1])
+    d_out, r, rows = g.shape[-1], h.shape[-1], math.prod(g.shape[:-1])
+    n = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     g, h = g.contiguous(), h.contiguous()
     u = g.new_empty(0 if lora_B is None else (*g.shape[:-1], r))
-    grad, square = g.new_empty((n, d_out, r)), g.new_empty(n)
+    grad, squares = g.new_empty((n, d_out, r)), g.new_empty(n, dtype=torch.float64)
     lora_B = None if lora_B is None else lora_B.contiguous()
+    offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
     native.load("cpu").call(
-        *("per_sample_grad", n, tokens, d_out, r, _dtype_code(g.dtype), g.data_ptr(), h.data_ptr()),
-        *(None if lora_B is None else lora_B.data_ptr(), scaling * n if mean_loss else scaling),
-        *(u.data_ptr(), grad.data_ptr(), square.data_ptr(), _threads()),
+        *("per_sample_grad", n, rows, d_out, r, _dtype_code(g.dtype), g.data_ptr(), h.data_ptr()),
+        None if lora_B is None else lora_B.data_ptr(),
+        None if offsets is None else offsets.data_ptr(),
+        *(scaling * n if mean_loss else scaling, u.data_ptr(), grad.data_ptr()),
+        *(squares.data_ptr(), _threads()),
     )
-    return u, grad, square
+    return u, grad, squares
 
 
 def _pointers(tensors: Sequence[Tensor]) -> Any:
@@ -218,6 +230,7 @@ class _InPlace:
 
 def clip_accumulate(
     grad_samples: list[Tensor],
+    squares: list[Tensor],
     sums: list[Tensor],
     stats: Tensor,
     keep: Tensor | None,
@@ -230,9 +243,11 @@ def clip_accumulate(
     totals, (counts,) = in_place(sums), in_place([stats])
     factors = torch.empty((len(max_grad_norm), n), dtype=torch.float64)
     kept = None if keep is None else keep.contiguous()
+    known = [t.contiguous() for t in squares]
     native.load("cpu").call(
         *("clip_accumulate", len(grads), n, _longs([t.numel() for t in totals]), _codes(grads)),
-        *(_pointers(grads), _pointers(totals), len(max_grad_norm), _doubles(max_grad_norm)),
+        *(_pointers(grads), _pointers(known) if known else None, _pointers(totals)),
+        *(len(max_grad_norm), _doubles(max_grad_norm)),
         *(None if kept is None else kept.data_ptr(), counts.data_ptr(), factors.data_ptr()),
         _threads(),
     )
@@ -270,3 +285,32 @@ def private_update(
         *(expected_batch_size, _OPTIMIZERS[optimizer], int(nesterov), int(maximize), _threads()),
     )
     in_place.finish()
+
+
+def private_step(
+    grad_samples: list[Tensor],
+    squares: list[Tensor],
+    stats: Tensor,
+    keep: Tensor | None,
+    params: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    rng_state: Tensor,
+    hyper: Tensor,
+    tensor_ids: list[int],
+    max_grad_norm: list[float],
+    noise_multiplier: float,
+    expected_batch_size: float,
+    optimizer: str,
+    nesterov: bool,
+    maximize: bool,
+) -> Tensor:
+    """`clip_accumulate`, then `private_update`: on a CPU the sums stay in its caches."""
+    sums = zero_sums(params, max_grad_norm)
+    factors = clip_accumulate(grad_samples, squares, sums, stats, keep, max_grad_norm)
+    private_update(
+        *(params, sums, exp_avgs, exp_avg_sqs, steps, rng_state, hyper, tensor_ids, max_grad_norm),
+        *(noise_multiplier, expected_batch_size, optimizer, nesterov, maximize),
+    )
+    return factors

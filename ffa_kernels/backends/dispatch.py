@@ -23,10 +23,14 @@ OPS = (
     "per_sample_grad",
     "clip_accumulate",
     "private_update",
+    "private_step",
 )
 # In order of preference; the last one serves every device and dtype.
-CANDIDATES: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}
-BACKENDS = ("reference", "cpu")
+CANDIDATES: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("triton", "reference"),
+}
+BACKENDS = ("reference", "cpu", "triton")
 
 _chosen: dict[tuple[object, ...], Callable[..., Any]] = {}
 _forced: str | None = None
@@ -63,16 +67,16 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.clear()
 
 
-def backend_for(op: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
-    """The name of the backend that serves `op` for tensors of these dtypes on this device type.
+def backend_for(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
+    """The name of the backend that serves `op` for tensors of these dtypes on this device.
 
     Raises:
         ConfigError: the forced backend does not serve them.
     """
     forced = forced_backend()
-    names = (forced,) if forced else CANDIDATES.get(device, ("reference",))
+    names = (forced,) if forced else CANDIDATES.get(device.type, ("reference",))
     for name in names:
-        if importlib.import_module(f"ffa_kernels.backends.{name}").supports(op, *dtypes):
+        if importlib.import_module(f"ffa_kernels.backends.{name}").supports(op, device, *dtypes):
             return name
     raise ConfigError(
         f"backend {forced!r} is forced, but does not serve {op} for {', '.join(map(str, dtypes))} "
@@ -82,10 +86,11 @@ def backend_for(op: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
 
 def kernel(op: str, *tensors: torch.Tensor) -> Callable[..., Any]:
     """The function that computes `op` for `tensors`: same name and arguments as the op."""
-    key = (op, os.environ.get("FFA_BACKEND"), *((t.device.type, t.dtype) for t in tensors))
+    device = tensors[0].device
+    key = (op, os.environ.get("FFA_BACKEND"), device, *(t.dtype for t in tensors))
     function = _chosen.get(key)
     if function is None:
-        name = backend_for(op, tensors[0].device.type, tuple(t.dtype for t in tensors))
+        name = backend_for(op, device, tuple(t.dtype for t in tensors))
         function = getattr(importlib.import_module(f"ffa_kernels.backends.{name}"), op)
         _chosen[key] = function
     return function

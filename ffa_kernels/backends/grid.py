@@ -7,6 +7,10 @@ grow, and integers add to the same bits in any order: the sum's sensitivity is a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 # Bits between the clipping bound and the grid: 2^33 * records must stay inside int64, and the
 # Gaussian that is rounded to the grid must be much finer than it (53 bits against 32).
@@ -20,3 +24,16 @@ NORM_MARGIN = 1.0 + 2.0**-40
 def grid_size(max_grad_norm: float) -> float:
     """The grid for the finite, positive bound C: 2^(floor(log2 C) - 32)."""
     return math.ldexp(1.0, math.frexp(max_grad_norm)[1] - 1 - GRID_BITS)
+
+
+def zero_sums(params: Sequence[Tensor], max_grad_norm: Sequence[float]) -> list[Tensor]:
+    """Fresh sums for `clip_accumulate`: integers on the grid, fp64 where a bound is infinite."""
+    bounds = max_grad_norm if len(max_grad_norm) > 1 else [max_grad_norm[0]] * len(params)
+    return [
+        torch.zeros(
+            param.shape,
+            dtype=torch.float64 if math.isinf(bound) else torch.int64,
+            device=param.device,
+        )
+        for param, bound in zip(params, bounds, strict=True)
+    ]

@@ -15,7 +15,7 @@ from typing import Any
 
 from ffa_kernels.errors import FFAError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 DIRECTORY = Path(__file__).resolve().parent.parent / "_lib"
 
 _POINTERS = POINTER(c_void_p)
@@ -27,17 +27,17 @@ _DOUBLES = POINTER(c_double)
 _CPU_LAUNCHERS: dict[str, tuple[Any, ...]] = {
     "chacha20": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int),
     "gaussian": (c_void_p, c_int64, c_int64, c_int, c_void_p, c_int),
-    "dropout": (c_void_p, c_double, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int),
+    "dropout": (c_void_p, c_double, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int),
     "dropout_add": (
-        *(c_void_p, c_double, c_double, c_int64, c_int64),
+        *(c_void_p, c_double, c_double, c_int64, c_int64, c_int64),
         *(c_int, c_void_p, c_void_p, c_int),
     ),
     "per_sample_grad": (
-        *(c_int64, c_int64, c_int64, c_int64, c_int),
-        *(c_void_p, c_void_p, c_void_p, c_double, c_void_p, c_void_p, c_void_p, c_int),
+        *(c_int64, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_void_p),
+        *(c_void_p, c_double, c_void_p, c_void_p, c_void_p, c_int),
     ),
     "clip_accumulate": (
-        *(c_int64, c_int64, _LONGS, _INTS, _POINTERS, _POINTERS),
+        *(c_int64, c_int64, _LONGS, _INTS, _POINTERS, _POINTERS, _POINTERS),
         *(c_int64, _DOUBLES, c_void_p, c_void_p, c_void_p, c_int),
     ),
     "private_update": (

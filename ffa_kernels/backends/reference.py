@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ffa_kernels.backends.grid import NORM_MARGIN, grid_size
+from ffa_kernels.backends.grid import NORM_MARGIN, grid_size, zero_sums
 
 _MASK32 = 0xFFFFFFFF
 _SIGMA = (0x61707865, 0x3320646E, 0x79622D32, 0x6B206574)
@@ -28,7 +28,7 @@ _COLUMN_AND_DIAGONAL_ROUNDS = (
 )
 
 
-def supports(op: str, *dtypes: torch.dtype) -> bool:
+def supports(op: str, device: torch.device, *dtypes: torch.dtype) -> bool:
     """The reference serves everything."""
     return True
 
@@ -81,9 +81,11 @@ def gaussian(rng_state: Tensor, tensor_id: int, numel: int, dtype: torch.dtype) 
 def dropout_scale(dropout_state: Tensor, like: Tensor, dropout_p: float) -> Tensor:
     """The dropout mask times 1 / (1 - p), of the shape and dtype of `like`, from its counter."""
     threshold = round(dropout_p * 65536)
-    words = _words(dropout_state, 0, 0, -(-like.numel() // 32))
-    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten()[: like.numel()]
-    keep = (halves >= threshold).view(like.shape)
+    columns = like.shape[-1]
+    rows, blocks_a_row = math.prod(like.shape[:-1]), -(-columns // 32)
+    words = _words(dropout_state, 0, 0, rows * blocks_a_row)
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).view(rows, blocks_a_row * 32)
+    keep = (halves[:, :columns] >= threshold).view(like.shape)
     # With a threshold of 65536 nothing is kept, and no scale is needed.
     return keep.to(like.dtype) * (65536.0 / max(65536 - threshold, 1))
 
@@ -99,7 +101,9 @@ def linear(
     lora_A: Tensor,
     lora_B: Tensor,
     tap: Tensor | None,
+    norm_tap: Tensor | None,
     dropout_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     scaling: float,
     dropout_p: float,
     mean_loss: bool,
@@ -131,22 +135,35 @@ def linear_backward(
 
 
 def per_sample_grad(
-    g: Tensor, h: Tensor, lora_B: Tensor | None, scaling: float, mean_loss: bool
+    g: Tensor,
+    h: Tensor,
+    lora_B: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scaling: float,
+    mean_loss: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """u = g B, G_i = s g_i^T h_i and |G_i|^2; see `ffa_kernels.ops.per_sample_grad`."""
-    n = g.shape[0]
     u = g.new_empty(0) if lora_B is None else g @ lora_B
-    factor = scaling * n if mean_loss else scaling
-    # Spelled without -1, which an empty batch leaves undetermined.
-    tokens = math.prod(g.shape[1:-1])
-    g, h = g.reshape(n, tokens, g.shape[-1]), h.reshape(n, tokens, h.shape[-1])
-    grad = torch.bmm(g.transpose(1, 2), h).mul_(factor)
-    exact = torch.promote_types(g.dtype, torch.float32)
-    return u, grad, grad.to(exact).square().sum(dim=(1, 2))
+    if cu_seqlens is None:
+        n = g.shape[0]
+        # Spelled without -1, which an empty batch leaves undetermined.
+        tokens = math.prod(g.shape[1:-1])
+        g, h = g.reshape(n, tokens, g.shape[-1]), h.reshape(n, tokens, h.shape[-1])
+        grad = torch.bmm(g.transpose(1, 2), h)
+    else:
+        offsets = cu_seqlens.tolist()
+        n, rows, h_rows = len(offsets) - 1, _rows(g), _rows(h)
+        grad = g.new_empty(n, g.shape[-1], h.shape[-1])
+        for i in range(n):
+            of_record = slice(offsets[i], offsets[i + 1])
+            torch.mm(rows[of_record].t(), h_rows[of_record], out=grad[i])
+    grad.mul_(scaling * n if mean_loss else scaling)
+    return u, grad, grad.double().square().sum(dim=(1, 2))
 
 
 def clip_accumulate(
     grad_samples: list[Tensor],
+    squares: list[Tensor],
     sums: list[Tensor],
     stats: Tensor,
     keep: Tensor | None,
@@ -156,13 +173,16 @@ def clip_accumulate(
     n = grad_samples[0].shape[0]
     # Spelled without -1, which an empty batch leaves undetermined.
     rows = [g.reshape(n, math.prod(g.shape[1:])).double() for g in grad_samples]
-    squares = torch.stack([row.square().sum(dim=1) for row in rows])
+    norms_sq = torch.stack([row.square().sum(dim=1) for row in rows])
+    if squares:
+        sums_of_squares, calls = torch.stack(squares).unbind(1)
+        norms_sq = torch.where(calls == 1, sums_of_squares, norms_sq)
     if len(max_grad_norm) == 1:
-        squares = squares.sum(dim=0, keepdim=True)
-    bound = torch.tensor(max_grad_norm, dtype=torch.float64, device=squares.device).unsqueeze(1)
-    norm = squares.sqrt() * NORM_MARGIN
+        norms_sq = norms_sq.sum(dim=0, keepdim=True)
+    bound = torch.tensor(max_grad_norm, dtype=torch.float64, device=norms_sq.device).unsqueeze(1)
+    norm = norms_sq.sqrt() * NORM_MARGIN
     factors = torch.where(norm <= bound, torch.ones_like(norm), bound / norm)
-    finite = squares.isfinite()
+    finite = norms_sq.isfinite()
     used = finite if keep is None else finite & keep
     dropped = ~finite if keep is None else ~finite & keep
     factors = torch.where(used, factors, torch.zeros_like(factors))
@@ -243,3 +263,32 @@ def private_update(
         denominator = (exp_avg_sqs[k].sqrt() / math.sqrt(1 - beta2**step)).add_(eps)
         param.addcdiv_(exp_avgs[k], denominator, value=-lr / (1 - beta1**step))
     rng_state[4] += 1
+
+
+def private_step(
+    grad_samples: list[Tensor],
+    squares: list[Tensor],
+    stats: Tensor,
+    keep: Tensor | None,
+    params: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    rng_state: Tensor,
+    hyper: Tensor,
+    tensor_ids: list[int],
+    max_grad_norm: list[float],
+    noise_multiplier: float,
+    expected_batch_size: float,
+    optimizer: str,
+    nesterov: bool,
+    maximize: bool,
+) -> Tensor:
+    """`clip_accumulate` and `private_update` in turn; see `ffa_kernels.ops.private_step`."""
+    sums = zero_sums(params, max_grad_norm)
+    factors = clip_accumulate(grad_samples, squares, sums, stats, keep, max_grad_norm)
+    private_update(
+        *(params, sums, exp_avgs, exp_avg_sqs, steps, rng_state, hyper, tensor_ids, max_grad_norm),
+        *(noise_multiplier, expected_batch_size, optimizer, nesterov, maximize),
+    )
+    return factors

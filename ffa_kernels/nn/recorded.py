@@ -98,7 +98,7 @@ class RecordedLinear(_Recorded, nn.Linear):
         mean_loss = taps is not None and taps.mean_loss
         result = {}
         if self.weight.requires_grad:
-            result["weight"] = torch.ops.ffa.per_sample_grad(g, x, None, 1.0, mean_loss)[1]
+            result["weight"] = torch.ops.ffa.per_sample_grad(g, x, None, None, 1.0, mean_loss)[1]
         if self.bias is not None and self.bias.requires_grad:
             summed = g.reshape(g.shape[0], g.shape[1:-1].numel(), g.shape[-1]).sum(dim=1)
             result["bias"] = summed * g.shape[0] if mean_loss else summed

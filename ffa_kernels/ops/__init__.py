@@ -5,6 +5,7 @@ from ffa_kernels.ops.clip_accumulate import clip_accumulate
 from ffa_kernels.ops.gaussian import gaussian
 from ffa_kernels.ops.linear import linear
 from ffa_kernels.ops.per_sample_grad import per_sample_grad
+from ffa_kernels.ops.private_step import private_step
 from ffa_kernels.ops.private_update import private_update
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "gaussian",
     "linear",
     "per_sample_grad",
+    "private_step",
     "private_update",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,3 +62,29 @@ def check_rng_state(op: str, argument: str, state: torch.Tensor) -> None:
         state.dtype == torch.int64 and tuple(state.shape) == (5,),
         lambda: f"{op}: {argument} is {state.dtype} {tuple(state.shape)}; accepted: int64 (5,)",
     )
+
+
+def check_offsets(op: str, cu_seqlens: torch.Tensor, rows: int, device: torch.device) -> None:
+    """`cu_seqlens`: int32 (n + 1,), not falling, within the rows. Values are read on a CPU only:
+    on a GPU that would wait for the device, and the kernels clamp them instead."""
+    require(
+        cu_seqlens.dtype == torch.int32
+        and cu_seqlens.dim() == 1
+        and cu_seqlens.shape[0] >= 1
+        and cu_seqlens.device == device,
+        lambda: (
+            f"{op}: cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)} on "
+            f"{cu_seqlens.device}; accepted: int32 (n + 1,) on {device}"
+        ),
+    )
+    if type(cu_seqlens) is torch.Tensor and cu_seqlens.device.type == "cpu":
+        offsets = cu_seqlens.tolist()
+        require(
+            offsets[0] >= 0
+            and offsets[-1] <= rows
+            and all(a <= b for a, b in itertools.pairwise(offsets)),
+            lambda: (
+                f"{op}: cu_seqlens is {offsets}; accepted: numbers that do not fall, from 0 to "
+                f"{rows}, the number of rows"
+            ),
+        )

@@ -14,13 +14,9 @@ from ffa_kernels.ops._library import define, require
 _SMALLEST_BOUND, _LARGEST_BOUND = 2.0**-500, 2.0**500
 
 
-def check_sums(op: str, sums: list[Tensor], max_grad_norm: list[float], count: int) -> None:
-    """The sums' dtype follows from the bound: integers on the grid, fp64 where C is infinite."""
+def check_bounds(op: str, max_grad_norm: list[float], count: int) -> None:
+    """One bound for all `count` tensors, or one each."""
     require(count > 0, lambda: f"{op}: no tensors given; accepted: at least one")
-    require(
-        len(sums) == count,
-        lambda: f"{op}: {len(sums)} sums for {count} tensors; accepted: one each",
-    )
     require(
         len(max_grad_norm) in (1, count)
         and all(_SMALLEST_BOUND <= c <= _LARGEST_BOUND or c == math.inf for c in max_grad_norm),
@@ -28,6 +24,15 @@ def check_sums(op: str, sums: list[Tensor], max_grad_norm: list[float], count: i
             f"{op}: max_grad_norm is {max_grad_norm}; accepted: one bound (flat), or {count}, one "
             f"a tensor, each from {_SMALLEST_BOUND:.1e} to {_LARGEST_BOUND:.1e}, or infinity"
         ),
+    )
+
+
+def check_sums(op: str, sums: list[Tensor], max_grad_norm: list[float], count: int) -> None:
+    """The sums' dtype follows from the bound: integers on the grid, fp64 where C is infinite."""
+    check_bounds(op, max_grad_norm, count)
+    require(
+        len(sums) == count,
+        lambda: f"{op}: {len(sums)} sums for {count} tensors; accepted: one each",
     )
     for k, total in enumerate(sums):
         bound = max_grad_norm[0 if len(max_grad_norm) == 1 else k]
@@ -41,50 +46,70 @@ def check_sums(op: str, sums: list[Tensor], max_grad_norm: list[float], count: i
         )
 
 
+def check_records(
+    op: str,
+    grad_samples: list[Tensor],
+    squares: list[Tensor],
+    totals: list[Tensor],
+    stats: Tensor,
+    keep: Tensor | None,
+) -> None:
+    """What one physical batch brings: gradients of n records for tensors shaped as `totals`."""
+    n = grad_samples[0].shape[0]
+    for k, (grad_sample, total) in enumerate(zip(grad_samples, totals, strict=True)):
+        require(
+            tuple(grad_sample.shape) == (n, *total.shape) and grad_sample.is_floating_point(),
+            lambda k=k, grad_sample=grad_sample, total=total: (  # type: ignore[misc]
+                f"{op}: grad_samples[{k}] is {grad_sample.dtype} {tuple(grad_sample.shape)}; "
+                f"accepted: a float type, {(n, *total.shape)}"
+            ),
+        )
+    require(
+        len(squares) in (0, len(grad_samples))
+        and all(t.dtype == torch.float64 and tuple(t.shape) == (2, n) for t in squares),
+        lambda: (
+            f"{op}: squares are {[(t.dtype, tuple(t.shape)) for t in squares]}; accepted: none, or "
+            f"{len(grad_samples)} of fp64 {(2, n)}"
+        ),
+    )
+    require(
+        keep is None or (keep.dtype == torch.bool and tuple(keep.shape) == (n,)),
+        lambda: f"{op}: keep is {keep}; accepted: None or bool ({n},)",
+    )
+    require(
+        stats.dtype == torch.int64 and tuple(stats.shape) == (2,),
+        lambda: f"{op}: stats is {stats.dtype} {tuple(stats.shape)}; accepted: int64 (2,)",
+    )
+
+
 def _check(
     grad_samples: list[Tensor],
+    squares: list[Tensor],
     sums: list[Tensor],
     stats: Tensor,
     keep: Tensor | None,
     max_grad_norm: list[float],
 ) -> None:
     check_sums("clip_accumulate", sums, max_grad_norm, len(grad_samples))
-    n = grad_samples[0].shape[0]
-    for k, (grad_sample, total) in enumerate(zip(grad_samples, sums, strict=True)):
-        require(
-            tuple(grad_sample.shape) == (n, *total.shape) and grad_sample.is_floating_point(),
-            lambda k=k, grad_sample=grad_sample, total=total: (  # type: ignore[misc]
-                f"clip_accumulate: grad_samples[{k}] is {grad_sample.dtype} "
-                f"{tuple(grad_sample.shape)}; accepted: a float type, {(n, *total.shape)}"
-            ),
-        )
-    require(
-        keep is None or (keep.dtype == torch.bool and tuple(keep.shape) == (n,)),
-        lambda: f"clip_accumulate: keep is {keep}; accepted: None or bool ({n},)",
-    )
-    require(
-        stats.dtype == torch.int64 and tuple(stats.shape) == (2,),
-        lambda: (
-            f"clip_accumulate: stats is {stats.dtype} {tuple(stats.shape)}; accepted: int64 (2,)"
-        ),
-    )
+    check_records("clip_accumulate", grad_samples, squares, sums, stats, keep)
 
 
 def _fake(
     grad_samples: list[Tensor],
+    squares: list[Tensor],
     sums: list[Tensor],
     stats: Tensor,
     keep: Tensor | None,
     max_grad_norm: list[float],
 ) -> Tensor:
-    _check(grad_samples, sums, stats, keep, max_grad_norm)
+    _check(grad_samples, squares, sums, stats, keep, max_grad_norm)
     first = grad_samples[0]
     return first.new_empty(len(max_grad_norm), first.shape[0], dtype=torch.float64)
 
 
 _op = define(
-    "clip_accumulate(Tensor[] grad_samples, Tensor(a!)[] sums, Tensor(b!) stats, Tensor? keep,"
-    " float[] max_grad_norm) -> Tensor",
+    "clip_accumulate(Tensor[] grad_samples, Tensor[] squares, Tensor(a!)[] sums, Tensor(b!) stats,"
+    " Tensor? keep, float[] max_grad_norm) -> Tensor",
     _check,
     lambda grad_samples, *_: grad_samples,
     _fake,
@@ -97,6 +122,8 @@ def clip_accumulate(
     stats: Tensor,
     keep: Tensor | None,
     max_grad_norm: Sequence[float],
+    *,
+    squares: Sequence[Tensor] = (),
 ) -> Tensor:
     """sums_k += sum_i c_i G_{k,i}, each term truncated to a grid and added in integers.
 
@@ -113,6 +140,10 @@ def clip_accumulate(
             that were dropped as not finite. Computed from private records: not for release.
         keep: bool (n,), False for padding; None keeps all.
         max_grad_norm: one bound C ("flat": one group over all tensors) or K ("per layer").
+        squares: none, or K of fp64 (2, n), what the kernels of backward know of the norms: row 0
+            the sum of |G_{k,i}|^2 over a layer's calls, row 1 how many calls those were. It
+            stands for the norm after one call only, for the norm of a sum is no sum of norms;
+            otherwise the norm is taken from G.
 
     Returns:
         The factors c, fp64 (groups, n).
@@ -120,5 +151,7 @@ def clip_accumulate(
     Raises:
         ConfigError: shapes, dtypes or bounds that do not fit together.
     """
-    result: Tensor = _op(list(grad_samples), list(sums), stats, keep, list(max_grad_norm))
+    result: Tensor = _op(
+        list(grad_samples), list(squares), list(sums), stats, keep, list(max_grad_norm)
+    )
     return result

@@ -5,12 +5,20 @@ Formulas in FFA-LoRA, arXiv 2403.12313: W and A frozen, B trained.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ffa_kernels.ops._library import LIBRARY, by_first, check_rng_state, define, require
+from ffa_kernels.ops._library import (
+    LIBRARY,
+    by_first,
+    check_offsets,
+    check_rng_state,
+    define,
+    require,
+)
 
 
 def _check(
@@ -20,7 +28,9 @@ def _check(
     lora_A: Tensor,
     lora_B: Tensor,
     tap: Tensor | None,
+    norm_tap: Tensor | None,
     dropout_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     scaling: float,
     dropout_p: float,
     mean_loss: bool,
@@ -64,12 +74,23 @@ def _check(
                 f"linear: {name} is {t.dtype}; accepted: {x.dtype}, the dtype of x"
             ),
         )
+    n = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if cu_seqlens is not None:
+        check_offsets("linear", cu_seqlens, math.prod(x.shape[:-1]), x.device)
     if tap is not None:
         require(
-            tuple(tap.shape) == (x.shape[0], d_out, r),
+            tuple(tap.shape) == (n, d_out, r),
             lambda: (
-                f"linear: tap is {tuple(tap.shape)}; accepted: {(x.shape[0], d_out, r)}, "
-                "(n, d_out, r) with n the first size of x"
+                f"linear: tap is {tuple(tap.shape)}; accepted: {(n, d_out, r)}, (n, d_out, r) "
+                "with n the first size of x, or of cu_seqlens less 1"
+            ),
+        )
+    if norm_tap is not None:
+        require(
+            tap is not None and norm_tap.dtype == torch.float64 and tuple(norm_tap.shape) == (2, n),
+            lambda: (
+                f"linear: norm_tap is {norm_tap.dtype} {tuple(norm_tap.shape)}; accepted: fp64 "
+                f"{(2, n)}, beside a tap"
             ),
         )
     if dropout_state is not None:
@@ -87,19 +108,25 @@ def _fake(
     lora_A: Tensor,
     lora_B: Tensor,
     tap: Tensor | None,
+    norm_tap: Tensor | None,
     dropout_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     scaling: float,
     dropout_p: float,
     mean_loss: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check(x, weight, bias, lora_A, lora_B, tap, dropout_state, scaling, dropout_p, mean_loss)
+    _check(
+        *(x, weight, bias, lora_A, lora_B, tap, norm_tap, dropout_state, cu_seqlens),
+        *(scaling, dropout_p, mean_loss),
+    )
     leading = x.shape[:-1]
     return x.new_empty(*leading, weight.shape[0]), x.new_empty(*leading, lora_A.shape[0])
 
 
 _op = define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? tap,"
-    " Tensor? dropout_state, float scaling, float dropout_p, bool mean_loss) -> (Tensor, Tensor)",
+    " Tensor? norm_tap, Tensor? dropout_state, Tensor? cu_seqlens, float scaling,"
+    " float dropout_p, bool mean_loss) -> (Tensor, Tensor)",
     _check,
     by_first,
     _fake,
@@ -141,30 +168,33 @@ _backward_op = define(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, weight, _, lora_A, lora_B, tap, dropout_state, scaling, dropout_p, mean_loss = inputs
+    _, weight, _, lora_A, lora_B, tap, _, dropout_state, cu_seqlens = inputs[:9]
     h = output[1]
     ctx.mark_non_differentiable(h)
     ctx.set_materialize_grads(False)
     # Not x: backward needs it for nothing, and it is d_in / r times the size of h.
-    ctx.save_for_backward(h, weight, lora_A, lora_B, dropout_state)
+    ctx.save_for_backward(h, weight, lora_A, lora_B, dropout_state, cu_seqlens)
     ctx.tapped = tap is not None
-    ctx.scaling, ctx.dropout_p, ctx.mean_loss = scaling, dropout_p, mean_loss
+    ctx.scaling, ctx.dropout_p, ctx.mean_loss = inputs[9:]
 
 
 def _autograd(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if g is None:
-        return (None,) * 10
+        return (None,) * 12
     if torch.is_grad_enabled() and g.requires_grad:
         raise NotImplementedError(
             "linear: its gradient has no gradient (create_graph=True); accepted: a first backward"
         )
-    h, weight, lora_A, lora_B, dropout_state = ctx.saved_tensors
-    wants_x, wants_B = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
-    u = tap_grad = grad_B = None
+    h, weight, lora_A, lora_B, dropout_state, cu_seqlens = ctx.saved_tensors
+    wants_x, wants_B, wants_norms = (ctx.needs_input_grad[i] for i in (0, 4, 6))
+    u = tap_grad = norm_tap_grad = grad_B = None
     if ctx.tapped:
-        u, tap_grad, _ = torch.ops.ffa.per_sample_grad(
-            g, h, lora_B if wants_x else None, ctx.scaling, ctx.mean_loss
+        u, tap_grad, squares = torch.ops.ffa.per_sample_grad(
+            g, h, lora_B if wants_x else None, cu_seqlens, ctx.scaling, ctx.mean_loss
         )
+        if wants_norms:
+            # Autograd adds up the calls of a layer: the second row then counts them.
+            norm_tap_grad = torch.stack([squares, torch.ones_like(squares)])
     elif wants_B:
         # The whole batch as one record gives the ordinary gradient.
         flat_g, flat_h = g.flatten(0, -2), h.flatten(0, -2)
@@ -172,6 +202,7 @@ def _autograd(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | No
             flat_g.unsqueeze(0),
             flat_h.unsqueeze(0),
             lora_B if wants_x else None,
+            None,
             ctx.scaling,
             False,
         )
@@ -184,7 +215,7 @@ def _autograd(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | No
         grad_x = torch.ops.ffa.linear_backward(
             g, u, weight, lora_A, dropout_state, ctx.scaling, ctx.dropout_p
         )
-    return grad_x, None, None, None, grad_B, tap_grad, None, None, None, None
+    return grad_x, None, None, None, grad_B, tap_grad, norm_tap_grad, *(None,) * 5
 
 
 torch.library.register_autograd("ffa::linear", _autograd, setup_context=_setup_context, lib=LIBRARY)
@@ -198,7 +229,9 @@ def linear(
     lora_B: Tensor,
     *,
     tap: Tensor | None = None,
+    norm_tap: Tensor | None = None,
     dropout_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     scaling: float = 1.0,
     dropout_p: float = 0.0,
     mean_loss: bool = False,
@@ -215,9 +248,14 @@ def linear(
         lora_A: (r, d_in), frozen.
         lora_B: (d_out, r), trained.
         tap: zeros (n, d_out, r), a leaf expanded from one element: its gradient is G.
+        norm_tap: fp64 (2, n), a leaf beside the tap: its gradient is |G_i|^2, and 1 for each
+            call, which `clip_accumulate` takes as its `squares`.
         dropout_state: int64 (5,), key and counter of the LoRA dropout mask, laid out as in
-            `chacha20`; None for no dropout. Element e of x is kept when 16-bit half-word e % 32
-            of block e // 32 is at least round(65536 p). The mask is made again in backward.
+            `chacha20`; None for no dropout. Element k of row m of x is kept when 16-bit half-word
+            k % 32 of block m ceil(d_in / 32) + k // 32 is at least round(65536 p). The mask
+            is made again in backward.
+        cu_seqlens: int32 (n + 1,), where x packs n records of many lengths into its rows: see
+            `per_sample_grad`. None: the first dimension of x is the record.
         scaling: s = alpha / r.
         dropout_p: p, honoured to 1 / 65536.
         mean_loss: the loss is a mean over records: G is multiplied by n.
@@ -235,7 +273,9 @@ def linear(
         lora_A,
         lora_B,
         tap,
+        norm_tap,
         dropout_state,
+        cu_seqlens,
         scaling,
         dropout_p,
         mean_loss,

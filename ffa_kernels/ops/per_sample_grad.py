@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from ffa_kernels.ops._library import by_first, define, require
+from ffa_kernels.ops._library import by_first, check_offsets, define, require
 
 
-def _check(g: Tensor, h: Tensor, lora_B: Tensor | None, *_: object) -> None:
+def _check(
+    g: Tensor, h: Tensor, lora_B: Tensor | None, cu_seqlens: Tensor | None, *_: object
+) -> None:
     require(
         g.dim() >= 2
         and g.shape[:-1] == h.shape[:-1]
@@ -27,21 +31,28 @@ def _check(g: Tensor, h: Tensor, lora_B: Tensor | None, *_: object) -> None:
                 f"{g.dtype} {(g.shape[-1], h.shape[-1])}, (d_out, r) of g and h"
             ),
         )
+    if cu_seqlens is not None:
+        check_offsets("per_sample_grad", cu_seqlens, math.prod(g.shape[:-1]), g.device)
 
 
 def _fake(
-    g: Tensor, h: Tensor, lora_B: Tensor | None, scaling: float, mean_loss: bool
+    g: Tensor,
+    h: Tensor,
+    lora_B: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scaling: float,
+    mean_loss: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(g, h, lora_B)
-    n, r = g.shape[0], h.shape[-1]
+    _check(g, h, lora_B, cu_seqlens)
+    n = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    r = h.shape[-1]
     u = g.new_empty(0) if lora_B is None else g.new_empty(*g.shape[:-1], r)
-    squares = g.new_empty(n, dtype=torch.promote_types(g.dtype, torch.float32))
-    return u, g.new_empty(n, g.shape[-1], r), squares
+    return u, g.new_empty(n, g.shape[-1], r), g.new_empty(n, dtype=torch.float64)
 
 
 _op = define(
-    "per_sample_grad(Tensor g, Tensor h, Tensor? lora_B, float scaling, bool mean_loss)"
-    " -> (Tensor, Tensor, Tensor)",
+    "per_sample_grad(Tensor g, Tensor h, Tensor? lora_B, Tensor? cu_seqlens, float scaling,"
+    " bool mean_loss) -> (Tensor, Tensor, Tensor)",
     _check,
     by_first,
     _fake,
@@ -49,7 +60,13 @@ _op = define(
 
 
 def per_sample_grad(
-    g: Tensor, h: Tensor, lora_B: Tensor | None, scaling: float = 1.0, mean_loss: bool = False
+    g: Tensor,
+    h: Tensor,
+    lora_B: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    mean_loss: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """u = g B, G_i = s g_i^T h_i and |G_i|^2, from one read of g.
 
@@ -59,16 +76,19 @@ def per_sample_grad(
         g: (n, ..., d_out), dL/dy; the first dimension is the record.
         h: (n, ..., r), the frozen projection x A^T, of g's dtype.
         lora_B: (d_out, r) of g's dtype, or None when u is not wanted.
+        cu_seqlens: int32 (n + 1,) where records of many lengths are packed: g and h are rows
+            (..., d_out) and (..., r), and record i is rows cu_seqlens[i] to cu_seqlens[i + 1] - 1
+            of them, maybe none. Rows of no record have u and are in no G.
         scaling: s = alpha / r.
         mean_loss: the batch's loss is a mean over records: G is multiplied by n, so that it is
             the gradient of record i's own loss.
 
     Returns:
-        u (n, ..., r), or (0,) without `lora_B`; G (n, d_out, r) of g's dtype; the squared norms
-        (n,) of the stored G, in fp32 (fp64 for fp64).
+        u (..., r), or (0,) without `lora_B`; G (n, d_out, r) of g's dtype; the squared norms fp64
+        (n,) of the G that is stored.
 
     Raises:
         ConfigError: shapes or dtypes that do not fit together.
     """
-    result: tuple[Tensor, Tensor, Tensor] = _op(g, h, lora_B, scaling, mean_loss)
+    result: tuple[Tensor, Tensor, Tensor] = _op(g, h, lora_B, cu_seqlens, scaling, mean_loss)
     return result

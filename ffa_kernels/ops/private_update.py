@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ from ffa_kernels.ops.clip_accumulate import check_sums
 OPTIMIZERS = ("none", "sgd", "adam", "adamw")
 
 
-def _check(
+def check_update(
+    op: str,
     params: list[Tensor],
-    sums: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
@@ -29,12 +30,12 @@ def _check(
     optimizer: str,
     *_: object,
 ) -> None:
+    """What is updated, how, and with which noise."""
     count = len(params)
-    check_sums("private_update", sums, max_grad_norm, count)
-    check_rng_state("private_update", "rng_state", rng_state)
+    check_rng_state(op, "rng_state", rng_state)
     require(
         optimizer in OPTIMIZERS,
-        lambda: f"private_update: optimizer is {optimizer!r}; accepted: {', '.join(OPTIMIZERS)}",
+        lambda: f"{op}: optimizer is {optimizer!r}; accepted: {', '.join(OPTIMIZERS)}",
     )
     adaptive = optimizer in ("adam", "adamw")
     for name, buffers, sizes in (
@@ -45,16 +46,16 @@ def _check(
         require(
             len(buffers) in sizes,
             lambda name=name, buffers=buffers, sizes=sizes: (  # type: ignore[misc]
-                f"private_update: {len(buffers)} {name} for {optimizer}; accepted: "
+                f"{op}: {len(buffers)} {name} for {optimizer}; accepted: "
                 f"{' or '.join(map(str, sizes))}"
             ),
         )
-    for k, (param, total) in enumerate(zip(params, sums, strict=True)):
+    for k, param in enumerate(params):
         require(
-            param.shape == total.shape and param.is_contiguous() and param.is_floating_point(),
-            lambda k=k, param=param, total=total: (  # type: ignore[misc]
-                f"private_update: params[{k}] is {param.dtype} {tuple(param.shape)}; accepted: "
-                f"a contiguous float tensor {tuple(total.shape)}, as its sum"
+            param.is_contiguous() and param.is_floating_point(),
+            lambda k=k, param=param: (  # type: ignore[misc]
+                f"{op}: params[{k}] is {param.dtype} with strides {param.stride()}; accepted: a "
+                "contiguous float tensor"
             ),
         )
     for name, buffers in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
@@ -64,7 +65,7 @@ def _check(
                 and buffer.dtype == param.dtype
                 and buffer.is_contiguous(),
                 lambda name=name, k=k, buffer=buffer, param=param: (  # type: ignore[misc]
-                    f"private_update: {name}[{k}] is {buffer.dtype} {tuple(buffer.shape)}; "
+                    f"{op}: {name}[{k}] is {buffer.dtype} {tuple(buffer.shape)}; "
                     f"accepted: contiguous {param.dtype} {tuple(param.shape)}, as its parameter"
                 ),
             )
@@ -72,37 +73,47 @@ def _check(
         require(
             step.dtype == torch.float32 and step.numel() == 1,
             lambda k=k, step=step: (  # type: ignore[misc]
-                f"private_update: steps[{k}] is {step.dtype} {tuple(step.shape)}; accepted: a "
-                "float32 scalar"
+                f"{op}: steps[{k}] is {step.dtype} {tuple(step.shape)}; accepted: a float32 scalar"
             ),
         )
     require(
         len(tensor_ids) == len(set(tensor_ids)) == count
         and all(0 <= i < 1 << 32 for i in tensor_ids),
         lambda: (
-            f"private_update: tensor_ids are {tensor_ids}; accepted: {count} different ones from "
+            f"{op}: tensor_ids are {tensor_ids}; accepted: {count} different ones from "
             "0 to 2^32 - 1"
         ),
     )
     require(
         hyper.dtype == torch.float64 and tuple(hyper.shape) == (count, 5),
-        lambda: (
-            f"private_update: hyper is {hyper.dtype} {tuple(hyper.shape)}; accepted: fp64 "
-            f"({count}, 5)"
-        ),
+        lambda: f"{op}: hyper is {hyper.dtype} {tuple(hyper.shape)}; accepted: fp64 ({count}, 5)",
     )
     require(
         math.isfinite(noise_multiplier) and noise_multiplier >= 0,
-        lambda: f"private_update: noise_multiplier is {noise_multiplier}; accepted: 0 or more",
+        lambda: f"{op}: noise_multiplier is {noise_multiplier}; accepted: 0 or more",
     )
     require(
         noise_multiplier == 0 or all(map(math.isfinite, max_grad_norm)),
-        lambda: "private_update: noise needs a finite max_grad_norm, given infinity",
+        lambda: f"{op}: noise needs a finite max_grad_norm, given infinity",
     )
     require(
         math.isfinite(expected_batch_size) and expected_batch_size > 0,
-        lambda: f"private_update: expected_batch_size is {expected_batch_size}; accepted: above 0",
+        lambda: f"{op}: expected_batch_size is {expected_batch_size}; accepted: above 0",
     )
+
+
+def _check(params: list[Tensor], sums: list[Tensor], *update: Any) -> None:
+    max_grad_norm = update[6]
+    check_sums("private_update", sums, max_grad_norm, len(params))
+    for k, (param, total) in enumerate(zip(params, sums, strict=True)):
+        require(
+            param.shape == total.shape,
+            lambda k=k, param=param, total=total: (  # type: ignore[misc]
+                f"private_update: params[{k}] is {tuple(param.shape)}; accepted: "
+                f"{tuple(total.shape)}, as its sum"
+            ),
+        )
+    check_update("private_update", params, *update)
 
 
 def _fake(*arguments: object) -> None:
@@ -149,7 +160,8 @@ def private_update(
         exp_avgs: first moments, or SGD's momentum buffers; empty where there are none.
         exp_avg_sqs: second moments of Adam and AdamW; empty otherwise.
         steps: fp32 scalars, steps taken so far, incremented; empty for "none".
-        rng_state: int64 (5,); its step is incremented, so no noise is drawn twice.
+        rng_state: int64 (5,); its step is incremented, so no noise is drawn twice. On a GPU it,
+            `steps` and `hyper` lie on the device: nothing here waits for it.
         hyper: fp64 (K, 5): lr, weight decay, beta1 or momentum, beta2 or dampening, eps.
         tensor_ids: K different ids in [0, 2^32).
         max_grad_norm: as given to `clip_accumulate`.
