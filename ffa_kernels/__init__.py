@@ -6,16 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ffa_kernels.nn import FFALinear, convert, merge
+    from ffa_kernels.nn import FFALinear, convert, merge, packed
     from ffa_kernels.privacy import PrivacyEngine
 
 __version__ = "0.1.0"
-__all__ = ["FFALinear", "PrivacyEngine", "convert", "merge"]
+__all__ = ["FFALinear", "PrivacyEngine", "convert", "merge", "packed"]
 
 _HOMES = {
     "FFALinear": "ffa_kernels.nn",
     "convert": "ffa_kernels.nn",
     "merge": "ffa_kernels.nn",
+    "packed": "ffa_kernels.nn",
     "PrivacyEngine": "ffa_kernels.privacy",
 }
 _SUBMODULES = ("federated", "nn", "ops", "privacy")

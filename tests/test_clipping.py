@@ -191,6 +191,20 @@ def test_a_layer_called_twice_is_clipped_by_the_norm_of_the_summed_gradient(adap
     assert joint_norm(reveal.released[0]) == pytest.approx(C, rel=1e-6)
 
 
+def test_a_gradient_changed_after_backward_is_clipped_by_its_own_norm():
+    # Backward's kernels know the norm of the gradient that they made, not of what came of it.
+    C = 1e-3
+    model = classifier()
+    reveal = Reveal(trained(model))
+    model, optimizer, loader = private(model, dataset(1), reveal, max_grad_norm=C)
+    for batch in loader:
+        loss_of(model, batch).backward()
+        for p in trained(model):
+            p.grad_sample.mul_(100.0)
+        optimizer.step()
+    assert joint_norm(reveal.released[0]) == pytest.approx(C, rel=1e-6)
+
+
 @pytest.mark.parametrize("adapted", [True, False])
 def test_a_model_that_flattens_its_tokens_is_refused(adapted):
     class Flattens(nn.Module):

@@ -137,10 +137,12 @@ class FFALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (n, ..., d_in) to y (n, ..., d_out)."""
         taps = self.record_taps
-        tap = lora_B = None
+        tap = norm_tap = lora_B = cu_seqlens = None
         if tapping(self, taps) and self.lora_B.requires_grad:
             assert taps is not None
             tap = taps.get("lora_B", x)
+            norm_tap = taps.norm_taps.get("lora_B")
+            cu_seqlens = taps.cu_seqlens
             lora_B = self.lora_B.detach()
         return ops.linear(
             x,
@@ -149,7 +151,9 @@ class FFALinear(nn.Module):
             self.lora_A,
             self.lora_B if lora_B is None else lora_B,
             tap=tap,
+            norm_tap=norm_tap,
             dropout_state=self._dropout_state(x),
+            cu_seqlens=cu_seqlens,
             scaling=self.scaling,
             dropout_p=self.dropout,
             mean_loss=tap is not None and taps is not None and taps.mean_loss,

@@ -8,10 +8,12 @@ same under `torch.compile` and both kinds of gradient checkpointing, and repeate
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ffa_kernels.errors import PrivacyError
 
@@ -22,12 +24,15 @@ class RecordTaps:
     Copies and pickles are empty: they belong to no engine, and train nothing.
     """
 
-    __slots__ = ("layer", "mean_loss", "taps")
+    __slots__ = ("cu_seqlens", "layer", "mean_loss", "norm_taps", "taps")
 
     def __init__(self, layer: str, mean_loss: bool) -> None:
         self.layer = layer
         self.mean_loss = mean_loss
         self.taps: dict[str, Tensor] = {}
+        # Beside a tap: what its op knows of the norms, and how often it was called.
+        self.norm_taps: dict[str, Tensor] = {}
+        self.cu_seqlens: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RecordTaps:
         return RecordTaps(self.layer, self.mean_loss)
@@ -39,7 +44,8 @@ class RecordTaps:
         """The tap of the layer's tensor `name`, for an input x whose first dimension is n.
 
         Raises:
-            PrivacyError: no batch is under way, or x's first dimension is not the record.
+            PrivacyError: no batch is under way, or x's first dimension is not the record and
+                `packed` does not say which rows are whose.
         """
         tap = self.taps.get(name)
         if tap is None:
@@ -48,6 +54,13 @@ class RecordTaps:
                 "the loader that make_private returned, or call model.eval() or torch.no_grad() "
                 "for a forward that trains nothing"
             )
+        if self.cu_seqlens is not None:
+            if self.cu_seqlens.shape[0] != tap.shape[0] + 1:
+                raise PrivacyError(
+                    f"layer {self.layer!r}: cu_seqlens has {self.cu_seqlens.shape[0]} numbers; "
+                    f"accepted: {tap.shape[0] + 1}, for the batch has {tap.shape[0]} records"
+                )
+            return tap
         if x.dim() < 2 or x.shape[0] != tap.shape[0]:
             raise PrivacyError(
                 f"layer {self.layer!r} was given {tuple(x.shape)}, but the batch has "
@@ -60,3 +73,37 @@ class RecordTaps:
 def tapping(layer: torch.nn.Module, taps: RecordTaps | None) -> bool:
     """Whether a forward of `layer` now is one that trains privately."""
     return taps is not None and layer.training and torch.is_grad_enabled()
+
+
+@contextmanager
+def packed(model: nn.Module, cu_seqlens: Tensor) -> Iterator[None]:
+    """Forwards inside take packed rows: record i is rows cu_seqlens[i] to cu_seqlens[i + 1] - 1.
+
+    The record stays the unit of clipping. That the records do not see each other (attention over
+    packed rows, say) is the model's part.
+
+    Args:
+        model: as given to `make_private`.
+        cu_seqlens: int32 (n + 1,) for the n records of the batch.
+
+    Raises:
+        PrivacyError: a trained layer of another kind than FFALinear, which knows no packed rows.
+    """
+    holders = [
+        (name, layer, taps)
+        for name, layer in model.named_modules()
+        if isinstance(taps := getattr(layer, "record_taps", None), RecordTaps)
+    ]
+    for name, layer, _ in holders:
+        if not hasattr(layer, "lora_B"):
+            raise PrivacyError(
+                f"layer {name!r} ({type(layer).__name__}) is trained and takes no packed rows; "
+                "accepted: FFALinear, or freeze it"
+            )
+    for _, _, taps in holders:
+        taps.cu_seqlens = cu_seqlens
+    try:
+        yield
+    finally:
+        for _, _, taps in holders:
+            taps.cu_seqlens = None

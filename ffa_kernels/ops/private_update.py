@@ -109,7 +109,7 @@ def _check(params: list[Tensor], sums: list[Tensor], *update: Any) -> None:
         require(
             param.shape == total.shape,
             lambda k=k, param=param, total=total: (  # type: ignore[misc]
-                f"private_update: params[{k}] is {tuple(param.shape)}; accepted: "
+                f"private_update: params[{k}] is {param.dtype} {tuple(param.shape)}; accepted: "
                 f"{tuple(total.shape)}, as its sum"
             ),
         )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
@@ -221,7 +221,12 @@ class PrivacyEngine:
             keep_grad_sample=keep_grad_sample,
         )
         trained = _attach(module, names, loss_reduction == "mean")
-        step = PrivateStep(trained, mechanism, self._noise.state, lambda: self._charge(mechanism))
+        step = PrivateStep(
+            trained,
+            mechanism,
+            self._noise_state(trained[0].parameter.device),
+            lambda: self._charge(mechanism),
+        )
         _retire(module, step)
         self._steps.append(step)
         logical: Any = loader.batch_sampler
@@ -241,6 +246,13 @@ class PrivacyEngine:
             loader, logical, max_physical_batch_size, announce, pad_physical_batches, step.restart
         )
         return module, PrivateOptimizer(optimizer, step), private_loader
+
+    def _noise_state(self, device: torch.device) -> Tensor:
+        """Key and step of the noise, where the parameters are: a step must not wait for it."""
+        if device.type == "cpu":
+            return self._noise.state
+        # A key of its own: two models that counted apart under one key would draw alike.
+        return SecretStream("noise", self.seed).state.to(device)
 
     def _charge(self, mechanism: Mechanism) -> None:
         noise = mechanism.noise_multiplier

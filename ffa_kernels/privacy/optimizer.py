@@ -30,6 +30,7 @@ class PrivateOptimizer(Optimizer):
     def __init__(self, optimizer: Optimizer, private_step: PrivateStep) -> None:
         self.original_optimizer = optimizer
         self.private_step = private_step
+        self._hyper: tuple[list[list[float]], Tensor] | None = None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -125,7 +126,7 @@ class PrivateOptimizer(Optimizer):
         groups = [by_id[id(p)] for p in params]
         kind = self._fused_kind(groups)
         if kind == "none":
-            hyper = torch.zeros(len(params), 5, dtype=torch.float64)
+            hyper = torch.zeros(len(params), 5, dtype=torch.float64, device=params[0].device)
             grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in params]
             self.private_step.release(grads, [], [], [], hyper, kind)
             for p, grad in zip(params, grads, strict=True):
@@ -134,7 +135,7 @@ class PrivateOptimizer(Optimizer):
             for p in params:
                 p.grad = None
             return
-        hyper = torch.tensor([_hyper(g) for g in groups], dtype=torch.float64)
+        hyper = self._hyper_table(groups, params[0].device)
         exp_avgs: list[Tensor] = []
         exp_avg_sqs: list[Tensor] = []
         steps: list[Tensor] = []
@@ -146,12 +147,12 @@ class PrivateOptimizer(Optimizer):
             elif group.get("momentum", 0) != 0:
                 # PyTorch's SGD keeps no step count; a buffer of its making has begun already.
                 begun = float("momentum_buffer" in state)
-                state.setdefault("step", torch.tensor(begun))
+                _step_count(state, p, begun)
                 exp_avgs.append(_buffer(state, "momentum_buffer", p))
             if kind == "sgd" and "step" not in state:
-                steps.append(torch.zeros(()))
+                steps.append(torch.zeros((), device=p.device))
                 continue
-            steps.append(state.setdefault("step", torch.tensor(0.0)))
+            steps.append(_step_count(state, p, 0.0))
         self.private_step.release(
             params,
             exp_avgs,
@@ -163,6 +164,31 @@ class PrivateOptimizer(Optimizer):
             maximize=bool(groups[0].get("maximize", False)),
         )
 
+    def _hyper_table(self, groups: list[dict[str, Any]], device: torch.device) -> Tensor:
+        """fp64 (K, 5) on `device`; uploaded when it changes, and a tensor lr is never read here."""
+        lrs = [group["lr"] for group in groups]
+        on_device = [isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in lrs]
+        rows = [_hyper(group, skip_lr) for group, skip_lr in zip(groups, on_device, strict=True)]
+        if self._hyper is None or self._hyper[0] != rows or self._hyper[1].device != device:
+            table = torch.tensor(rows, dtype=torch.float64, pin_memory=device.type == "cuda")
+            self._hyper = (rows, table.to(device, non_blocking=True))
+        table = self._hyper[1]
+        if any(on_device):
+            table = table.clone()
+            for row, lr, there in zip(table, lrs, on_device, strict=True):
+                if there:
+                    row[0].copy_(lr)
+        return table
+
+
+def _step_count(state: dict[str, Any], p: Tensor, begun: float) -> Tensor:
+    """The optimizer's own count of steps, where the parameter is."""
+    step = state.get("step")
+    if not isinstance(step, Tensor) or step.device != p.device:
+        state["step"] = torch.tensor(begun if step is None else float(step), device=p.device)
+    count: Tensor = state["step"]
+    return count
+
 
 def _buffer(state: dict[str, Any], name: str, like: Tensor) -> Tensor:
     if state.get(name) is None:
@@ -171,8 +197,9 @@ def _buffer(state: dict[str, Any], name: str, like: Tensor) -> Tensor:
     return buffer
 
 
-def _hyper(group: dict[str, Any]) -> list[float]:
+def _hyper(group: dict[str, Any], skip_lr: bool) -> list[float]:
     """A group's lr, weight decay, beta1 or momentum, beta2 or dampening, and eps."""
     first, second = group.get("betas", (group.get("momentum", 0.0), group.get("dampening", 0.0)))
-    values = (group["lr"], group.get("weight_decay", 0.0), first, second, group.get("eps", 0.0))
+    lr = 0.0 if skip_lr else group["lr"]
+    values = (lr, group.get("weight_decay", 0.0), first, second, group.get("eps", 0.0))
     return [float(value) for value in values]

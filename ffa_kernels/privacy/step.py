@@ -72,6 +72,15 @@ class Plan:
             )
 
 
+@dataclass(frozen=True)
+class _Whole:
+    """A draw of one physical batch, not clipped yet: gradients, known norms, who is kept."""
+
+    grads: list[Tensor]
+    squares: list[Tensor]
+    keep: Tensor | None
+
+
 class PrivateStep:
     """Gathers the per-record gradients of a model's trained tensors, clips, sums and releases.
 
@@ -107,7 +116,11 @@ class PrivateStep:
         self._dropped = False
         self._keep: Tensor | None = None
         self._taps: list[Tensor] = []
+        self._norm_taps: list[Tensor | None] = []
+        # The gradient that arrived last, and its version then: norms of another are not its own.
+        self._arrived: dict[int, tuple[Tensor, int]] = {}
         self._clipped: set[int] = set()
+        self._whole: _Whole | None = None
 
     def _bound(self, k: int) -> float:
         bounds = self.mechanism.max_grad_norm
@@ -146,12 +159,14 @@ class PrivateStep:
             for total in self._sums:
                 total.zero_()
         self._piece, self._dropped = piece, False
+        self._whole = None
         self._clipped.clear()
+        self._arrived.clear()
         device = self._sums[0].device
         self._keep = None
         if piece.kept < piece.records:
             self._keep = torch.arange(piece.records, device=device) < piece.kept
-        self._taps = []
+        self._taps, self._norm_taps = [], []
         self_ref = weakref.ref(self)
         for k, t in enumerate(self.trained):
             t.parameter.grad_sample = None  # type: ignore[attr-defined]
@@ -160,8 +175,15 @@ class PrivateStep:
             hook = functools.partial(_arrived, self_ref, k)
             tap.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             self._taps.append(tap)
+            norm_tap = None
+            if all(name == "lora_B" for _, name in t.holders):
+                zero = torch.zeros((), dtype=torch.float64, device=t.parameter.device)
+                norm_tap = zero.expand(2, piece.records).detach().requires_grad_()
+            self._norm_taps.append(norm_tap)
             for record_taps, name in t.holders:
                 record_taps.taps[name] = tap
+                if norm_tap is not None:
+                    record_taps.norm_taps[name] = norm_tap
 
     def arrived(self, k: int, tap: Tensor) -> None:
         """The gradient of tensor k for each record is in `tap.grad`, whole for this backward."""
@@ -170,6 +192,8 @@ class PrivateStep:
             tap.grad = None
             return
         self._dropped = False
+        assert tap.grad is not None
+        self._arrived[k] = (tap.grad, tap.grad._version)
         trained = self.trained[k]
         if not self.mechanism.clips_in_backward:
             trained.parameter.grad_sample = tap.grad  # type: ignore[attr-defined]
@@ -189,21 +213,26 @@ class PrivateStep:
     def drop(self) -> None:
         """Forgets the gradients that were not clipped yet; the sum of earlier pieces stays."""
         self._dropped = True
-        for tap, t in zip(self._taps, self.trained, strict=False):
+        self._arrived.clear()
+        for tap, norm_tap, t in zip(self._taps, self._norm_taps, self.trained, strict=False):
             tap.grad = None
+            if norm_tap is not None:
+                norm_tap.grad = None
             t.parameter.grad_sample = None  # type: ignore[attr-defined]
             t.parameter.grad = None
 
     def _end_batch(self) -> None:
         self.drop()
-        self._taps, self._piece = [], None
+        self._taps, self._norm_taps, self._piece = [], [], None
         for t in self.trained:
             for record_taps, name in t.holders:
                 record_taps.taps.pop(name, None)
+                record_taps.norm_taps.pop(name, None)
 
     def abandon(self) -> None:
         """Forgets the draw under way, the sum of its earlier pieces included."""
         self._end_batch()
+        self._whole = None
         for total in self._sums:
             total.zero_()
 
@@ -249,19 +278,37 @@ class PrivateStep:
                 "optimizer.step() without gradients: call loss.backward() first, on a forward "
                 "made in training mode (model.train())"
             )
-        last = self._piece.last
-        if present:
-            grads = [self._taps[k].grad for k in present]
+        piece = self._piece
+        grads = [grad for k in present if (grad := self._taps[k].grad) is not None]
+        squares = [self._squares(k, piece.records) for k in present]
+        if piece.first and piece.last and len(present) == len(self.trained):
+            # All there is of this draw: clipped, summed and noised in one op, by `release`.
+            self._whole = _Whole(grads, squares, self._keep)
+        elif present:
             bounds = self.mechanism.max_grad_norm
             ops.clip_accumulate(
-                [g for g in grads if g is not None],
+                grads,
                 [self._sums[k] for k in present],
                 self._stats,
                 self._keep,
                 [bounds[k] for k in present] if self.mechanism.per_layer else list(bounds),
+                squares=squares,
             )
         self._end_batch()
-        return last
+        return piece.last
+
+    def _squares(self, k: int, records: int) -> Tensor:
+        """What backward knows of tensor k's norms; "no call" where that is not the gradient's."""
+        norm_tap, grad = self._norm_taps[k], self._taps[k].grad
+        seen, version = self._arrived.get(k, (None, 0))
+        if norm_tap is None or norm_tap.grad is None or seen is not grad or seen is None:
+            known = None
+        else:
+            known = norm_tap.grad if seen._version == version else None
+        if known is None:
+            device = self._sums[k].device
+            return torch.zeros((), dtype=torch.float64, device=device).expand(2, records)
+        return known
 
     def release(
         self,
@@ -275,32 +322,43 @@ class PrivateStep:
         maximize: bool = False,
     ) -> None:
         """Charges the ledger, then adds noise and updates `params`; see `ops.private_update`."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise PrivacyError(
+                "a private step is being captured in a CUDA graph: its replays would release "
+                "without a charge to the ledger; capture forward and backward, and call step() "
+                "after each replay"
+            )
         if self.plan is not None:
             self.plan.check(self.steps)
         self._charge()
         self.steps += 1
-        drawn = int(self._noise_state[4])
+        whole, self._whole = self._whole, None
+        settings: dict[str, Any] = {
+            "tensor_ids": list(range(len(self.trained))),
+            "max_grad_norm": list(self.mechanism.max_grad_norm),
+            "noise_multiplier": self.mechanism.noise_multiplier,
+            "expected_batch_size": self.mechanism.expected_batch_size,
+            "optimizer": optimizer,
+            "nesterov": nesterov,
+            "maximize": maximize,
+        }
+        update = (exp_avgs, exp_avg_sqs, steps, self._noise_state, hyper)
+        # On a GPU the state is not read: one launch uses it, and counts on by itself.
+        drawn = int(self._noise_state[4]) if self._noise_state.device.type == "cpu" else None
         try:
             with torch.no_grad():
-                ops.private_update(
-                    params,
-                    self._sums,
-                    exp_avgs,
-                    exp_avg_sqs,
-                    steps,
-                    self._noise_state,
-                    hyper,
-                    tensor_ids=list(range(len(self.trained))),
-                    max_grad_norm=list(self.mechanism.max_grad_norm),
-                    noise_multiplier=self.mechanism.noise_multiplier,
-                    expected_batch_size=self.mechanism.expected_batch_size,
-                    optimizer=optimizer,
-                    nesterov=nesterov,
-                    maximize=maximize,
-                )
+                if whole is None:
+                    ops.private_update(params, self._sums, *update, **settings)
+                else:
+                    ops.private_step(
+                        *(whole.grads, self._stats, whole.keep, params, *update),
+                        squares=whole.squares,
+                        **settings,
+                    )
         finally:
             # Interrupted halfway, some tensors have shown this step's noise: never draw it again.
-            self._noise_state[4] = drawn + 1
+            if drawn is not None:
+                self._noise_state[4] = drawn + 1
 
 
 def _arrived(step_ref: weakref.ref[PrivateStep], k: int, tap: Tensor) -> None:
