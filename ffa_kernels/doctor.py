@@ -16,6 +16,8 @@ import torch
 
 from ffa_kernels import __version__
 from ffa_kernels.backends import native
+from ffa_kernels.backends.dispatch import OPS, TRITON_CAPABILITY, chosen
+from ffa_kernels.errors import ConfigError
 
 _COSTS = {
     "cpu": "the reference backend serves CPU tensors: the same results, more slowly",
@@ -36,7 +38,8 @@ def examine() -> dict[str, Any]:
 
     Returns:
         python, ffa_kernels, torch, packages (None where missing), backends (each with available
-        and reason), threads, openmp, cpu, gpu, and missing: part -> what its lack costs.
+        and reason), threads, openmp, cpu, gpu, chosen: which backend serves which ops on a device
+        and dtype, and why; and missing: part -> what its lack costs.
     """
     compiled = native.describe()
     backends: dict[str, dict[str, Any]] = {
@@ -71,6 +74,7 @@ def examine() -> dict[str, Any]:
             }
             for i in range(torch.cuda.device_count())
         ],
+        "chosen": _chosen(),
         "missing": {part: _COSTS[part] for part in lacking if part in _COSTS},
     }
 
@@ -93,10 +97,41 @@ def describe(findings: dict[str, Any]) -> str:
     for name, backend in findings["backends"].items():
         state = "available" if backend["available"] else f"not available: {backend['reason']}"
         lines.append(f"backend {name}: {state}")
+    lines += [
+        f"{choice['device']} {choice['dtype']}: {choice['backend']} ({choice['why']}) for "
+        + (", ".join(choice["ops"]) if len(choice["ops"]) < len(OPS) else "every op")
+        for choice in findings["chosen"]
+    ]
     found = [f"{name} {number or 'missing'}" for name, number in findings["packages"].items()]
     lines.append("packages: " + ", ".join(found))
     lines += [f"without {part}: {cost}" for part, cost in findings["missing"].items()]
     return "\n".join(lines)
+
+
+def _chosen() -> list[dict[str, Any]]:
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    choices: list[dict[str, Any]] = []
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            of_backend: dict[tuple[str, str], list[str]] = {}
+            for op in OPS:
+                try:
+                    choice = chosen(op, device, dtype)
+                except ConfigError as error:
+                    choice = ("none", str(error))
+                of_backend.setdefault(choice, []).append(op)
+            choices += [
+                {
+                    "device": str(device),
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "backend": name,
+                    "why": why,
+                    "ops": served,
+                }
+                for (name, why), served in of_backend.items()
+            ]
+    return choices
 
 
 def openmp_runtimes() -> list[str]:
@@ -144,5 +179,7 @@ def _triton() -> dict[str, Any]:
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return {"available": False, "reason": f"its import failed: {last}"}
-    found = done.stdout.strip()
-    return {"available": False, "version": found, "reason": "installed, but no kernels use it yet"}
+    gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    served = any(capability >= TRITON_CAPABILITY for capability in gpus)
+    reason = "" if served else "installed, but no GPU of compute capability 8.0 or later is here"
+    return {"available": served, "version": done.stdout.strip(), "reason": reason}

@@ -53,6 +53,17 @@ def one_thread(few_threads):
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def on_the_gpu(request, monkeypatch):
+    """Makes a test's tensors on the GPU, and moves its module's constants there."""
+    for name, value in vars(request.module).items():
+        if isinstance(value, torch.Tensor):
+            monkeypatch.setattr(request.module, name, value.cuda())
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
+
+
 @pytest.fixture(params=["reference", "cpu", "triton"])
 def backend(request):
     """The name of a backend, forced for the whole test."""
@@ -60,6 +71,8 @@ def backend(request):
         pytest.skip(f"cpu backend: {native.describe()['cpu']['reason']}")
     if request.param == "triton":
         pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            request.getfixturevalue("on_the_gpu")
     with use_backend(request.param):
         yield request.param
 

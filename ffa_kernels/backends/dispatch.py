@@ -30,6 +30,8 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
     "cuda": ("triton", "reference"),
 }
+# Before it, `tl.dot` compiles to scalar code.
+TRITON_CAPABILITY = (8, 0)
 BACKENDS = ("reference", "cpu", "triton")
 
 _chosen: dict[tuple[object, ...], Callable[..., Any]] = {}
@@ -82,6 +84,18 @@ def backend_for(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) 
         f"backend {forced!r} is forced, but does not serve {op} for {', '.join(map(str, dtypes))} "
         f"on {device}; accepted: another backend of {', '.join(BACKENDS)}"
     )
+
+
+def chosen(op: str, device: torch.device, *dtypes: torch.dtype) -> tuple[str, str]:
+    """The backend that serves `op`, and why it does, for `doctor`."""
+    name = backend_for(op, device, dtypes)
+    if forced_backend():
+        return name, "forced"
+    candidates = CANDIDATES.get(device.type, ("reference",))
+    passed = candidates[: candidates.index(name)]
+    if not passed:
+        return name, "preferred"
+    return name, f"{' and '.join(passed)} {'do' if len(passed) > 1 else 'does'} not serve it"
 
 
 def kernel(op: str, *tensors: torch.Tensor) -> Callable[..., Any]:
