@@ -64,15 +64,19 @@ def on_the_gpu(request, monkeypatch):
     torch.set_default_device(None)
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
+# "cuda" needs a device, or a library that runs its kernels on the CPU (tests/test_cuda.py).
+BACKENDS = ["reference", "cpu", "triton", *(["cuda"] if native.available("cuda") else [])]
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request):
     """The name of a backend, forced for the whole test."""
     if request.param == "cpu" and not native.available("cpu"):
         pytest.skip(f"cpu backend: {native.describe()['cpu']['reason']}")
     if request.param == "triton":
         pytest.importorskip("triton")
-        if torch.cuda.is_available():
-            request.getfixturevalue("on_the_gpu")
+    if request.param in ("triton", "cuda") and torch.cuda.is_available():
+        request.getfixturevalue("on_the_gpu")
     with use_backend(request.param):
         yield request.param
 

@@ -137,6 +137,19 @@ def test_backends_give_the_same_words(blocks, threads):
     assert torch.equal(words, expected)
 
 
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("blocks", [0, 1, 4097])
+@pytest.mark.parametrize("tensor_id", [0, 1, 2**31, 2**32 - 1])
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_triton_gives_the_words_of_the_cpu(tensor_id, blocks):
+    pytest.importorskip("triton")
+    state = torch.tensor([2**63 - 1, -(2**63), -1, 0x0123456789ABCDEF, 2**33 + 7])
+    with use_backend("cpu"):
+        expected = ops.chacha20(state, tensor_id, 2**31 - 2000, blocks)
+    with use_backend("triton"):
+        assert torch.equal(ops.chacha20(state, tensor_id, 2**31 - 2000, blocks), expected)
+
+
 def test_state_is_read_only(backend):
     state = state_of(COUNTING_KEY, 9)
     ops.chacha20(state, 0, 0, 3)

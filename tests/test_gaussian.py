@@ -106,6 +106,21 @@ def test_backends_agree(dtype, threads):
     assert (z - expected).abs().max() <= (2e-6 if dtype == torch.float32 else 1e-13)
 
 
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_triton_gives_the_values_of_the_cpu(dtype):
+    pytest.importorskip("triton")
+    with use_backend("cpu"):
+        expected = ops.gaussian(STATE, 7, 40_003, torch.float64)
+    with use_backend("triton"):
+        z = ops.gaussian(STATE, 7, 40_003, dtype)
+    # Half an ulp of the rounding; a whole one under the interpreter, which truncates to bfloat16.
+    narrow = torch.finfo(dtype)
+    ulp = narrow.eps * expected.abs().clamp(min=narrow.tiny)
+    assert ((z.double() - expected).abs() <= 1e-13 + ulp).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_narrow_types_are_the_fp64_values_rounded(dtype):
     exact = ops.gaussian(STATE, 7, 4096, torch.float64)

@@ -1,5 +1,6 @@
 """The adapted linear layer: gradients, rounding, what it saves, its dropout mask, compilation."""
 
+import json
 import math
 from dataclasses import dataclass, replace
 
@@ -11,10 +12,16 @@ from torch.utils.checkpoint import checkpoint
 
 import ffa_kernels as ffa
 from ffa_kernels import ops
+from ffa_kernels.backends.dispatch import use_backend
+from ffa_kernels.backends.triton import choices
+from ffa_kernels.backends.triton.choices import Choice, Config
 from ffa_kernels.errors import ConfigError
 from ffa_kernels.nn.record_taps import RecordTaps
 
 STATE = torch.tensor([101, -202, 303, -404, 2**40 + 5])
+# fp64, or more elements than the interpreter has time for.
+NOT_IN_TRITON = pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
+IN_TRITON = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 
 
 @dataclass
@@ -46,7 +53,8 @@ class Case:
 
 def make(shape=(4, 6), d_in=13, d_out=11, r=3, bias=True, dtype=torch.float64, seed=0) -> Case:
     def draw(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator, dtype=torch.float64).to(dtype)
+        t = torch.randn(*sizes, generator=generator, dtype=torch.float64, device="cpu")
+        return t.to(torch.get_default_device(), dtype)
 
     generator = torch.Generator().manual_seed(seed)
     return Case(
@@ -87,6 +95,7 @@ def ulp_of_largest(t: Tensor, dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(largest)) if largest else 0.0
 
 
+@NOT_IN_TRITON
 @pytest.mark.parametrize("p", [0.0, 0.05])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(3,), (2, 2), (2, 1, 2)], ids=["2-D", "3-D", "4-D"])
@@ -97,6 +106,7 @@ def test_gradcheck_of_x_and_B(backend, shape, bias, p):
     assert torch.autograd.gradcheck(lambda x, B: case.op(x, B, **options), (x, B))
 
 
+@NOT_IN_TRITON
 @pytest.mark.parametrize("p", [0.0, 0.05])
 @pytest.mark.parametrize("mean_loss", [False, True])
 @pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 7), (3, 2, 4)])
@@ -131,6 +141,7 @@ def test_tap_receives_the_gradient_of_each_record(backend, shape, mean_loss, p):
     torch.testing.assert_close(tap.grad, formula)
 
 
+@NOT_IN_TRITON
 def test_calls_that_share_a_tap_add_up(backend):
     case = make((3, 4))
     tap = torch.zeros(3, 11, 3, dtype=torch.float64, requires_grad=True)
@@ -140,6 +151,7 @@ def test_calls_that_share_a_tap_add_up(backend):
     torch.testing.assert_close(tap.grad, 5 * alone.grad)
 
 
+@NOT_IN_TRITON
 def test_gradients_only_where_they_are_wanted(backend):
     case = make((3, 4))
     for name in ("weight", "bias", "lora_A"):
@@ -165,6 +177,7 @@ UGLY = [
 ]
 
 
+@NOT_IN_TRITON
 @pytest.mark.parametrize("p", [0.0, 0.05])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape, d_in, d_out, r", UGLY)
@@ -183,8 +196,8 @@ def check_rounding(case: Case, dtype: torch.dtype, p: float) -> None:
     case = case.to(dtype)
     options = {"dropout_state": STATE, "dropout_p": p} if p else {}
     n, (d_out, r) = case.x.shape[0], case.lora_B.shape
-    c = torch.randn(*case.x.shape[:-1], d_out, generator=torch.Generator().manual_seed(1))
-    c = c.to(dtype)
+    torch.manual_seed(1)
+    c = torch.randn(*case.x.shape[:-1], d_out).to(dtype)
 
     def results(case: Case, run) -> list[Tensor]:
         x, B = case.x.clone().requires_grad_(), case.lora_B.clone().requires_grad_()
@@ -211,6 +224,149 @@ def check_rounding(case: Case, dtype: torch.dtype, p: float) -> None:
         assert error <= allowed, f"{name}: {error} against {allowed}"
 
 
+TILES = Config(16, 32, 32, 4, 2)  # more than one of them in each direction
+WAY_CASES = [
+    ((5, 1), 48, 77, 3, True, 0.3),
+    ((18,), 33, 50, 1, False, 0.0),
+    ((2, 3), 65, 40, 40, True, 0.0),
+    ((6,), 16, 33, 256, True, 0.0),
+    ((3,), 16, 20, 300, True, 0.3),
+]
+
+
+def by_ways(case: Case, p: float, g: Tensor, u: Tensor) -> list[Tensor]:
+    """y, h and dx by the chosen backend."""
+    state = STATE if p else None
+    y, h = torch.ops.ffa.linear(
+        *(case.x, case.weight, case.bias, case.lora_A, case.lora_B, None, None, state, None),
+        *(case.scaling, p, False),
+    )
+    dx = torch.ops.ffa.linear_backward(g, u, case.weight, case.lora_A, state, case.scaling, p)
+    return [y, h, dx]
+
+
+def check_ways(case: Case, dtype: torch.dtype, p: float) -> None:
+    """y, h and dx by Triton against the reference in fp64, with its error in `dtype` as measure."""
+    case = case.to(dtype)
+    torch.manual_seed(2)
+    leading, (d_out, r) = case.x.shape[:-1], case.lora_B.shape
+    g, u = torch.randn(*leading, d_out).to(dtype), torch.randn(*leading, r).to(dtype)
+    ours = by_ways(case, p, g, u)
+    with use_backend("reference"):
+        own = by_ways(case, p, g, u)
+        exact = by_ways(case.to(torch.float64), p, g.double(), u.double())
+    for name, truth, theirs, mine in zip(("y", "h", "dx"), exact, own, ours, strict=True):
+        assert mine.dtype == dtype and mine.shape == truth.shape and mine.is_contiguous()
+        own_error = (theirs.double() - truth).abs().amax() if truth.numel() else 0
+        error = (mine.double() - truth).abs().amax() if truth.numel() else 0
+        allowed = 2 * own_error + ulp_of_largest(truth, dtype)
+        assert error <= allowed, f"{name}: {error} against {allowed}"
+
+
+@IN_TRITON
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", choices.WAYS)
+@pytest.mark.parametrize("shape, d_in, d_out, r, bias, p", WAY_CASES)
+def test_each_way_is_within_twice_pytorchs_own_error(
+    backend, shape, d_in, d_out, r, bias, p, way, dtype
+):
+    with choices.force(way, TILES):
+        check_ways(make(shape, d_in, d_out, r, bias), dtype, p)
+
+
+@IN_TRITON
+@pytest.mark.parametrize("op", ["linear", "linear_backward"])
+def test_every_candidate_computes_the_same(backend, op):
+    from ffa_kernels.backends.triton.linear import candidates
+
+    case = make((5, 1), 48, 77, 3, True)
+    for choice in candidates(op, 86, torch.float16, 5, 48, 77, 3, False):
+        with choices.force(*choice):
+            check_ways(case, torch.float16, 0.0)
+
+
+@IN_TRITON
+@pytest.mark.parametrize("way", choices.WAYS)
+def test_ways_take_any_strides(backend, way):
+    case = make((3, 3, 2), d_in=36, d_out=40, r=4)
+    shuffled = replace(
+        case,
+        x=case.x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+        weight=case.weight.t().contiguous().t(),
+        bias=torch.stack([case.bias, case.bias], dim=1)[:, 0],
+        lora_A=case.lora_A.t().contiguous().t(),
+        lora_B=case.lora_B.t().contiguous().t(),
+    )
+    spaced = replace(case, x=torch.cat([case.x, case.x], dim=-1)[..., :36])
+    with choices.force(way, TILES):
+        for given in (shuffled, spaced):
+            check_ways(given, torch.float32, 0.3)
+
+
+@IN_TRITON
+@pytest.mark.parametrize("way", choices.WAYS)
+@pytest.mark.parametrize("p", [0.05, 1 - 1e-9])
+def test_ways_drop_what_is_documented(backend, way, p):
+    x = torch.randn(7, 41)
+    A, none = torch.eye(41), torch.zeros(41, 41)
+    with choices.force(way, TILES):
+        forward = torch.ops.ffa.linear(
+            *(x, none, None, A, A, None, None, STATE, None, 1.0, p, False)
+        )[0]
+        backward = torch.ops.ffa.linear_backward(x, x, none, A, STATE, 1.0, p)
+    expected = x * mask_of(x, p) if p < 1 - 2**-17 else torch.zeros(7, 41)
+    torch.testing.assert_close(forward, expected, rtol=3e-7, atol=0)
+    torch.testing.assert_close(backward, expected, rtol=3e-7, atol=0)
+
+
+@IN_TRITON
+@pytest.mark.parametrize("way", choices.WAYS)
+@pytest.mark.parametrize("shape, d_in", [((0,), 13), ((0, 2, 3), 13), ((2, 3), 0)])
+def test_ways_of_nothing(backend, way, shape, d_in):
+    with choices.force(way):
+        if d_in:
+            check_ways(make(shape, d_in=d_in), torch.float32, 0.05)
+        else:
+            x, W, A = torch.zeros(*shape, 0), torch.zeros(11, 0), torch.zeros(3, 0)
+            b, B = torch.randn(11), torch.randn(11, 3)
+            y, h = torch.ops.ffa.linear(*(x, W, b, A, B, None, None, STATE, None, 1.0, 0.05, False))
+            assert torch.equal(y, b.expand(2, 3, 11)) and torch.equal(h, torch.zeros(2, 3, 3))
+
+
+@IN_TRITON
+@pytest.mark.parametrize("way", choices.WAYS)
+def test_ways_do_not_overflow_h_times_scaling_in_fp16(backend, way):
+    case = replace(make((4,), 16, 20, 2, False), scaling=64.0)
+    case = replace(case, x=case.x * 2000, lora_B=case.lora_B * 1e-3)
+    with choices.force(way, TILES):
+        check_ways(case, torch.float16, 0.0)
+
+
+def test_measured_choices_name_tiles_that_are_compiled():
+    candidates = pytest.importorskip("ffa_kernels.backends.triton.linear").candidates
+    for entry in json.loads(choices.TABLE.read_text())["entries"]:
+        op, cc, dtype, _, dropout = choices.key_of(entry)
+        config = None if entry["config"] is None else Config(**entry["config"])
+        shape = [entry["figures"][name] for name in ("m", "d_in", "d_out", "r")]
+        assert Choice(entry["way"], config) in candidates(
+            op, cc, getattr(torch, dtype), *shape, dropout
+        )
+        assert choices.choose(op, cc, dtype, *shape, dropout) == Choice(entry["way"], config)
+
+
+def test_unmeasured_choice_is_the_default_and_force_undoes_itself():
+    asked = ("linear", 80, "bfloat16", 1, 1, 1, 1, False)
+    assert choices.choose(*asked) == choices.DEFAULT
+    with choices.force("split"):
+        assert choices.choose(*asked) == Choice("split")
+    assert choices.choose(*asked) == choices.DEFAULT
+    with (
+        pytest.raises(ConfigError, match="way is 'best'; accepted: addmm, split, fused"),
+        choices.force("best"),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("tapped", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.05])
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (0, 2, 3)])
@@ -229,6 +385,7 @@ def test_an_empty_batch(backend, shape, p, tapped):
         assert torch.equal(B.grad, torch.zeros(11, 2))
 
 
+@NOT_IN_TRITON
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_inputs_need_not_be_contiguous(backend, p):
     case = make((3, 5, 4), d_in=36, d_out=10, r=4)
@@ -261,8 +418,8 @@ def test_inputs_need_not_be_contiguous(backend, p):
 
 @pytest.mark.parametrize("private", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_h_is_all_that_is_saved(backend, dtype, dropout, private):
+def test_h_is_all_that_is_saved(backend, dropout, private):
+    dtype = torch.float32
     n, T, d_in, d_out, r = 6, 31, 96, 80, 4
     layer = ffa.FFALinear(d_in, d_out, r, dropout=dropout, dtype=dtype)
     if private:
@@ -305,6 +462,7 @@ def drop_ones(rows: int, columns: int, p: float, state: Tensor) -> tuple[Tensor,
     return y.detach(), x.grad
 
 
+@NOT_IN_TRITON
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9, 1e-6, 1 - 1e-9])
 def test_mask_is_the_documented_one_in_forward_and_backward(backend, p):
     forward, backward = drop_ones(37, 41, p, STATE)
@@ -315,6 +473,7 @@ def test_mask_is_the_documented_one_in_forward_and_backward(backend, p):
         assert torch.equal(forward, torch.zeros(37, 41, dtype=torch.float64))
 
 
+@NOT_IN_TRITON
 def test_mask_of_many_rows_does_not_depend_on_how_the_work_is_cut(backend):
     # More than one chunk of the CPU backend, each side of the cut at an odd number of elements.
     forward, backward = drop_ones(9001, 19, 0.25, STATE)
@@ -324,6 +483,7 @@ def test_mask_of_many_rows_does_not_depend_on_how_the_work_is_cut(backend):
     torch.testing.assert_close(forward, mask_of(forward, 0.25), rtol=1e-15, atol=0)
 
 
+@NOT_IN_TRITON
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_mask_keeps_the_right_fraction_without_bias(backend, p):
     forward, _ = drop_ones(4000, 50, p, STATE)
@@ -463,8 +623,8 @@ def test_opcheck(backend, shape, bias, tapped, p):
 
 @pytest.mark.parametrize("p", [0.0, 0.05])
 def test_opcheck_of_backward(backend, p):
-    case = make((4, 3))
-    g, u = torch.randn(4, 3, 11).double(), torch.randn(4, 3, 3).double()
+    case = make((4, 3), dtype=torch.float32)
+    g, u = torch.randn(4, 3, 11), torch.randn(4, 3, 3)
     arguments = (g, u, case.weight, case.lora_A, STATE if p else None, 0.5, p)
     torch.library.opcheck(torch.ops.ffa.linear_backward.default, arguments)
 
