@@ -192,6 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--cc", type=int, nargs="+", choices=SHARED_LIMITS, default=[*SHARED_LIMITS]
     )
     parser.add_argument("--match", default="", help="only builds whose label contains this")
+    parser.add_argument("--every", type=int, default=1, help="only each such-and-such build")
     parser.add_argument("--processes", type=int, default=None, help="default: one a processor")
     chosen = parser.parse_args(arguments)
     if interpreted():
@@ -200,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
         (cc, i)
         for cc in chosen.cc
         for i, build in enumerate(all_builds(cc))
-        if chosen.match in build.label
+        if chosen.match in build.label and i % chosen.every == 0
     ]
     header = f"{'cc':>4} {'kernel':<58}{'regs':>5} {'spilled':>7} {'shared':>7} {'mma':>5}"
     print(header, flush=True)
