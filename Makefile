@@ -8,7 +8,7 @@ PY = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 VADER = $(CACHE)/vaderSentiment-3.3.2.tar.gz
 
-CLANG_FORMATTED = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
+CLANG_FORMATTED = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
 .PHONY: venv lib compile test test-full lint format demo clean
 

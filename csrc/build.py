@@ -29,6 +29,9 @@ from typing import Any
 CSRC = Path(__file__).resolve().parent
 IN_PLACE = CSRC.parent / "ffa_kernels" / "_lib"
 
+# What ptxas said of every kernel, for resources.py; it lies beside the library.
+RESOURCES = "libffa_cuda.ptxas.txt"
+
 OPS = ("chacha20", "gaussian", "dropout", "per_sample_grad", "clip_accumulate", "private_update")
 # No OpenMP runtime is linked: the library uses the one torch has loaded (csrc/cpu/parallel.cpp).
 # Contraction is off so that the copies of an op agree to the bit; CONTRACTED_OPS are the matrix
@@ -46,7 +49,13 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "avx2": _AVX2,
     "avx512": (*_AVX2, *_AVX512),
 }
-OLDEST_CUDA_ARCH = 75
+# Every arch that a bar names, and those of systems on a chip, which run no other's code. What an
+# arch newer than nvcc knows runs is the PTX of the last one here.
+CUDA_ARCHS = (75, 80, 86, 87, 89, 90, 100, 110, 120, 121)
+CUDA_FLAGS = [
+    *("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"),
+    *("-Xptxas", "-v", "-Xfatbin", "-compress-all", "-DFFA_ISA=cuda"),
+]
 
 
 class CompileError(Exception):
@@ -61,7 +70,7 @@ def _run(command: list[str]) -> str:
     if done.returncode != 0:
         words = (done.stderr or done.stdout).strip()
         raise CompileError(f"{shlex.join(command)} exited {done.returncode}: {words[-4000:]}")
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def _find(variable: str, candidates: tuple[str, ...]) -> list[str] | None:
@@ -78,10 +87,10 @@ def _version(compiler: list[str]) -> str:
     return release.strip()
 
 
-def _compile_all(commands: list[list[str]]) -> None:
+def _compile_all(commands: list[list[str]]) -> list[str]:
     jobs = int(os.environ.get("FFA_BUILD_JOBS", os.cpu_count() or 1))
     with ThreadPoolExecutor(max(1, jobs)) as pool:
-        list(pool.map(_run, commands))
+        return list(pool.map(_run, commands))
 
 
 def _x86() -> bool:
@@ -111,31 +120,30 @@ def _build_cpu(compiler: list[str], work: Path, target: Path) -> list[str]:
 
 
 def _cuda_archs(compiler: list[str]) -> list[int]:
-    """The named archs, or the first of every major version that this nvcc knows."""
+    """The archs named by FFA_CUDA_ARCHS, or those of CUDA_ARCHS that this nvcc knows."""
     if os.environ.get("FFA_CUDA_ARCHS"):
         return sorted(int(re.sub(r"\D", "", a)) for a in os.environ["FFA_CUDA_ARCHS"].split())
-    listed = re.findall(r"compute_(\d+)", _run([*compiler, "--list-gpu-arch"]))
-    first: dict[int, int] = {}
-    for arch in sorted(map(int, listed)):
-        if arch >= OLDEST_CUDA_ARCH:
-            first.setdefault(arch // 10, arch)
-    return sorted(first.values())
+    known = re.findall(r"compute_(\d+)", _run([*compiler, "--list-gpu-arch"]))
+    return [arch for arch in CUDA_ARCHS if str(arch) in known]
 
 
 def _build_cuda(compiler: list[str], work: Path, target: Path) -> list[str]:
     archs = _cuda_archs(compiler)
     if not archs:
-        raise CompileError(f"this nvcc knows no arch from sm_{OLDEST_CUDA_ARCH} up")
-    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-cudart", "static", "-DFFA_ISA=cuda"]
+        raise CompileError(f"this nvcc knows none of the archs {CUDA_ARCHS}")
+    flags = list(CUDA_FLAGS)
     for arch in archs:
         flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     flags += ["-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
     objects, commands = [], []
-    for source in sorted((CSRC / "cuda").glob("*.cu")):
+    # The longest compile first, so that it does not end alone.
+    sources = sorted((CSRC / "cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
+    for source in sources:
         objects.append(str(work / f"{source.stem}.cuda.o"))
         commands.append([*compiler, *flags, "-c", str(source), "-o", objects[-1]])
-    _compile_all(commands)
+    said = _compile_all(commands)
     _run([*compiler, *flags, "-shared", *objects, "-o", str(target)])
+    target.with_name(RESOURCES).write_text("".join(said))
     return flags
 
 

@@ -27,6 +27,7 @@ enum ffa_status {
   FFA_BAD_VALUE = 3,
   FFA_NO_MEMORY = 4,
   FFA_CUDA_ERROR = 5,
+  FFA_WRONG_ARCH = 6,
 };
 
 enum ffa_optimizer { FFA_NONE = 0, FFA_SGD = 1, FFA_ADAM = 2, FFA_ADAMW = 3 };
@@ -89,15 +90,75 @@ int ffa_cpu_private_update(int64_t n_tensors, const int64_t* numels, const int* 
                            double expected_batch_size, int optimizer, int nesterov, int maximize,
                            int threads);
 
-/* Number of usable devices, 0 when there is no driver. `stream` below is a cudaStream_t; pointers
- * are device pointers except rng_state, which the kernels read on the device as well. */
+/* Number of usable devices, 0 when there is no driver. */
 int ffa_cuda_device_count(void);
+/* FFA_OK when the library has code for the current device, FFA_WRONG_ARCH when it has none. */
+int ffa_cuda_check_device(void);
+/* 1 when this library runs its kernels on the CPU, one thread after another (csrc/cuda/block.h). */
+int ffa_cuda_serial(void);
 
+/* Below, `stream` is a cudaStream_t of the current device. Pointers to numbers are device pointers,
+ * rng_state and hyper among them; arrays of sizes, dtypes and pointers, bounds and tensor_ids are
+ * in host memory and free when a launcher returns. Nothing waits for the device. A launcher that
+ * needs scratch space says how many bytes, aligned to 8, for the current device and the same sizes.
+ */
 int ffa_cuda_chacha20(const int64_t* rng_state, int64_t tensor_id, int64_t first_block,
                       int64_t n_blocks, uint32_t* out, void* stream);
 
+/* Any dtype. */
 int ffa_cuda_gaussian(const int64_t* rng_state, int64_t tensor_id, int64_t numel, int dtype,
                       void* out, void* stream);
+
+/* As ffa_cpu_dropout. This and the matrix products below are for F32, F16 and BF16. */
+int ffa_cuda_dropout(const int64_t* dropout_state, double p, int64_t first_row, int64_t rows,
+                     int64_t columns, int dtype, const void* x, void* out, void* stream);
+
+/* out (rows, columns) += scaling keep (left right^T): left (rows, r); element (c, k) of right
+ * stands at c column_stride + k rank_stride. With dropout_state, `keep` is the mask of a matrix
+ * like `out` divided by 1 - p'; without it, 1. */
+int ffa_cuda_rank_term(int64_t rows, int64_t columns, int64_t r, int dtype, const void* left,
+                       const void* right, int64_t column_stride, int64_t rank_stride,
+                       double scaling, const int64_t* dropout_state, double p, void* out,
+                       void* stream);
+
+/* As ffa_cpu_per_sample_grad, except that offsets may hold anything: they are clamped to
+ * [0, rows]. d_out and r are at least 1. `ragged`: offsets are given. */
+int ffa_cuda_per_sample_grad_scratch(int64_t n, int64_t rows, int64_t d_out, int64_t r, int dtype,
+                                     int with_u, int ragged, int64_t* bytes);
+int ffa_cuda_per_sample_grad(int64_t n, int64_t rows, int64_t d_out, int64_t r, int dtype,
+                             const void* g, const void* h, const void* lora_B,
+                             const int32_t* offsets, double scale, void* u, void* G, double* sq,
+                             void* scratch, void* stream);
+
+/* As ffa_cpu_clip_accumulate; any dtypes. */
+int ffa_cuda_clip_accumulate_scratch(int64_t n_tensors, int64_t n, const int64_t* numels,
+                                     int64_t* bytes);
+int ffa_cuda_clip_accumulate(int64_t n_tensors, int64_t n, const int64_t* numels, const int* dtypes,
+                             const void* const* grad_samples, const double* const* squares,
+                             void* const* sums, int64_t groups, const double* max_grad_norm,
+                             const uint8_t* keep, int64_t* stats, double* factors, void* scratch,
+                             void* stream);
+
+/* As ffa_cpu_private_update; any dtypes, in fp32 arithmetic except for F64. */
+int ffa_cuda_private_update(int64_t n_tensors, const int64_t* numels, const int* dtypes,
+                            void* const* params, void* const* sums, void* const* exp_avgs,
+                            void* const* exp_avg_sqs, float* const* steps, int64_t* rng_state,
+                            const double* hyper, const int64_t* tensor_ids, int64_t groups,
+                            const double* max_grad_norm, double noise_multiplier,
+                            double expected_batch_size, int optimizer, int nesterov, int maximize,
+                            void* stream);
+
+/* clip_accumulate into sums that are nowhere in memory, then private_update: the same bits. scratch
+ * is that of clip_accumulate. */
+int ffa_cuda_private_step(int64_t n_tensors, int64_t n, const int64_t* numels,
+                          const int* grad_dtypes, const void* const* grad_samples,
+                          const double* const* squares, const uint8_t* keep, int64_t* stats,
+                          double* factors, void* scratch, const int* dtypes, void* const* params,
+                          void* const* exp_avgs, void* const* exp_avg_sqs, float* const* steps,
+                          int64_t* rng_state, const double* hyper, const int64_t* tensor_ids,
+                          int64_t groups, const double* max_grad_norm, double noise_multiplier,
+                          double expected_batch_size, int optimizer, int nesterov, int maximize,
+                          void* stream);
 
 #pragma GCC visibility pop
 #ifdef __cplusplus

@@ -19,6 +19,9 @@ extern "C" const char* ffa_status_string(int status) {
       return "out of memory for scratch space";
     case FFA_CUDA_ERROR:
       return "the CUDA runtime refused the launch";
+    case FFA_WRONG_ARCH:
+      return "the library has no code for this device: name its compute capability in "
+             "FFA_CUDA_ARCHS and run `make lib`";
     default:
       return "unknown status";
   }

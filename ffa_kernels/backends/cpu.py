@@ -6,7 +6,6 @@ and a thread count. Rules of dtype and shape are the ops' own business and check
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 from collections.abc import Sequence
@@ -191,41 +190,8 @@ def per_sample_grad(
     return u, grad, squares
 
 
-def _pointers(tensors: Sequence[Tensor]) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
-
-
-def _longs(values: Sequence[int]) -> Any:
-    return (ctypes.c_int64 * len(values))(*values)
-
-
-def _doubles(values: Sequence[float]) -> Any:
-    return (ctypes.c_double * len(values))(*values)
-
-
 def _codes(tensors: Sequence[Tensor]) -> Any:
-    return (ctypes.c_int * len(tensors))(*[_dtype_code(t.dtype) for t in tensors])
-
-
-class _InPlace:
-    """Contiguous stand-ins for tensors that a launcher writes to, copied back by `finish`."""
-
-    def __init__(self) -> None:
-        self._copies: list[tuple[Tensor, Tensor]] = []
-
-    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [self._one(tensor) for tensor in tensors]
-
-    def _one(self, tensor: Tensor) -> Tensor:
-        if tensor.is_contiguous():
-            return tensor
-        copy = tensor.contiguous()
-        self._copies.append((tensor, copy))
-        return copy
-
-    def finish(self) -> None:
-        for tensor, copy in self._copies:
-            tensor.copy_(copy)
+    return native.ints([_dtype_code(t.dtype) for t in tensors])
 
 
 def clip_accumulate(
@@ -239,15 +205,25 @@ def clip_accumulate(
     """Clip each record and add it to `sums` on their grids; factors float64 (groups, n)."""
     n = len(grad_samples[0])
     grads = [t.contiguous() for t in grad_samples]
-    in_place = _InPlace()
+    in_place = native.InPlace()
     totals, (counts,) = in_place(sums), in_place([stats])
     factors = torch.empty((len(max_grad_norm), n), dtype=torch.float64)
     kept = None if keep is None else keep.contiguous()
     known = [t.contiguous() for t in squares]
     native.load("cpu").call(
-        *("clip_accumulate", len(grads), n, _longs([t.numel() for t in totals]), _codes(grads)),
-        *(_pointers(grads), _pointers(known) if known else None, _pointers(totals)),
-        *(len(max_grad_norm), _doubles(max_grad_norm)),
+        *(
+            "clip_accumulate",
+            len(grads),
+            n,
+            native.longs([t.numel() for t in totals]),
+            _codes(grads),
+        ),
+        *(
+            native.pointers(grads),
+            native.pointers(known) if known else None,
+            native.pointers(totals),
+        ),
+        *(len(max_grad_norm), native.doubles(max_grad_norm)),
         *(None if kept is None else kept.data_ptr(), counts.data_ptr(), factors.data_ptr()),
         _threads(),
     )
@@ -272,16 +248,26 @@ def private_update(
     maximize: bool,
 ) -> None:
     """Noise `sums`, average, and step the optimizer on `params`, all tensors in one call."""
-    in_place = _InPlace()
+    in_place = native.InPlace()
     p, s, m, v = (in_place(tensors) for tensors in (params, sums, exp_avgs, exp_avg_sqs))
     (state,) = in_place([rng_state])
     counts = [] if optimizer == "none" else in_place(steps)
     table = hyper.contiguous()
     native.load("cpu").call(
-        *("private_update", len(p), _longs([t.numel() for t in p]), _codes(p)),
-        *(_pointers(p), _pointers(s), _pointers(m) if m else None, _pointers(v) if v else None),
-        *(_pointers(counts) if counts else None, state.data_ptr(), table.data_ptr()),
-        *(_longs(tensor_ids), len(max_grad_norm), _doubles(max_grad_norm), noise_multiplier),
+        *("private_update", len(p), native.longs([t.numel() for t in p]), _codes(p)),
+        *(
+            native.pointers(p),
+            native.pointers(s),
+            native.pointers(m) if m else None,
+            native.pointers(v) if v else None,
+        ),
+        *(native.pointers(counts) if counts else None, state.data_ptr(), table.data_ptr()),
+        *(
+            native.longs(tensor_ids),
+            len(max_grad_norm),
+            native.doubles(max_grad_norm),
+            noise_multiplier,
+        ),
         *(expected_batch_size, _OPTIMIZERS[optimizer], int(nesterov), int(maximize), _threads()),
     )
     in_place.finish()

@@ -32,7 +32,7 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
 }
 # Before it, `tl.dot` compiles to scalar code.
 TRITON_CAPABILITY = (8, 0)
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _chosen: dict[tuple[object, ...], Callable[..., Any]] = {}
 _forced: str | None = None

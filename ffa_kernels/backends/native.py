@@ -2,6 +2,7 @@
 
 A library is loaded at its first use and after torch: its thread pool is the OpenMP runtime that
 torch brought into the process (csrc/cpu/parallel.cpp). The C interface is csrc/ffa.h.
+``FFA_CPU_LIBRARY`` and ``FFA_CUDA_LIBRARY`` name other files to load.
 """
 
 from __future__ import annotations
@@ -9,11 +10,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import os
+from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ffa_kernels.errors import FFAError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ABI_VERSION = 2
 DIRECTORY = Path(__file__).resolve().parent.parent / "_lib"
@@ -49,6 +55,34 @@ _CPU_LAUNCHERS: dict[str, tuple[Any, ...]] = {
 _CUDA_LAUNCHERS: dict[str, tuple[Any, ...]] = {
     "chacha20": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p),
     "gaussian": (c_void_p, c_int64, c_int64, c_int, c_void_p, c_void_p),
+    "dropout": (c_void_p, c_double, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_void_p),
+    "rank_term": (
+        *(c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int64, c_int64),
+        *(c_double, c_void_p, c_double, c_void_p, c_void_p),
+    ),
+    "per_sample_grad_scratch": (c_int64, c_int64, c_int64, c_int64, c_int, c_int, c_int, _LONGS),
+    "per_sample_grad": (
+        *(c_int64, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_void_p, c_void_p),
+        *(c_double, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+    ),
+    "clip_accumulate_scratch": (c_int64, c_int64, _LONGS, _LONGS),
+    "clip_accumulate": (
+        *(c_int64, c_int64, _LONGS, _INTS, _POINTERS, _POINTERS, _POINTERS),
+        *(c_int64, _DOUBLES, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+    ),
+    "private_update": (
+        *(c_int64, _LONGS, _INTS, _POINTERS, _POINTERS, _POINTERS, _POINTERS, _POINTERS),
+        *(c_void_p, c_void_p, _LONGS, c_int64, _DOUBLES),
+        *(c_double, c_double, c_int, c_int, c_int, c_void_p),
+    ),
+    "private_step": (
+        *(c_int64, c_int64, _LONGS, _INTS, _POINTERS, _POINTERS),
+        *(c_void_p, c_void_p, c_void_p, c_void_p),
+        *(_INTS, _POINTERS, _POINTERS, _POINTERS, _POINTERS),
+        *(c_void_p, c_void_p, _LONGS, c_int64, _DOUBLES),
+        *(c_double, c_double, c_int, c_int, c_int, c_void_p),
+    ),
+    "check_device": (),
 }
 
 
@@ -83,6 +117,47 @@ class Library:
             raise NativeError(f"ffa_{self.kind}_{op}: {words} (status {status})")
 
 
+def pointers(tensors: Sequence[Tensor]) -> Any:
+    """The addresses of `tensors`, as a launcher takes a list of them."""
+    return (c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+
+
+def longs(values: Sequence[int]) -> Any:
+    """`values` as a C array of int64."""
+    return (c_int64 * len(values))(*values)
+
+
+def ints(values: Sequence[int]) -> Any:
+    """`values` as a C array of int."""
+    return (c_int * len(values))(*values)
+
+
+def doubles(values: Sequence[float]) -> Any:
+    """`values` as a C array of double."""
+    return (c_double * len(values))(*values)
+
+
+class InPlace:
+    """Contiguous stand-ins for tensors that a launcher writes to, copied back by `finish`."""
+
+    def __init__(self) -> None:
+        self._copies: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [self._one(tensor) for tensor in tensors]
+
+    def _one(self, tensor: Tensor) -> Tensor:
+        if tensor.is_contiguous():
+            return tensor
+        copy = tensor.contiguous()
+        self._copies.append((tensor, copy))
+        return copy
+
+    def finish(self) -> None:
+        for tensor, copy in self._copies:
+            tensor.copy_(copy)
+
+
 def _build_record(kind: str) -> dict[str, Any]:
     try:
         record = json.loads((DIRECTORY / "build.json").read_text())
@@ -92,10 +167,14 @@ def _build_record(kind: str) -> dict[str, Any]:
     return entry if isinstance(entry, dict) else {}
 
 
+def _path(kind: str) -> Path:
+    return Path(os.environ.get(f"FFA_{kind.upper()}_LIBRARY") or DIRECTORY / f"libffa_{kind}.so")
+
+
 @functools.cache
 def _open(kind: str) -> Library | str:
     """The library, or the reason why there is none."""
-    path = DIRECTORY / f"libffa_{kind}.so"
+    path = _path(kind)
     if not path.exists():
         reason = _build_record(kind).get("reason")
         return str(reason or "never built: run `make lib`, or reinstall with a compiler on PATH")
@@ -155,7 +234,7 @@ def describe() -> dict[str, dict[str, Any]]:
             entry["reason"] = library
         else:
             entry["abi"] = int(library.handle.ffa_abi_version())
-            entry["path"] = str(DIRECTORY / f"libffa_{kind}.so")
+            entry["path"] = str(_path(kind))
             if kind == "cpu":
                 library.handle.ffa_cpu_isa.restype = c_char_p
                 entry["isa"] = library.handle.ffa_cpu_isa().decode()

@@ -342,7 +342,7 @@ _WARP_GROUPS = {
 }
 # mma.sync, 16-bit types: within 99 KiB of shared memory, and with g's tile in registers.
 _MMA = {
-    16: (Tile(32, 512, 8, 3), Tile(64, 256, 8, 3), Tile(64, 128, 4, 3)),
+    16: (Tile(32, 512, 8, 3), Tile(32, 256, 4, 3), Tile(64, 128, 4, 3)),
     32: (Tile(64, 256, 8, 3), Tile(64, 128, 4, 3)),
     64: (Tile(64, 128, 8, 3),),
     128: (Tile(64, 128, 8, 3), Tile(64, 64, 8, 3)),
