@@ -599,8 +599,8 @@ def test_compiled_module_equals_eager_with_dropout(private):
     ],
 )
 def test_opcheck(backend, shape, bias, tapped, p):
-    case = make(shape, bias=bias)
-    tap = torch.zeros(shape[0], 11, 3, dtype=torch.float64, requires_grad=True) if tapped else None
+    case = make(shape, bias=bias, dtype=torch.float32)
+    tap = torch.zeros(shape[0], 11, 3, requires_grad=True) if tapped else None
     norm_tap = torch.zeros(2, shape[0], dtype=torch.float64, requires_grad=True) if tapped else None
     torch.library.opcheck(
         torch.ops.ffa.linear.default,
