@@ -331,7 +331,7 @@ class Tile(NamedTuple):
 
 # By padded rank, widest first: u's parts cost 8 r bytes a token and chunk, so that wide chunks
 # save traffic where there are records enough to fill the SMs. Chosen by reasoning, not measured.
-# Asynchronous tensor cores (compute capability 9 and 10), 16-bit types: in flight are two tiles of
+# Asynchronous tensor cores (compute capability 9), 16-bit types: in flight are two tiles of
 # at most 64 KiB, and a warp group's products have 64 rows.
 _WARP_GROUPS = {
     16: (Tile(64, 512, 8, 3, True), Tile(64, 256, 4, 3, True), Tile(64, 128, 4, 3, True)),
@@ -340,6 +340,8 @@ _WARP_GROUPS = {
     128: (Tile(64, 128, 8, 3, True), Tile(64, 64, 8, 3, True)),
     256: (Tile(64, 64, 8, 3, True),),
 }
+# With accumulators in tensor memory the widest tiles spill a few registers.
+_TENSOR_MEMORY = _WARP_GROUPS | {r: _WARP_GROUPS[r][1:] for r in (16, 64)}
 # mma.sync, 16-bit types: within 99 KiB of shared memory, and with g's tile in registers.
 _MMA = {
     16: (Tile(32, 512, 8, 3), Tile(32, 256, 4, 3), Tile(64, 128, 4, 3)),
@@ -394,7 +396,7 @@ def _tiles(
         return _RAGGED[block_r]
     if tokens <= _SHORT_TOKENS:
         return _SHORT[block_r]
-    return (_WARP_GROUPS if cc // 10 in (9, 10) else _MMA)[block_r]
+    return {9: _WARP_GROUPS, 10: _TENSOR_MEMORY}.get(cc // 10, _MMA)[block_r]
 
 
 def _may_clip(tile: Tile, block_r: int) -> bool:
