@@ -152,17 +152,21 @@ def test_a_seeded_step_marks_the_ledger_for_good(tmp_path):
 
 
 def sizes_at_update(path, monkeypatch):
-    """The ledger's size on disk at each moment that the update op is entered."""
+    """The ledger's size on disk at each moment that an op which releases is entered."""
     from ffa_kernels.privacy import step as step_module
 
     sizes = []
-    update = step_module.ops.private_update
 
-    def watched(*arguments, **options):
-        sizes.append(len(path.read_bytes().splitlines()))
-        return update(*arguments, **options)
+    def watch(op):
+        def watched(*arguments, **options):
+            sizes.append(len(path.read_bytes().splitlines()))
+            return op(*arguments, **options)
 
-    monkeypatch.setattr(step_module.ops, "private_update", watched)
+        return watched
+
+    # A draw of one physical batch is released by the second, any other by the first.
+    for name in ("private_update", "private_step"):
+        monkeypatch.setattr(step_module.ops, name, watch(getattr(step_module.ops, name)))
     return sizes
 
 

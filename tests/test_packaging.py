@@ -254,7 +254,9 @@ def test_forked_child_of_a_threaded_parent_returns(op: str) -> None:
         def run():
             if {op!r} == "gaussian":
                 return cpu.gaussian(state, 0, 1 << 20, torch.float32)
-            return cpu.linear(x, weight, None, lora_A, lora_B, None, state, 1.0, 0.1, True)[0]
+            return cpu.linear(
+                x, weight, None, lora_A, lora_B, None, None, state, None, 1.0, 0.1, True
+            )[0]
         expected = run()
         child = os.fork()
         if child == 0:
