@@ -288,7 +288,7 @@ def test_every_candidate_computes_the_same(backend, op):
 @IN_TRITON
 @pytest.mark.parametrize("way", choices.WAYS)
 def test_ways_take_any_strides(backend, way):
-    case = make((3, 3, 2), d_in=36, d_out=40, r=4)
+    case = make((3, 3, 2), d_in=36, d_out=40, r=4, dtype=torch.float32)
     shuffled = replace(
         case,
         x=case.x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
@@ -361,7 +361,7 @@ def test_unmeasured_choice_is_the_default_and_force_undoes_itself():
         assert choices.choose(*asked) == Choice("split")
     assert choices.choose(*asked) == choices.DEFAULT
     with (
-        pytest.raises(ConfigError, match="way is 'best'; accepted: addmm, split, fused"),
+        pytest.raises(ConfigError, match="way is 'best'; accepted: addmm, stacked, split, fused"),
         choices.force("best"),
     ):
         pass

@@ -3,20 +3,20 @@
 // A program is a struct of arguments with `Registers` (what a thread keeps), `Shared` (what a block
 // shares) and `operator()(block, index, shared)`, which alternates
 //
-//   block.each(f)       f(thread, registers) for every thread: the only place that touches memory
+//   block.each(f)       f(thread, registers): the only place that touches memory
 //   block.sync()        the barrier between two such phases
 //   block.multiply, block.turn   what a warp does together with its registers
 //
-// On the GPU a Block is one thread's view, `each` a call and the rest one instruction. Everywhere
-// else it is all threads in turn: the serial grid, in which a wrong index is seen by the address
-// sanitizer, an unset register or shared byte reads as NaN, and a phase that depends on the order
-// of its threads gives other bits when the order is reversed.
+// A Block is one thread's view of its block, on the GPU and on the CPU. There the threads take turns
+// (serial.h): the serial grid, in which a wrong index is seen by the address sanitizer, an unset
+// register or shared byte reads as NaN, and what depends on the order of threads or of blocks gives
+// other bits when the order is reversed.
 #pragma once
 
 #include "number.h"
 
 #if !defined(__CUDACC__)
-#include <vector>
+#include "serial.h"
 #endif
 
 // FFA_UNROLL stands before a loop whose counter picks registers.
@@ -101,71 +101,76 @@ __device__ __forceinline__ void count(int64_t* counter, int64_t more) {
 
 #else
 
+template <class T>
+float half_word(uint32_t word, int e) {
+  return widen(T{static_cast<uint16_t>(word >> 16 * e)});
+}
+
+template <class T>
+void multiply_add_tile(void* const* lanes) {
+  float a[16][8], b[8][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const Product& p = *static_cast<const Product*>(lanes[lane]);
+    const int row = lane / 4, column = lane % 4 * 2;
+    for (int e = 0; e < 2; ++e) {
+      a[row][column + e] = half_word<T>(p.a0, e);
+      a[row + 8][column + e] = half_word<T>(p.a1, e);
+      b[column + e][row] = half_word<T>(p.b, e);
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    float* sum = static_cast<const Product*>(lanes[lane])->sum;
+    for (int e = 0; e < 4; ++e) {
+      const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+      for (int k = 0; k < 8; ++k) sum[e] += a[row][k] * b[k][column];
+    }
+  }
+}
+
+inline void turn_tile(void* const* lanes) {
+  uint16_t tile[8][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const uint32_t in = static_cast<const Turn*>(lanes[lane])->in;
+    tile[lane / 4][lane % 4 * 2] = static_cast<uint16_t>(in);
+    tile[lane / 4][lane % 4 * 2 + 1] = static_cast<uint16_t>(in >> 16);
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const int row = lane / 4, column = lane % 4 * 2;
+    const uint32_t high = tile[column + 1][row];
+    *static_cast<const Turn*>(lanes[lane])->out = tile[column][row] | high << 16;
+  }
+}
+
 template <class Registers>
 class Block {
  public:
-  explicit Block(bool reversed) : reversed_(reversed), registers_(kThreads) {
-    memset(static_cast<void*>(registers_.data()), 0xff, kThreads * sizeof(Registers));
+  Block(Turns& turns, int thread) : turns_(turns), thread_(thread) {
+    memset(static_cast<void*>(&registers_), 0xff, sizeof(Registers));
   }
 
   template <class Body>
   void each(Body body) {
-    for (int i = 0; i < kThreads; ++i) {
-      const int thread = reversed_ ? kThreads - 1 - i : i;
-      body(thread, registers_[thread]);
-    }
+    body(thread_, registers_);
   }
 
-  void sync() {}
+  void sync() { turns_.wait(thread_); }
 
   template <class T, class Of>
   void multiply(Of of) {
-    for (int warp = 0; warp < kWarps; ++warp) {
-      float a[16][8], b[8][8];
-      for (int lane = 0; lane < 32; ++lane) {
-        const Product p = of(registers_[32 * warp + lane]);
-        const int row = lane / 4, column = lane % 4 * 2;
-        for (int e = 0; e < 2; ++e) {
-          a[row][column + e] = half_word<T>(p.a0, e);
-          a[row + 8][column + e] = half_word<T>(p.a1, e);
-          b[column + e][row] = half_word<T>(p.b, e);
-        }
-      }
-      for (int lane = 0; lane < 32; ++lane) {
-        float* sum = of(registers_[32 * warp + lane]).sum;
-        for (int e = 0; e < 4; ++e) {
-          const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
-          for (int k = 0; k < 8; ++k) sum[e] += a[row][k] * b[k][column];
-        }
-      }
-    }
+    Product p = of(registers_);
+    turns_.wait(thread_, &multiply_add_tile<T>, &p);
   }
 
   template <class Of>
   void turn(Of of) {
-    for (int warp = 0; warp < kWarps; ++warp) {
-      uint16_t tile[8][8];
-      for (int lane = 0; lane < 32; ++lane) {
-        const uint32_t in = of(registers_[32 * warp + lane]).in;
-        tile[lane / 4][lane % 4 * 2] = static_cast<uint16_t>(in);
-        tile[lane / 4][lane % 4 * 2 + 1] = static_cast<uint16_t>(in >> 16);
-      }
-      for (int lane = 0; lane < 32; ++lane) {
-        const int row = lane / 4, column = lane % 4 * 2;
-        const uint32_t high = tile[column + 1][row];
-        *of(registers_[32 * warp + lane]).out = tile[column][row] | high << 16;
-      }
-    }
+    Turn t = of(registers_);
+    turns_.wait(thread_, &turn_tile, &t);
   }
 
  private:
-  template <class T>
-  static float half_word(uint32_t word, int e) {
-    return widen(T{static_cast<uint16_t>(word >> 16 * e)});
-  }
-
-  bool reversed_;
-  std::vector<Registers> registers_;
+  Turns& turns_;
+  int thread_;
+  Registers registers_;
 };
 
 inline void count(int64_t* counter, int64_t more) { *counter += more; }

@@ -6,10 +6,6 @@
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
-#else
-#include <stdlib.h>
-
-#include <memory>
 #endif
 
 namespace ffa::FFA_ISA {
@@ -106,11 +102,15 @@ int launch(const Program& program, int64_t blocks, void*) {
   if (blocks < 0 || blocks > 0x7fffffff) return FFA_BAD_SIZE;
   const char* order = getenv("FFA_SERIAL_GRID");
   const bool reversed = order != nullptr && strcmp(order, "reversed") == 0;
+  thread_local Turns turns(kThreads);
   for (int64_t i = 0; i < blocks; ++i) {
     const auto shared = std::make_unique<typename Program::Shared>();
     memset(static_cast<void*>(shared.get()), 0xff, sizeof(*shared));
-    Block<typename Program::Registers> block(reversed);
-    program(block, reversed ? blocks - 1 - i : i, *shared);
+    const int64_t index = reversed ? blocks - 1 - i : i;
+    turns.run(reversed, [&](int thread) {
+      Block<typename Program::Registers> block(turns, thread);
+      program(block, index, *shared);
+    });
   }
   return FFA_OK;
 }

@@ -367,12 +367,15 @@ struct PerSampleGradPlain {
       block.sync();
       block.each([&](int thread, Registers& mine) {
         const int lane = thread % 32, warp = thread / 32;
+        // Added to G as one, so that its rounding grows with the root of the tiles, not the tokens.
+        float tile[4][2] = {};
         FFA_UNROLL for (int row = 0; row < kTokens; ++row) {
           FFA_UNROLL for (int j = 0; j < 4; ++j) {
-            mine.G[j][0] += shared.g[row][4 * lane + j] * shared.h[row][2 * warp];
-            mine.G[j][1] += shared.g[row][4 * lane + j] * shared.h[row][2 * warp + 1];
+            tile[j][0] += shared.g[row][4 * lane + j] * shared.h[row][2 * warp];
+            tile[j][1] += shared.g[row][4 * lane + j] * shared.h[row][2 * warp + 1];
           }
         }
+        FFA_UNROLL for (int e = 0; e < 8; ++e) mine.G[e / 2][e % 2] += tile[e / 2][e % 2];
         if (p.B == nullptr) return;
         FFA_UNROLL for (int e = 0; e < 16; ++e) mine.u[e / 4][e % 4] = 0.0f;
         FFA_UNROLL for (int column = 0; column < kColumns / kWarps; ++column) {

@@ -62,6 +62,7 @@ class Build:
         tensor_cores: it multiplies 16-bit matrices.
         label: for the table.
         divisible: names of arguments that a launch would find to be multiples of 16.
+        max_registers: as of `launch`.
     """
 
     kernel: Any
@@ -72,6 +73,7 @@ class Build:
     tensor_cores: bool
     label: str
     divisible: tuple[str, ...] = ()
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def compile_build(build: Build, cc: int) -> Resources:
             "num_warps": build.num_warps,
             "num_stages": build.num_stages,
             "enable_fp_fusion": True,
+            "maxnreg": build.max_registers,
         },
     )
     with tempfile.TemporaryDirectory() as work:

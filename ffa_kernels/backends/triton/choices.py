@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ffa_kernels.errors import ConfigError
 
 TABLE = Path(__file__).with_name("choices.json")
-WAYS = ("addmm", "split", "fused")
+WAYS = ("addmm", "stacked", "split", "fused")
 
 # Multiply-adds of the base product: under the first a launch's cost shows, over the second the
 # whole GPU is busy for many waves of tiles.

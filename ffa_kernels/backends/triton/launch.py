@@ -36,22 +36,33 @@ def launch(
     constexprs: tuple[Any, ...],
     num_warps: int,
     num_stages: int,
+    max_registers: int | None = None,
 ) -> None:
     """Runs `kernel` on `grid` programs, on the current stream of the first tensor's device.
 
     The kernel's parameters are tensors, integers, floats and constexprs, in that order.
+    `max_registers` a thread: told of a bound, ptxas stays within it; of itself it may spill to
+    have more warps.
     """
     first = tensors[0]
     assert first is not None
     arguments = (*tensors, *integers, *floats, *constexprs)
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    options = {
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "enable_fp_fusion": True,
+        "maxnreg": max_registers,
+    }
     if interpreted():
         kernel[(grid,)](*arguments, **options)
         return
     device = first.device.index
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(kernel, grid, tensors, integers, floats, constexprs, num_warps, num_stages)
+            launch(
+                *(kernel, grid, tensors, integers, floats, constexprs),
+                *(num_warps, num_stages, max_registers),
+            )
         return
     # All that Triton specialises on: types, absence, multiples of 16, the number 1, 64-bit sizes.
     key = (
@@ -62,6 +73,7 @@ def launch(
         *constexprs,
         num_warps,
         num_stages,
+        max_registers,
     )
     compiled = _compiled.get(key)
     if compiled is None:

@@ -4,10 +4,11 @@ A rank-r product is traffic, not arithmetic: what is worth saving is a pass over
 of which `choices` takes one for each card, dtype and class of shapes:
 
     addmm   cuBLAS, then the rank-r term added to y in place: one more read and write of y
+    stacked y and h by one product with [W; A], one read of x, then the term added in place
     split   h by one read of x, then one product whose accumulator also takes the rank-r term
     fused   h inside that product, from the same tiles of x: one launch, more arithmetic
 
-Backward knows h's place already taken by u, so for it fused is split. Tiles of ragged edges wrap
+Backward knows h's place already taken by u, so for it stacked and fused are split. Tiles of ragged edges wrap
 around to rows and columns that exist, and are not stored.
 """
 
@@ -236,6 +237,58 @@ def matmul_kernel(
 
 
 @jit
+def stacked_kernel(
+    x,
+    w,
+    bias,
+    a,
+    y,
+    h,
+    M,
+    N,
+    K,
+    r,
+    stride_x,
+    stride_w,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """[y, h] = x [W; A]^T + [bias, 0]: the last columns of tiles are those of h."""
+    y_tiles = tl.cdiv(N, BLOCK_N)
+    tile_m, tile_n = _place(M, (y_tiles + tl.cdiv(r, BLOCK_N)) * BLOCK_N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    inner = tl.arange(0, BLOCK_K)
+    if tile_n < y_tiles:
+        first, width, stride, matrix = tile_n * BLOCK_N, N, stride_w, w
+    else:
+        first, width, stride, matrix = (tile_n - y_tiles) * BLOCK_N, r, K, a
+    columns = first + tl.arange(0, BLOCK_N)
+    x_places = x + (rows % M).to(tl.int64)[:, None] * stride_x + inner[None, :]
+    w_places = matrix + (columns % width).to(tl.int64)[None, :] * stride + inner[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        inside = inner < K - k
+        x_tile = tl.load(x_places, mask=inside[None, :], other=0.0)
+        w_tile = tl.load(w_places, mask=inside[:, None], other=0.0)
+        acc = dot(x_tile, w_tile, acc, PRECISION)
+        x_places += BLOCK_K
+        w_places += BLOCK_K
+    if tile_n < y_tiles:
+        out = y
+        if HAS_BIAS:
+            acc += tl.load(bias + columns % N).to(tl.float32)[None, :]
+    else:
+        out = h
+    places = out + rows.to(tl.int64)[:, None] * width + columns[None, :]
+    stored = (rows < M)[:, None] & (columns < width)[None, :]
+    tl.store(places, acc.to(y.dtype.element_ty), mask=stored)
+
+
+@jit
 def fused_kernel(
     x,
     w,
@@ -367,13 +420,15 @@ def _padded_rank(r: int) -> int:
     return next((block for block in DOWN_RANKS if r <= block), DOWN_RANKS[-1])
 
 
-def _term_ranks(dtype: torch.dtype) -> tuple[int, ...]:
-    """Ranks that the rank-r term may take at a time; exact fp32 has registers for no more."""
-    return TERM_RANKS[:1] if dtype == torch.float32 else TERM_RANKS
+def _term_ranks(dtype: torch.dtype, config: Config) -> tuple[int, ...]:
+    """Ranks that the rank-r term may take at a time: exact fp32, and accumulators of 128 registers
+    a thread, leave registers for no more than the first."""
+    crowded = config.block_m * config.block_n >= 128 * 32 * config.num_warps
+    return TERM_RANKS[:1] if dtype == torch.float32 or crowded else TERM_RANKS
 
 
-def _block_r(r: int, dtype: torch.dtype) -> int:
-    blocks = _term_ranks(dtype)
+def _block_r(r: int, dtype: torch.dtype, config: Config) -> int:
+    blocks = _term_ranks(dtype, config)
     return next((block for block in blocks if r <= block), blocks[-1])
 
 
@@ -455,12 +510,45 @@ def _matmul(
         (scaling * scale,),
         (
             *(bias is not None, backward, dropout_state is not None, precision(x.dtype)),
-            *(config.block_m, config.block_n, config.block_k, _block_r(r, x.dtype), GROUP_M),
+            *(
+                config.block_m,
+                config.block_n,
+                config.block_k,
+                _block_r(r, x.dtype, config),
+                GROUP_M,
+            ),
         ),
         config.num_warps,
         config.num_stages,
     )
     return y
+
+
+def _stacked(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, config: Config | None
+) -> tuple[Tensor, Tensor]:
+    """x W^T + bias and h in one launch."""
+    (m, k), n, r = x.shape, weight.shape[0], lora_A.shape[0]
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    y, h = x.new_empty(m, n), x.new_empty(m, r)
+    cc, sms = card(x.device)
+    config = config or _first_that_fills(_matmul_configs(cc, x.dtype, False), m, n, sms)
+    tiles_n = triton.cdiv(n, config.block_n) + triton.cdiv(r, config.block_n)
+    launch(
+        stacked_kernel,
+        triton.cdiv(m, config.block_m) * tiles_n,
+        (x, weight, bias, lora_A.contiguous(), y, h),
+        (m, n, k, r, x.stride(0), weight.stride(0)),
+        (),
+        (
+            *(bias is not None, precision(x.dtype)),
+            *(config.block_m, config.block_n, config.block_k, GROUP_M),
+        ),
+        config.num_warps,
+        config.num_stages,
+    )
+    return y, h
 
 
 def _fused(
@@ -509,7 +597,16 @@ def _add(
         (u.contiguous(), lora_A.contiguous(), dx, dropout_state),
         (m, n, r, threshold),
         (scaling * scale,),
-        (*(True, precision(dx.dtype), _ADD.block_m, _ADD.block_n, _block_r(r, dx.dtype), GROUP_M),),
+        (
+            *(
+                True,
+                precision(dx.dtype),
+                _ADD.block_m,
+                _ADD.block_n,
+                _block_r(r, dx.dtype, _ADD),
+                GROUP_M,
+            ),
+        ),
         _ADD.num_warps,
         _ADD.num_stages,
     )
@@ -525,9 +622,8 @@ def _choice(
     # A scaling of 0 would be divided by.
     if min(m, d_in, d_out, r) == 0 or r > MAX_RANK or scaling == 0:
         return choices.DEFAULT
-    if choice.way == "fused" and (
-        dropout or r > _fused_ranks(x.dtype)[-1] or op == "linear_backward"
-    ):
+    too_wide = choice.way == "fused" and r > _fused_ranks(x.dtype)[-1]
+    if choice.way in ("stacked", "fused") and (dropout or too_wide or op == "linear_backward"):
         return Choice("split")
     return choice
 
@@ -548,11 +644,15 @@ def linear(
 ) -> tuple[Tensor, Tensor]:
     """y = x W^T + b + s h B^T and h = dropout(x) A^T; see `ffa_kernels.ops.linear`."""
     leading, rows = x.shape[:-1], _rows(x)
+    bias = None if bias is None else bias.contiguous()
     d_out, r = lora_B.shape
     dropout = dropout_state is not None
     way, config = _choice("linear", rows, rows.shape[1], d_out, r, scaling, dropout)
     if way == "fused":
         y, h = _fused(rows, weight, bias, lora_A, lora_B, scaling, config)
+    elif way == "stacked":
+        y, h = _stacked(rows, weight, bias, lora_A, config)
+        y.addmm_(h, lora_B.t(), alpha=scaling)
     elif way == "split":
         h = _down(rows, lora_A, dropout_state, dropout_p)
         y = _matmul(rows, weight, bias, h, lora_B, scaling, config, backward=False)
@@ -603,8 +703,10 @@ def candidates(
     found = [choices.DEFAULT]
     masked = backward and dropout
     found += [Choice("split", config) for config in _matmul_configs(cc, dtype, masked)]
-    if not backward and not dropout and r <= _fused_ranks(dtype)[-1]:
-        found += [Choice("fused", config) for config in _fused_configs(dtype)]
+    if not backward and not dropout:
+        found += [Choice("stacked", config) for config in _matmul_configs(cc, dtype, False)]
+        if r <= _fused_ranks(dtype)[-1]:
+            found += [Choice("fused", config) for config in _fused_configs(dtype)]
     return found
 
 
@@ -619,7 +721,7 @@ def _build(
     label: str,
 ) -> Build:
     """A build whose sizes are multiples of 16; what is constexpr by value is named there."""
-    integers = ("M", "N", "K", "r", "stride_x", "stride_wn", "stride_wk")
+    integers = ("M", "N", "K", "r", "stride_x", "stride_w", "stride_wn", "stride_wk")
     signature = {}
     for name in kernel.arg_names:
         if name in constexprs:
@@ -664,8 +766,11 @@ def _builds(cc: int, dtype: torch.dtype, precision: str, ranks: int) -> list[Bui
                 constexprs[name] = getattr(config, name.lower())
         if "GROUP_M" in kernel.arg_names:
             constexprs["GROUP_M"] = GROUP_M
-        constexprs |= {"PRECISION": precision, "BLOCK_R": block_r}
-        label = f"{label} r{block_r}" + (f" {precision}" if dtype == torch.float32 else "")
+        constexprs["PRECISION"] = precision
+        if "BLOCK_R" in kernel.arg_names:
+            constexprs["BLOCK_R"] = block_r
+            label += f" r{block_r}"
+        label += f" {precision}" if dtype == torch.float32 else ""
         found.append(_build(kernel, dtype, config, constexprs, label))
 
     for block_r in DOWN_RANKS[:ranks]:
@@ -676,12 +781,15 @@ def _builds(cc: int, dtype: torch.dtype, precision: str, ranks: int) -> list[Bui
     forward: dict[str, Any] = {"HAS_BIAS": True, "BACKWARD": False, "stride_wk": 1}
     backward: dict[str, Any] = {"HAS_BIAS": False, "bias": None, "BACKWARD": True, "stride_wn": 1}
     plain: dict[str, Any] = {"DROPOUT": False, "dropout_state": None}
-    for block_r in _term_ranks(dtype)[:ranks]:
+    for block_r in _term_ranks(dtype, _ADD)[:ranks]:
         add(add_kernel, "add dropout", _ADD, block_r, BACKWARD=True)
-        for config in _matmul_configs(cc, dtype, False):
+    for config in _matmul_configs(cc, dtype, False):
+        add(stacked_kernel, "stacked", config, 0, HAS_BIAS=True)
+        for block_r in _term_ranks(dtype, config)[:ranks]:
             add(matmul_kernel, "split", config, block_r, **plain, **forward)
             add(matmul_kernel, "split backward", config, block_r, **plain, **backward)
-        for config in _matmul_configs(cc, dtype, True):
+    for config in _matmul_configs(cc, dtype, True):
+        for block_r in _term_ranks(dtype, config)[:ranks]:
             add(matmul_kernel, "split backward dropout", config, block_r, DROPOUT=True, **backward)
     for block_r in _fused_ranks(dtype)[:ranks]:
         for config in _fused_configs(dtype):

@@ -404,6 +404,11 @@ def _may_clip(tile: Tile, block_r: int) -> bool:
     return tile.columns * block_r <= 1024 * tile.num_warps
 
 
+def _clip_registers(dtype: torch.dtype, block_r: int) -> int | None:
+    """`max_registers` of `clipped_sum_kernel`."""
+    return 128 if dtype == torch.float32 and block_r <= 64 else None
+
+
 class Plan(NamedTuple):
     """How a call runs: tile, chunks of columns, and whether u is made in the same pass."""
 
@@ -644,6 +649,7 @@ def per_sample_clip(
         (infinite, *p.constexprs),
         p.plan.tile.num_warps,
         p.plan.tile.num_stages,
+        _clip_registers(p.g.dtype, _padded_rank(p.h.shape[-1])),
     )
     return u.view((0,) if lora_B is None else (*g.shape[:-1], r)), factors
 
@@ -675,8 +681,10 @@ def _build(
     }
     absent = "".join(f" no {a}" for a, value in constexprs.items() if value is None)
     multiples = ("d_out", "g_stride_record", "g_stride") if aligned else ()
+    clips = kernel is clipped_sum_kernel
     return Build(
         *(kernel, signature, constexprs, tile.num_warps, tile.num_stages),
+        max_registers=_clip_registers(dtype, constexprs["BLOCK_R"]) if clips else None,
         tensor_cores=kernel is not finish_kernel and dtype != torch.float32,
         label=f"{kernel.__name__.removesuffix('_kernel')} {label} {name}{absent}",
         divisible=tuple(a for a, t in signature.items() if t[0] == "*" or a in multiples),

@@ -56,6 +56,12 @@ from ffa_kernels.backends.triton.tables import (
 from ffa_kernels.errors import ConfigError
 
 _WARPS = 4
+_MAX_REGISTERS = dict.fromkeys(TYPES, 128) | {torch.float64: 255}
+
+# Compiled apart, for they touch different memory. The rest of a call is in flags of one argument:
+# what it saves in instructions is not worth a build for each.
+RULES = ("none", "sgd", "momentum", "adam")
+_NOISY, _NESTEROV, _MAXIMIZE, _DECOUPLED = map(tl.constexpr, (1, 2, 4, 8))
 
 # Step counters that the last program raises at a time.
 _STEPS = 128
@@ -99,10 +105,8 @@ def optimize(
     PARAMETER: tl.constexpr,
     REAL: tl.constexpr,
     ALIGNED: tl.constexpr,
-    OPTIMIZER: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
+    flags,
+    RULE: tl.constexpr,
 ):
     """torch.optim's SGD, Adam and AdamW as csrc/common/optimizer.h has them: scalars in fp64,
     elements in the parameter's precision."""
@@ -110,24 +114,24 @@ def optimize(
     lr, weight_decay = tl.load(hyper), tl.load(hyper + 1)
     beta1, beta2 = tl.load(hyper + 2), tl.load(hyper + 3)
     step = tl.load(pointer(table, count, STEP, k, tl.float32, False)).to(tl.float64)
-    if MAXIMIZE:
-        grad = -grad
+    grad = tl.where((flags & _MAXIMIZE) != 0, -grad, grad)
     params = pointer(table, count, PARAM, k, PARAMETER, ALIGNED) + element
     param = read(params, inside, REAL)
-    if OPTIMIZER == "adamw":
+    if (flags & _DECOUPLED) != 0:
         param = param * (1.0 - lr * weight_decay).to(REAL)
     else:
         grad = grad + weight_decay.to(REAL) * param
-    if OPTIMIZER == "sgd":
+    if RULE != "adam":
         direction = grad
-        if MOMENTUM:
+        if RULE == "momentum":
             buffers = pointer(table, count, EXP_AVG, k, PARAMETER, ALIGNED) + element
             buffer = read(buffers, inside, REAL)
             later = beta1.to(REAL) * buffer + (1.0 - beta2).to(REAL) * grad
             # Selected: at the first step the buffer may hold anything.
             buffer = tl.where(step == 0.0, grad, later)
             write(buffers, buffer, inside)
-            direction = grad + beta1.to(REAL) * buffer if NESTEROV else buffer
+            ahead = grad + beta1.to(REAL) * buffer
+            direction = tl.where((flags & _NESTEROV) != 0, ahead, buffer)
         param = param - lr.to(REAL) * direction
     else:
         exp_avgs = pointer(table, count, EXP_AVG, k, PARAMETER, ALIGNED) + element
@@ -149,7 +153,7 @@ def optimize(
 @jit(
     do_not_specialize=[
         *("table", "factors", "rng_state", "hyper"),
-        *("count", "n", "flat", "first_tile", "programs"),
+        *("count", "n", "flat", "first_tile", "programs", "flags"),
     ]
 )
 def update_kernel(
@@ -162,20 +166,17 @@ def update_kernel(
     flat,
     first_tile,
     programs,
+    flags,
     FROM_RECORDS: tl.constexpr,
     TYPE: tl.constexpr,
     REAL: tl.constexpr,
     ALIGNED: tl.constexpr,
-    NOISY: tl.constexpr,
-    OPTIMIZER: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
+    RULE: tl.constexpr,
     RECORDS: tl.constexpr,
     TILE: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """param = optimizer(param, (sum + noise) / L), one tile a program; FROM_RECORDS makes the sum.
+    """param = RULE(param, (sum + noise) / L), one tile a program; FROM_RECORDS makes the sum.
 
     The last of all programs, over all launches, counts the step: by then each has read it.
     """
@@ -194,23 +195,23 @@ def update_kernel(
         tl.store(sums, tl.zeros_like(total), mask=inside)
     infinite = real(table, count, BOUND, k) == float("inf")
     grad = tl.where(infinite, total.to(tl.float64, bitcast=True), total.to(tl.float64))
-    if NOISY:
+    if (flags & _NOISY) != 0:
         block = tile_of_k * (TILE // 8) + tl.arange(0, TILE // 8)
         z = gaussians(rng_state, word(table, count, TENSOR_ID, k), block)
         grad += round_half_even(tl.reshape(z, [TILE]) * real(table, count, NOISE, k))
     # Powers of two, and 1 for an infinite bound: only the division rounds.
     grad = grad * (1.0 / real(table, count, INVERSE_GRID, k))
     grad = grad / tl.load(table + EXPECTED_BATCH_SIZE).to(tl.float64, bitcast=True)
-    if OPTIMIZER == "none":
+    if RULE == "none":
         write(pointer(table, count, PARAM, k, TYPE, ALIGNED) + element, grad, inside)
     else:
         optimize(
             *(table, hyper, count, k, grad.to(REAL), element, inside, TYPE, REAL, ALIGNED),
-            *(OPTIMIZER, MOMENTUM, NESTEROV, MAXIMIZE),
+            *(flags, RULE),
         )
     if arrives_last(table + TILES_ARRIVED, programs):
         tl.store(rng_state + 4, tl.load(rng_state + 4) + 1)
-        if OPTIMIZER != "none":
+        if RULE != "none":
             for first in range(0, count, STEPS):
                 j = first + tl.arange(0, STEPS)
                 words = tl.load(column(table, count, STEP) + j, mask=j < count, other=0)
@@ -249,6 +250,12 @@ def _update(
     bounds, inverse_grids = bounds_and_grids(max_grad_norm, count)
     noise_std = noise_multiplier * math.sqrt(sum(c * c for c in max_grad_norm))
     noisy = noise_multiplier > 0
+    flags = (
+        noisy * _NOISY.value
+        | nesterov * _NESTEROV.value
+        | maximize * _MAXIMIZE.value
+        | (optimizer == "adamw") * _DECOUPLED.value
+    )
     content = Content(
         numels=tuple([t.numel() for t in params]),
         dtypes=tuple([t.dtype for t in params]),
@@ -276,19 +283,27 @@ def _update(
             update_kernel,
             part.tiles,
             (plan.table, options if factors is None else factors, state, options),
-            (count, n, int(len(max_grad_norm) == 1), part.first_tile, plan.tiles),
+            (count, n, int(len(max_grad_norm) == 1), part.first_tile, plan.tiles, flags),
             (),
             (
-                *(factors is not None, TYPES[part.dtype], _real(part.dtype), part.aligned, noisy),
-                *(optimizer, bool(exp_avgs), nesterov, maximize),
+                *(factors is not None, TYPES[part.dtype], _real(part.dtype), part.aligned),
+                *(_rule(optimizer, bool(exp_avgs)),),
                 *(RECORDS[part.dtype.itemsize], TILE, _STEPS),
             ),
             num_warps=_WARPS,
             num_stages=1,
+            max_registers=_MAX_REGISTERS[part.dtype],
         )
     if state is not rng_state:
         rng_state.copy_(state)
     return factors
+
+
+def _rule(optimizer: str, has_moments: bool) -> str:
+    """Which of RULES the kernel is compiled for; what else an optimizer asks for are flags."""
+    if optimizer == "sgd" and has_moments:
+        return "momentum"
+    return "adam" if optimizer == "adamw" else optimizer
 
 
 def _real(dtype: torch.dtype) -> tl.dtype:
@@ -358,21 +373,10 @@ def private_step(
     return found
 
 
-# Every (optimizer, momentum, nesterov): what else a call may ask for runs the same code.
-_KINDS = (
-    ("none", False, False),
-    ("sgd", False, False),
-    ("sgd", True, False),
-    ("sgd", True, True),
-    ("adam", True, False),
-    ("adamw", True, False),
-)
-
-
 def builds(cc: int) -> list[Build]:
-    """The kernel for each type, optimizer and source of the sum, with noise and without."""
+    """The kernel for each type, rule and source of the sum."""
     pointers = {"table": "*i64", "factors": "*fp64", "rng_state": "*i64", "hyper": "*fp64"}
-    integers = dict.fromkeys(("count", "n", "flat", "first_tile", "programs"), "i32")
+    integers = dict.fromkeys(("count", "n", "flat", "first_tile", "programs", "flags"), "i32")
     return [
         Build(
             update_kernel,
@@ -382,29 +386,24 @@ def builds(cc: int) -> list[Build]:
                 "TYPE": TYPES[dtype],
                 "REAL": _real(dtype),
                 "ALIGNED": aligned,
-                "NOISY": noisy,
-                "OPTIMIZER": optimizer,
-                "MOMENTUM": momentum,
-                "NESTEROV": nesterov,
-                "MAXIMIZE": False,
+                "RULE": rule,
                 "RECORDS": RECORDS[dtype.itemsize],
                 "TILE": TILE,
                 "STEPS": _STEPS,
             },
             num_warps=_WARPS,
             num_stages=1,
+            max_registers=_MAX_REGISTERS[dtype],
             tensor_cores=False,
             label=" ".join(
                 [
-                    *("private", "step" if from_records else "update", str(TYPES[dtype])),
-                    *(optimizer, "momentum" * momentum, "nesterov" * nesterov),
-                    *("" if aligned else "unaligned", "noise" * noisy),
+                    *("private", "step" if from_records else "update", str(TYPES[dtype]), rule),
+                    *(() if aligned else ("unaligned",)),
                 ]
             ),
         )
         for dtype in TYPES
         for from_records in (False, True)
-        for optimizer, momentum, nesterov in _KINDS
+        for rule in RULES
         for aligned in (True, False)
-        for noisy in (True, False)
     ]
