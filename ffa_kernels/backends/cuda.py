@@ -29,7 +29,7 @@ from ffa_kernels.errors import ConfigError
 # enum ffa_dtype and enum ffa_optimizer of csrc/ffa.h
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _OPTIMIZERS = {"none": 0, "sgd": 1, "adam": 2, "adamw": 3}
-_MATRIX_OPS = ("linear", "linear_backward", "per_sample_grad")
+_MATRIX_OPS = ("linear", "linear_backward", "per_sample_grad", "per_sample_clip")
 # Elements of x whose dropout is in flight at a time: in 16 bits they fit a T4's L2 cache.
 _DROPOUT_CHUNK = 1 << 20
 
@@ -268,6 +268,24 @@ def clip_accumulate(
     )
     in_place.finish()
     return factors
+
+
+def per_sample_clip(
+    g: Tensor,
+    h: Tensor,
+    lora_B: Tensor | None,
+    cu_seqlens: Tensor | None,
+    total: Tensor,
+    stats: Tensor,
+    keep: Tensor | None,
+    scaling: float,
+    mean_loss: bool,
+    max_grad_norm: float,
+) -> tuple[Tensor, Tensor]:
+    """By way of G, which lives as long as this call; see `ffa_kernels.ops.per_sample_clip`."""
+    u, G, squares = per_sample_grad(g, h, lora_B, cu_seqlens, scaling, mean_loss)
+    known = torch.stack([squares, torch.ones_like(squares)])
+    return u, clip_accumulate([G], [known], [total], stats, keep, [max_grad_norm])
 
 
 def private_update(

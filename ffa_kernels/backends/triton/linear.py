@@ -8,8 +8,8 @@ of which `choices` takes one for each card, dtype and class of shapes:
     split   h by one read of x, then one product whose accumulator also takes the rank-r term
     fused   h inside that product, from the same tiles of x: one launch, more arithmetic
 
-Backward knows h's place already taken by u, so for it stacked and fused are split. Tiles of ragged edges wrap
-around to rows and columns that exist, and are not stored.
+Backward has u in the place of h already, so for it stacked and fused are split. Tiles of ragged
+edges wrap around to rows and columns that exist, and are not stored.
 """
 
 from __future__ import annotations

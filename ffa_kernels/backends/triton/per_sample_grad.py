@@ -612,23 +612,10 @@ def per_sample_clip(
     mean_loss: bool,
     max_grad_norm: float,
 ) -> tuple[Tensor, Tensor]:
-    """`per_sample_grad` and `clip_accumulate` of this one tensor, the same bits, without G.
-
-    g is read twice and no G written or read: less traffic where a record has fewer than 2 r
-    tokens, and always less memory. Ranks above 128 go by way of G.
-
-    Args:
-        g, h, lora_B, cu_seqlens, scaling, mean_loss: as of `ffa_kernels.ops.per_sample_grad`.
-        total: (d_out, r), contiguous, added to in place: int64 in units of the grid, or fp64
-            where C is infinite.
-        stats, keep: as of `ffa_kernels.ops.clip_accumulate`; stats contiguous.
-        max_grad_norm: C.
-
-    Returns:
-        u (..., r), or (0,) without `lora_B`; the factors c, fp64 (1, n).
-    """
+    """u and the clipped sum without G; see `ffa_kernels.ops.per_sample_clip`. Ranks above 128 go
+    by way of G."""
     (n, rows), d_out, r = _records(g, cu_seqlens), g.shape[-1], h.shape[-1]
-    if r > _LARGEST_CLIPPED_RANK or rows == 0 or d_out == 0 or r == 0:
+    if r > _LARGEST_CLIPPED_RANK or min(n, rows, d_out, r) == 0:
         u, G, squares = per_sample_grad(g, h, lora_B, cu_seqlens, scaling, mean_loss)
         known = torch.stack([squares, torch.ones_like(squares)])
         return u, clip_accumulate([G], [known], [total], stats, keep, [max_grad_norm])
