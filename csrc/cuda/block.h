@@ -7,10 +7,10 @@
 //   block.sync()        the barrier between two such phases
 //   block.multiply, block.turn   what a warp does together with its registers
 //
-// A Block is one thread's view of its block, on the GPU and on the CPU. There the threads take turns
-// (serial.h): the serial grid, in which a wrong index is seen by the address sanitizer, an unset
-// register or shared byte reads as NaN, and what depends on the order of threads or of blocks gives
-// other bits when the order is reversed.
+// A Block is one thread's view of its block, on the GPU and on the CPU. There the threads take
+// turns (serial.h): the serial grid, in which a wrong index is seen by the address sanitizer, an
+// unset register or shared byte reads as NaN, and what depends on the order of threads or of blocks
+// gives other bits when the order is reversed.
 #pragma once
 
 #include "number.h"
