@@ -36,6 +36,7 @@ SHAPES = {
 RECORDS = {"cuda": 16, "cpu": 8}
 STEP = {"cuda": (16, 64, (4096, 16)), "cpu": (8, 12, (384, 8))}
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
+DRAWN = {"cuda": 1 << 26, "cpu": 1 << 20}
 LARGER_THAN_CACHE = {"cuda": 1 << 28, "cpu": 1 << 26}
 
 Runs = dict[str, Callable[[int], object]]
@@ -75,6 +76,8 @@ def layer_rows(
     A, B = torch.randn(r, d_in, **like) / math.sqrt(d_in), torch.randn(d_out, r, **like)
     h = [t @ A.t() for t in x]
     u = [t @ B for t in g]
+    total = torch.zeros(d_out, r, dtype=torch.int64, device=device)
+    stats = torch.zeros(2, dtype=torch.int64, device=device)
     op = torch.ops.ffa
     runs: Runs = {
         "frozen forward": lambda i: F.linear(x[i % sets], W),
@@ -86,6 +89,9 @@ def layer_rows(
             g[i % sets], u[i % sets], W, A, None, 2.0, 0.0
         ),
         "per_sample_grad": lambda i: ops.per_sample_grad(g[i % sets], h[i % sets], B, scaling=2.0),
+        "per_sample_clip": lambda i: ops.per_sample_clip(
+            g[i % sets], h[i % sets], B, total, stats, None, 1.0, scaling=2.0
+        ),
     }
     work = {
         "frozen forward": roofline.frozen_linear(m, d_out, d_in, size),
@@ -93,6 +99,7 @@ def layer_rows(
         "frozen backward": roofline.frozen_linear(m, d_in, d_out, size),
         "linear_backward": roofline.linear_backward(m, d_out, d_in, r, size),
         "per_sample_grad": roofline.per_sample_grad(n, m // n, d_out, r, size),
+        "per_sample_clip": roofline.per_sample_clip(n, m // n, d_out, r, size),
     }
     against = {"linear": "frozen forward", "linear_backward": "frozen backward"}
     times = interleaved(runs, device, repeats)
@@ -149,6 +156,20 @@ def step_rows(device: torch.device, repeats: int, peaks: tuple[float, float]) ->
     ]
 
 
+def random_rows(device: torch.device, repeats: int, peaks: tuple[float, float]) -> list[Any]:
+    """The keystream, and the Gaussians made from it, as tensors of their own."""
+    state, numel = torch.arange(5, device=device), DRAWN[device.type]
+    runs: Runs = {
+        "chacha20": lambda i: ops.chacha20(state, i, 0, numel // 8),
+        "gaussian": lambda i: ops.gaussian(state, i, numel),
+    }
+    work = {"chacha20": roofline.chacha20(numel // 8), "gaussian": roofline.gaussian(numel, 4)}
+    return [
+        row(name, (numel,), seconds, None, work[name], peaks)
+        for name, seconds in interleaved(runs, device, repeats).items()
+    ]
+
+
 def row(
     name: str,
     shape: tuple[int, ...],
@@ -201,7 +222,7 @@ def main() -> int:
     stamp = environment(device)
     print(json.dumps(stamp))
     print(f"measured ceilings: {peaks[0] / 1e9:.0f} GB/s copied, {peaks[1] / 1e12:.2f} TFLOP/s")
-    rows = step_rows(device, chosen.repeats, peaks)
+    rows = random_rows(device, chosen.repeats, peaks) + step_rows(device, chosen.repeats, peaks)
     for shape in SHAPES[device.type]:
         rows += layer_rows(device, chosen.repeats, peaks, shape)
     print(f"{'op':<16} {'shape':<26} {'ms':>8} {'spread':>7} {'/frozen':>8} {'GB/s':>7} "

@@ -57,6 +57,13 @@ def per_sample_grad(n: int, tokens: int, d_out: int, r: int, size: int) -> Work:
     return Work(size * moved + 8 * n, 4 * rows * d_out * r)
 
 
+def per_sample_clip(n: int, tokens: int, d_out: int, r: int, size: int) -> Work:
+    """g, h and B read once, u written, the 64-bit sum read and written, no G; as many products."""
+    rows = n * tokens
+    moved = size * (rows * d_out + 2 * rows * r + d_out * r)
+    return Work(moved + 16 * d_out * r, 4 * rows * d_out * r + 4 * n * d_out * r)
+
+
 def clip_accumulate(n: int, numel: int, size: int, norms_known: bool) -> Work:
     """G read once, or twice where its norms are not known; the 64-bit sums read and written."""
     reads = n * numel * (1 if norms_known else 2)
@@ -66,7 +73,18 @@ def clip_accumulate(n: int, numel: int, size: int, norms_known: bool) -> Work:
 # Against the matrix product's rate these count for little: a step that is far from its roofline is
 # bound by them. Integer operations of a ChaCha20 block over its eight Gaussians, and those of a
 # Box-Muller pair over its two.
-NOISE_OPERATIONS = 960 // 8 + 70 // 2
+CHACHA20_OPERATIONS = 960
+NOISE_OPERATIONS = CHACHA20_OPERATIONS // 8 + 70 // 2
+
+
+def chacha20(n_blocks: int) -> Work:
+    """Sixteen words a block written; there is nothing to read."""
+    return Work(64 * n_blocks, CHACHA20_OPERATIONS * n_blocks)
+
+
+def gaussian(numel: int, size: int) -> Work:
+    """Each value written once; their words are in no memory."""
+    return Work(size * numel, NOISE_OPERATIONS * numel)
 
 
 def private_update(numel: int, size: int, moments: int) -> Work:

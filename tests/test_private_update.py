@@ -146,6 +146,62 @@ def check_against_pytorch(name: str, dtype) -> None:
         assert (p != start).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", ["none", "sgd", "adamw"])
+def test_16_bit_parameters_err_at_most_twice_as_pytorchs(backend, optimizer, dtype):
+    """One step, measured against the same step in fp64."""
+    if backend == "cpu":
+        pytest.skip("the CPU backend leaves 16-bit parameters to the reference")
+    size, hyper = 700, torch.tensor([[0.05, 0.1, 0.9, 0.99, 1e-6]], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(5)
+    start, first = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
+    total = torch.randint(-(2**34), 2**34, (size,), generator=generator)
+    gradient = total.double() * grid_of(1.0) / 3.0
+
+    def ours(dtype):
+        params, buffers = [start.to(dtype, copy=True)], [first.to(dtype, copy=True)]
+        squares = [first.to(dtype).square()] if optimizer == "adamw" else []
+        counts = [] if optimizer == "none" else [torch.tensor(2.0)]
+        ops.private_update(
+            *(params, [total.clone()], [] if optimizer == "none" else buffers, squares, counts),
+            *(STATE.clone(), hyper),
+            tensor_ids=[0],
+            max_grad_norm=[1.0],
+            noise_multiplier=0.0,
+            expected_batch_size=3.0,
+            optimizer=optimizer,
+        )
+        return params[0].double()
+
+    def theirs(dtype):
+        param, grad = start.to(dtype, copy=True).requires_grad_(), gradient.to(dtype)
+        if optimizer == "none":
+            return grad.double()
+        lr, decay, beta1, beta2, eps = hyper[0].tolist()
+        if optimizer == "sgd":
+            made = torch.optim.SGD(
+                [param], lr, momentum=beta1, dampening=beta2, weight_decay=decay, foreach=False
+            )
+            made.state[param] = {"momentum_buffer": first.to(dtype, copy=True)}
+        else:
+            made = torch.optim.AdamW(
+                [param], lr, (beta1, beta2), eps, weight_decay=decay, foreach=False
+            )
+            moments = {
+                "exp_avg": first.to(dtype, copy=True),
+                "exp_avg_sq": first.to(dtype).square(),
+            }
+            made.state[param] = {"step": torch.tensor(2.0), **moments}
+        param.grad = grad
+        made.step()
+        return param.detach().double()
+
+    exact = theirs(torch.float64)
+    ulp = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(exact.abs().max().item()))
+    own = (theirs(dtype) - exact).abs().max()
+    assert (ours(dtype) - exact).abs().max() <= 2 * own + ulp
+
+
 @pytest.mark.parametrize("bounds", [[1.0], [0.7], [0.5, 3.0, 1e-3, 40.0]])
 @pytest.mark.parametrize("sigma", [0.0, 1.1, 30.0])
 def test_the_release_is_the_sum_plus_gaussian_noise_rounded_to_the_grid(backend, sigma, bounds):

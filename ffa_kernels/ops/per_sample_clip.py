@@ -50,9 +50,7 @@ def _check(
     check_sums("per_sample_clip", [total], [max_grad_norm], 1)
     n = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     # A view of no memory stands for the G that is nowhere.
-    check_records(
-        "per_sample_clip", [g.new_empty(()).expand(n, *shape)], [], [total], stats, keep
-    )
+    check_records("per_sample_clip", [g.new_empty(()).expand(n, *shape)], [], [total], stats, keep)
     require(
         stats.is_contiguous(),
         lambda: f"per_sample_clip: stats has strides {stats.stride()}; accepted: contiguous",
