@@ -42,8 +42,9 @@ struct UpdateTensors {
   };
 
   TensorTable table;
-  int64_t n;              // of the records
-  const double* factors;  // of the records; null: sums are in memory
+  bool in_memory;         // the sums; else they are made from records
+  int64_t n;              // of the records, which may be none
+  const double* factors;  // of the records
   bool flat;
   const int64_t* rng_state;
   const double* hyper;
@@ -54,7 +55,7 @@ struct UpdateTensors {
   // The sum of element first + j in units of the grid, as it is before the noise.
   FFA_DEVICE void total_of(const TensorEntry& tensor, int64_t first, double total[8]) const {
     const int64_t left = tensor.numel - first;
-    if (factors == nullptr) {
+    if (in_memory) {
       FFA_UNROLL for (int j = 0; j < 8; ++j) {
         total[j] = j >= left ? 0.0
                    : isinf(tensor.bound)
@@ -142,7 +143,7 @@ struct UpdateTensors {
           update<float>(tensor, first + i, grad, shared.scalars);
         }
         // A zero integer and a zero double have the same bits.
-        if (factors == nullptr) static_cast<int64_t*>(tensor.sum)[first + i] = 0;
+        if (in_memory) static_cast<int64_t*>(tensor.sum)[first + i] = 0;
       }
     });
   }
@@ -191,13 +192,15 @@ inline int check_update(const Update& u, int64_t n_tensors) {
   return FFA_OK;
 }
 
-// `source(k)` has the entry of tensor k as far as its sum goes.
+// `source(k)` has the entry of tensor k as far as its sum goes; `records` is null where that is in
+// memory.
 template <class Source>
-int launch_update(const Update& u, int64_t n_tensors, int64_t n, const double* factors,
-                  Source source, void* stream) {
+int launch_update(const Update& u, int64_t n_tensors, const Records* records, Source source,
+                  void* stream) {
   UpdateTensors update = {};
-  update.n = n;
-  update.factors = factors;
+  update.in_memory = records == nullptr;
+  update.n = records != nullptr ? records->n : 0;
+  update.factors = records != nullptr ? records->factors : nullptr;
   update.flat = u.groups == 1;
   update.rng_state = u.rng_state;
   update.hyper = u.hyper;
@@ -273,7 +276,7 @@ extern "C" int ffa_cuda_private_update(int64_t n_tensors, const int64_t* numels,
     tensor.sum = sums[k];
     return tensor;
   };
-  return launch_update(update, n_tensors, 0, nullptr, source, stream);
+  return launch_update(update, n_tensors, nullptr, source, stream);
 }
 
 extern "C" int ffa_cuda_private_step(
@@ -308,5 +311,5 @@ extern "C" int ffa_cuda_private_step(
   if (const int status = check_records(records)) return status;
   if (const int status = launch_factors(records, stream)) return status;
   const auto source = [&](int64_t k) { return records.entry(k); };
-  return launch_update(update, n_tensors, n, factors, source, stream);
+  return launch_update(update, n_tensors, &records, source, stream);
 }
