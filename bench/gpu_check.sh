@@ -15,12 +15,13 @@ note() { echo "== $1: $2" | tee -a "$out/summary.txt"; [ "$2" = 0 ] || status=1;
 
 cc=$("$python" -c "import torch; print('%d%d' % torch.cuda.get_device_capability())") || exit 1
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader > "$out/gpu.txt"
-FFA_CUDA_ARCHS=$cc timeout 150 "$python" csrc/build.py > "$out/build.txt" 2>&1; note build $?
+FFA_CUDA_ARCHS=$cc timeout 60 "$python" csrc/build.py > "$out/build.txt" 2>&1; note build $?
 
-timeout 240 "$python" -m pytest -q -x --maxfail=25 -k "triton or cuda or gpu" \
+timeout 180 "$python" -m pytest -q -x --maxfail=25 -k "triton or cuda or gpu" \
     tests/test_gpu.py tests/test_chacha20.py tests/test_gaussian.py tests/test_linear.py \
     tests/test_per_sample_grad.py tests/test_clip_accumulate.py tests/test_private_update.py \
-    tests/test_private_step.py tests/test_packed.py > "$out/tests.txt" 2>&1; note tests $?
+    tests/test_private_step.py tests/test_packed.py tests/test_per_sample_clip.py \
+    tests/test_compile.py > "$out/tests.txt" 2>&1; note tests $?
 
 if command -v compute-sanitizer > /dev/null; then
     timeout 90 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q \
@@ -29,9 +30,12 @@ else
     echo "no compute-sanitizer on this machine" > "$out/sanitizer.txt"; note sanitizer 1
 fi
 
-timeout 120 "$python" bench/ops.py --device cuda --json "$out/ops.json" > "$out/ops.txt" 2>&1
+timeout 100 "$python" bench/ops.py --device cuda --json "$out/ops.json" > "$out/ops.txt" 2>&1
 note benchmark $?
+timeout 120 "$python" bench/step.py --device cuda --json "$out/step.json" > "$out/step.txt" 2>&1
+note step $?
 tail -40 "$out/ops.txt"
+cat "$out/step.txt"
 tail -5 "$out/tests.txt"
 cat "$out/summary.txt"
 exit $status

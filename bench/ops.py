@@ -58,6 +58,20 @@ def copies(device: torch.device, size: int) -> int:
     return max(2, min(8, math.ceil(LARGER_THAN_CACHE[device.type] / size)))
 
 
+def peft_layer(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.nn.Module:
+    """PEFT's layer of the same weights, alpha = 2 r, as its users run it."""
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    (d_out, d_in), r = W.shape, A.shape[0]
+    base = torch.nn.Linear(d_in, d_out, bias=False, device="meta")
+    base.weight = torch.nn.Parameter(W, requires_grad=False)
+    layer = Linear(base, "default", LoraConfig(r=r, lora_alpha=2 * r), r=r, lora_alpha=2 * r)
+    layer.lora_A["default"].weight = torch.nn.Parameter(A, requires_grad=False)
+    layer.lora_B["default"].weight = torch.nn.Parameter(B, requires_grad=False)
+    return layer.requires_grad_(False)
+
+
 def layer_rows(
     device: torch.device,
     repeats: int,
@@ -79,8 +93,10 @@ def layer_rows(
     total = torch.zeros(d_out, r, dtype=torch.int64, device=device)
     stats = torch.zeros(2, dtype=torch.int64, device=device)
     op = torch.ops.ffa
+    peft = peft_layer(W, A, B)
     runs: Runs = {
         "frozen forward": lambda i: F.linear(x[i % sets], W),
+        "peft forward": lambda i: peft(x[i % sets]),
         "linear": lambda i: op.linear(
             x[i % sets], W, None, A, B, None, None, None, None, 2.0, 0.0, False
         ),
@@ -96,12 +112,14 @@ def layer_rows(
     work = {
         "frozen forward": roofline.frozen_linear(m, d_out, d_in, size),
         "linear": roofline.linear(m, d_out, d_in, r, size),
+        "peft forward": roofline.linear(m, d_out, d_in, r, size),
         "frozen backward": roofline.frozen_linear(m, d_in, d_out, size),
         "linear_backward": roofline.linear_backward(m, d_out, d_in, r, size),
         "per_sample_grad": roofline.per_sample_grad(n, m // n, d_out, r, size),
         "per_sample_clip": roofline.per_sample_clip(n, m // n, d_out, r, size),
     }
-    against = {"linear": "frozen forward", "linear_backward": "frozen backward"}
+    against = {"linear": "frozen forward", "peft forward": "frozen forward"}
+    against |= {"linear_backward": "frozen backward"}
     times = interleaved(runs, device, repeats)
     return [
         row(name, shape, seconds, times.get(against.get(name, "")), work[name], peaks)
@@ -170,6 +188,18 @@ def random_rows(device: torch.device, repeats: int, peaks: tuple[float, float]) 
     ]
 
 
+def summary(name: str, shape: tuple[int, ...], seconds: list[float]) -> dict[str, Any]:
+    """Median, and the interquartile range as a part of it."""
+    median = statistics.median(seconds)
+    quartiles = statistics.quantiles(seconds, n=4)
+    return {
+        "op": name,
+        "shape": list(shape),
+        "seconds": median,
+        "spread": (quartiles[2] - quartiles[0]) / median,
+    }
+
+
 def row(
     name: str,
     shape: tuple[int, ...],
@@ -179,13 +209,9 @@ def row(
     peaks: tuple[float, float],
 ) -> dict[str, Any]:
     """One line of the table, in plain numbers."""
-    median = statistics.median(seconds)
-    quartiles = statistics.quantiles(seconds, n=4)
-    return {
-        "op": name,
-        "shape": list(shape),
-        "seconds": median,
-        "spread": (quartiles[2] - quartiles[0]) / median,
+    found = summary(name, shape, seconds)
+    median = found["seconds"]
+    return found | {
         "ratio_to_frozen": None if base is None else median / statistics.median(base),
         "gigabytes_per_second": work.bytes / median / 1e9,
         "teraflops": work.flops / median / 1e12,
