@@ -106,6 +106,21 @@ def test_gradcheck_of_x_and_B(backend, shape, bias, p):
     assert torch.autograd.gradcheck(lambda x, B: case.op(x, B, **options), (x, B))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (0, 4)])
+def test_without_a_weight_there_is_the_adapters_term_alone(backend, shape, p):
+    case = make(shape, d_in=40, d_out=21, r=3, bias=False, dtype=torch.float32)
+    options = {"dropout_state": STATE, "dropout_p": p, "mean_loss": True}
+    c, made = torch.randn(*shape, 21), []
+    for weight in (None, torch.zeros(21, 40)):
+        x = case.x.clone().requires_grad_()
+        tap = torch.zeros(shape[0], 21, 3, requires_grad=True)
+        y = replace(case, weight=weight).op(x, tap=tap, **options)
+        (y * c).sum().backward()
+        made.append((y, x.grad, tap.grad))
+    torch.testing.assert_close(*made)
+
+
 @NOT_IN_TRITON
 @pytest.mark.parametrize("p", [0.0, 0.05])
 @pytest.mark.parametrize("mean_loss", [False, True])
@@ -632,8 +647,14 @@ def test_opcheck_of_backward(backend, p):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"x": torch.zeros(13).double()}, r"x is \(13,\); accepted: \(n, ..., 13\)"),
-        ({"x": torch.zeros(4, 12).double()}, r"x is \(4, 12\); accepted: \(n, ..., 13\)"),
+        (
+            {"x": torch.zeros(13).double()},
+            r"x is torch.float64 \(13,\); accepted: a float type, \(n, ..., 13\)",
+        ),
+        (
+            {"x": torch.zeros(4, 12).double()},
+            r"x is torch.float64 \(4, 12\); accepted: a float type, \(n, ..., 13\)",
+        ),
         ({"x": torch.zeros(4, 13)}, "weight is torch.float64; accepted: torch.float32"),
         ({"weight": torch.zeros(13).double()}, r"weight is torch.float64 \(13,\); accepted"),
         ({"bias": torch.zeros(1).double()}, r"bias is .*; accepted: None or \(11,\)"),
@@ -641,8 +662,12 @@ def test_opcheck_of_backward(backend, p):
         ({"lora_A": torch.zeros(()).double()}, r"lora_A is \(\) and lora_B \(11, 3\)"),
         ({"lora_A": torch.zeros(3, 12).double()}, r"lora_A is \(3, 12\) and lora_B \(11, 3\)"),
         ({"lora_B": torch.zeros(3, 11).double()}, r"lora_A is \(3, 13\) and lora_B \(3, 11\)"),
-        ({"tap": torch.zeros(3, 11, 3).double()}, r"tap is \(3, 11, 3\); accepted: \(4, 11, 3\)"),
-        ({"tap": torch.zeros(4, 11, 3)}, "tap is torch.float32; accepted: torch.float64"),
+        (
+            {"tap": torch.zeros(3, 11, 3).double()},
+            r"tap is .*\(3, 11, 3\); accepted: .*\(4, 11, 3\)",
+        ),
+        ({"tap": torch.zeros(4, 11, 3).long()}, "tap is torch.int64 .*accepted: a float type"),
+        ({"weight": None}, "without a weight, .*accepted: .*None"),
         ({"dropout_state": STATE[:4]}, r"dropout_state is torch.int64 \(4,\); accepted"),
         ({"dropout_state": STATE, "dropout_p": 1.0}, "dropout_p is 1.0; accepted: 0 <= p < 1"),
         ({"dropout_state": STATE, "dropout_p": -0.1}, "dropout_p is -0.1; accepted"),

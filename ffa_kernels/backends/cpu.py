@@ -18,6 +18,7 @@ from torch import Tensor
 from ffa_kernels.backends import native
 from ffa_kernels.backends.dispatch import OPS
 from ffa_kernels.backends.grid import zero_sums
+from ffa_kernels.backends.reference import scaled_product
 
 # enum ffa_dtype and enum ffa_optimizer of csrc/ffa.h
 _DTYPES = {torch.float32: 0, torch.float64: 1}
@@ -113,7 +114,7 @@ def _dropped_product(
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -133,14 +134,17 @@ def linear(
     else:
         h = x.new_empty((len(rows), lora_A.shape[0]))
         _dropped_product(rows, lora_A, dropout_state, dropout_p, h)
-    y = F.linear(rows, weight, bias).addmm_(h, lora_B.t(), alpha=scaling)
-    return y.view(*lead, weight.shape[0]), h.view(*lead, lora_A.shape[0])
+    if weight is None:
+        y = scaled_product(h, lora_B.t(), scaling)
+    else:
+        y = F.linear(rows, weight, bias).addmm_(h, lora_B.t(), alpha=scaling)
+    return y.view(*lead, lora_B.shape[0]), h.view(*lead, lora_A.shape[0])
 
 
 def linear_backward(
     g: Tensor,
     u: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     lora_A: Tensor,
     dropout_state: Tensor | None,
     scaling: float,
@@ -148,11 +152,15 @@ def linear_backward(
 ) -> Tensor:
     """dx = g W + s dropout^T(u A) (..., d_in); g is (..., d_out), u (..., r)."""
     g_rows, u_rows = g.reshape(-1, g.shape[-1]), u.reshape(-1, u.shape[-1])
-    dx = g_rows @ weight
-    if dropout_state is None:
-        dx.addmm_(u_rows, lora_A, alpha=scaling)
+    library, columns = native.load("cpu"), lora_A.shape[1]
+    if weight is None and dropout_state is None:
+        dx = scaled_product(u_rows, lora_A, scaling)
     else:
-        library, columns = native.load("cpu"), weight.shape[1]
+        dx = g.new_zeros(len(g_rows), columns) if weight is None else g_rows @ weight
+    if dropout_state is None:
+        if weight is not None:
+            dx.addmm_(u_rows, lora_A, alpha=scaling)
+    else:
         state = dropout_state.contiguous()
         for start, end in _dropout_chunks(*dx.shape):
             adapter = u_rows[start:end] @ lora_A
@@ -161,7 +169,7 @@ def linear_backward(
                 *(columns, _dtype_code(dx.dtype), adapter.data_ptr()),
                 *(dx.data_ptr() + start * columns * dx.element_size(), _threads()),
             )
-    return dx.view(*g.shape[:-1], weight.shape[1])
+    return dx.view(*g.shape[:-1], columns)
 
 
 def per_sample_grad(

@@ -167,7 +167,7 @@ def _dropped_product(x: Tensor, lora_A: Tensor, dropout_state: Tensor, dropout_p
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -189,15 +189,16 @@ def linear(
         h = rows @ lora_A.t()
     else:
         h = _dropped_product(rows, lora_A, dropout_state, dropout_p)
-    y = F.linear(rows, weight, bias)
+    d_out = lora_B.shape[0]
+    y = x.new_zeros((len(rows), d_out)) if weight is None else F.linear(rows, weight, bias)
     _add_rank_term(y, h, lora_B.t(), scaling, None, 0.0)
-    return y.view(*lead, weight.shape[0]), h.view(*lead, lora_A.shape[0])
+    return y.view(*lead, d_out), h.view(*lead, lora_A.shape[0])
 
 
 def linear_backward(
     g: Tensor,
     u: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     lora_A: Tensor,
     dropout_state: Tensor | None,
     scaling: float,
@@ -205,10 +206,11 @@ def linear_backward(
 ) -> Tensor:
     """dx = g W + s dropout^T(u A) (..., d_in); g is (..., d_out), u (..., r)."""
     _together("linear_backward", g.device, u, weight, lora_A, dropout_state)
-    dx = g.reshape(-1, g.shape[-1]) @ weight
+    rows, d_in = g.reshape(-1, g.shape[-1]), lora_A.shape[1]
+    dx = g.new_zeros((len(rows), d_in)) if weight is None else rows @ weight
     u_rows = u.reshape(-1, u.shape[-1]).contiguous()
     _add_rank_term(dx, u_rows, lora_A, scaling, dropout_state, dropout_p)
-    return dx.view(*g.shape[:-1], weight.shape[1])
+    return dx.view(*g.shape[:-1], d_in)
 
 
 def per_sample_grad(

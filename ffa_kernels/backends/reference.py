@@ -94,9 +94,14 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
+def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """s left right, rounded once: the rank-r term where the base product is not asked for."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
+
+
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -111,6 +116,9 @@ def linear(
     """y = x W^T + b + s h B^T and h = dropout(x) A^T; see `ffa_kernels.ops.linear`."""
     dropped = x if dropout_state is None else x * dropout_scale(dropout_state, x, dropout_p)
     h = dropped @ lora_A.t()
+    if weight is None:
+        y = scaled_product(_rows(h), lora_B.t(), scaling)
+        return y.view(*x.shape[:-1], lora_B.shape[0]), h
     y = F.linear(x, weight, bias)
     _rows(y).addmm_(_rows(h), lora_B.t(), alpha=scaling)
     return y, h
@@ -119,13 +127,18 @@ def linear(
 def linear_backward(
     g: Tensor,
     u: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     lora_A: Tensor,
     dropout_state: Tensor | None,
     scaling: float,
     dropout_p: float,
 ) -> Tensor:
     """dx = g W + s dropout^T(u A); see `ffa_kernels.ops.linear`."""
+    if weight is None:
+        dx = scaled_product(_rows(u), lora_A, scaling).view(*g.shape[:-1], lora_A.shape[1])
+        if dropout_state is not None:
+            dx.mul_(dropout_scale(dropout_state, dx, dropout_p))
+        return dx
     dx = g @ weight
     if dropout_state is None:
         _rows(dx).addmm_(_rows(u), lora_A, alpha=scaling)

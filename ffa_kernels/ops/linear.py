@@ -21,9 +21,13 @@ from ffa_kernels.ops._library import (
 )
 
 
+def _shape(t: Tensor | None) -> tuple[int, ...] | None:
+    return None if t is None else tuple(t.shape)
+
+
 def _check(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -35,21 +39,34 @@ def _check(
     dropout_p: float,
     mean_loss: bool,
 ) -> None:
+    if weight is None:
+        require(
+            lora_A.dim() == 2 and lora_B.dim() == 2 and bias is None,
+            lambda: (
+                f"linear: without a weight, lora_A is {tuple(lora_A.shape)}, lora_B "
+                f"{tuple(lora_B.shape)} and bias {_shape(bias)}; accepted: (r, d_in), (d_out, r), None"
+            ),
+        )
+        d_out, d_in = lora_B.shape[0], lora_A.shape[1]
+    else:
+        require(
+            weight.dim() == 2 and weight.is_floating_point(),
+            lambda: (
+                f"linear: weight is {weight.dtype} {tuple(weight.shape)}; accepted: a float type, "
+                "(d_out, d_in)"
+            ),
+        )
+        d_out, d_in = weight.shape
     require(
-        weight.dim() == 2 and weight.is_floating_point(),
+        x.dim() >= 2 and x.shape[-1] == d_in and x.is_floating_point(),
         lambda: (
-            f"linear: weight is {weight.dtype} {tuple(weight.shape)}; accepted: a float type, "
-            "(d_out, d_in)"
+            f"linear: x is {x.dtype} {tuple(x.shape)}; accepted: a float type, (n, ..., {d_in}), "
+            "the weight's d_in"
         ),
-    )
-    d_out, d_in = weight.shape
-    require(
-        x.dim() >= 2 and x.shape[-1] == d_in,
-        lambda: f"linear: x is {tuple(x.shape)}; accepted: (n, ..., {d_in}), the weight's d_in",
     )
     require(
         bias is None or tuple(bias.shape) == (d_out,),
-        lambda: f"linear: bias is {bias}; accepted: None or ({d_out},), the weight's d_out",
+        lambda: f"linear: bias is {_shape(bias)}; accepted: None or ({d_out},), the weight's d_out",
     )
     require(
         lora_A.dim() == 2
@@ -66,7 +83,6 @@ def _check(
         ("bias", bias),
         ("lora_A", lora_A),
         ("lora_B", lora_B),
-        ("tap", tap),
     ):
         require(
             t is None or t.dtype == x.dtype,
@@ -79,10 +95,11 @@ def _check(
         check_offsets("linear", cu_seqlens, math.prod(x.shape[:-1]), x.device)
     if tap is not None:
         require(
-            tuple(tap.shape) == (n, d_out, r),
+            tuple(tap.shape) == (n, d_out, r) and tap.is_floating_point(),
             lambda: (
-                f"linear: tap is {tuple(tap.shape)}; accepted: {(n, d_out, r)}, (n, d_out, r) "
-                "with n the first size of x, or of cu_seqlens less 1"
+                f"linear: tap is {tap.dtype} {tuple(tap.shape)}; accepted: a float type, "
+                f"{(n, d_out, r)}, which is (n, d_out, r) with n the first size of x, or of "
+                "cu_seqlens less 1"
             ),
         )
     if norm_tap is not None:
@@ -103,7 +120,7 @@ def _check(
 
 def _fake(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -120,11 +137,11 @@ def _fake(
         *(scaling, dropout_p, mean_loss),
     )
     leading = x.shape[:-1]
-    return x.new_empty(*leading, weight.shape[0]), x.new_empty(*leading, lora_A.shape[0])
+    return x.new_empty(*leading, lora_B.shape[0]), x.new_empty(*leading, lora_A.shape[0])
 
 
 _op = define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? tap,"
+    "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? tap,"
     " Tensor? norm_tap, Tensor? dropout_state, Tensor? cu_seqlens, float scaling,"
     " float dropout_p, bool mean_loss) -> (Tensor, Tensor)",
     _check,
@@ -133,15 +150,17 @@ _op = define(
 )
 
 
-def _backward_check(g: Tensor, u: Tensor, weight: Tensor, lora_A: Tensor, *_: object) -> None:
+def _backward_check(
+    g: Tensor, u: Tensor, weight: Tensor | None, lora_A: Tensor, *_: object
+) -> None:
+    wanted = (g.shape[-1], lora_A.shape[1])
     require(
-        g.shape[-1] == weight.shape[0]
-        and u.shape == (*g.shape[:-1], lora_A.shape[0])
-        and lora_A.shape[1] == weight.shape[1],
+        u.shape == (*g.shape[:-1], lora_A.shape[0])
+        and (weight is None or tuple(weight.shape) == wanted),
         lambda: (
             f"linear_backward: g is {tuple(g.shape)}, u {tuple(u.shape)}, weight "
-            f"{tuple(weight.shape)}, lora_A {tuple(lora_A.shape)}; accepted: (n, ..., d_out), "
-            "(n, ..., r), (d_out, d_in), (r, d_in)"
+            f"{_shape(weight)}, lora_A {tuple(lora_A.shape)}; "
+            "accepted: (n, ..., d_out), (n, ..., r), (d_out, d_in) or None, (r, d_in)"
         ),
     )
 
@@ -149,17 +168,17 @@ def _backward_check(g: Tensor, u: Tensor, weight: Tensor, lora_A: Tensor, *_: ob
 def _backward_fake(
     g: Tensor,
     u: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     lora_A: Tensor,
     dropout_state: Tensor | None,
     scaling: float,
     dropout_p: float,
 ) -> Tensor:
-    return g.new_empty(*g.shape[:-1], weight.shape[1])
+    return g.new_empty(*g.shape[:-1], lora_A.shape[1])
 
 
 _backward_op = define(
-    "linear_backward(Tensor g, Tensor u, Tensor weight, Tensor lora_A, Tensor? dropout_state,"
+    "linear_backward(Tensor g, Tensor u, Tensor? weight, Tensor lora_A, Tensor? dropout_state,"
     " float scaling, float dropout_p) -> Tensor",
     _backward_check,
     by_first,
@@ -223,7 +242,7 @@ torch.library.register_autograd("ffa::linear", _autograd, setup_context=_setup_c
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -243,11 +262,13 @@ def linear(
 
     Args:
         x: (n, ..., d_in); the first dimension is the record when `tap` is given.
-        weight: (d_out, d_in), frozen.
+        weight: (d_out, d_in), frozen; None where another module makes the base product (a
+            quantised layer, say): y is then s h B^T and dx is s dropout^T(u A).
         bias: (d_out,), frozen, or None.
         lora_A: (r, d_in), frozen.
         lora_B: (d_out, r), trained.
-        tap: zeros (n, d_out, r), a leaf expanded from one element: its gradient is G.
+        tap: zeros (n, d_out, r) of any float type, a leaf expanded from one element: its gradient
+            is G, made in x's dtype.
         norm_tap: fp64 (2, n), a leaf beside the tap: its gradient is |G_i|^2, and 1 for each
             call, which `clip_accumulate` takes as its `squares`.
         dropout_state: int64 (5,), key and counter of the LoRA dropout mask, laid out as in

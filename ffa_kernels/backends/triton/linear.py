@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ffa_kernels.backends.reference import scaled_product
 from ffa_kernels.backends.triton import choices
 from ffa_kernels.backends.triton.aot import Build, jit
 from ffa_kernels.backends.triton.choices import Choice, Config
@@ -415,6 +416,11 @@ def _down_config(cc: int, dtype: torch.dtype, m: int, sms: int, block_r: int) ->
     return Config(block_m, block_r, 64 if block_m < block_r else 128, 4, 4)
 
 
+def _down_registers(dtype: torch.dtype) -> int | None:
+    """`max_registers` of `down_kernel`, whose exact fp32 products are made in registers."""
+    return 255 if dtype == torch.float32 else None
+
+
 def _padded_rank(r: int) -> int:
     """Columns of the accumulator of h: few sizes, so that few kernels are compiled."""
     return next((block for block in DOWN_RANKS if r <= block), DOWN_RANKS[-1])
@@ -477,6 +483,7 @@ def _down(x: Tensor, lora_A: Tensor, dropout_state: Tensor | None, dropout_p: fl
         ),
         config.num_warps,
         config.num_stages,
+        _down_registers(x.dtype),
     )
     return h
 
@@ -630,7 +637,7 @@ def _choice(
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -644,29 +651,34 @@ def linear(
 ) -> tuple[Tensor, Tensor]:
     """y = x W^T + b + s h B^T and h = dropout(x) A^T; see `ffa_kernels.ops.linear`."""
     leading, rows = x.shape[:-1], _rows(x)
-    bias = None if bias is None else bias.contiguous()
     d_out, r = lora_B.shape
     dropout = dropout_state is not None
-    way, config = _choice("linear", rows, rows.shape[1], d_out, r, scaling, dropout)
-    if way == "fused":
+    way, config = choices.DEFAULT
+    if weight is not None:
+        way, config = _choice("linear", rows, rows.shape[1], d_out, r, scaling, dropout)
+        bias = None if bias is None else bias.contiguous()
+    if weight is not None and way == "fused":
         y, h = _fused(rows, weight, bias, lora_A, lora_B, scaling, config)
-    elif way == "stacked":
+    elif weight is not None and way == "stacked":
         y, h = _stacked(rows, weight, bias, lora_A, config)
         y.addmm_(h, lora_B.t(), alpha=scaling)
-    elif way == "split":
+    elif weight is not None and way == "split":
         h = _down(rows, lora_A, dropout_state, dropout_p)
         y = _matmul(rows, weight, bias, h, lora_B, scaling, config, backward=False)
     else:
         masked = dropout and rows.numel() > 0
         h = _down(rows, lora_A, dropout_state, dropout_p) if masked else rows @ lora_A.t()
-        y = F.linear(rows, weight, bias).addmm_(h, lora_B.t(), alpha=scaling)
+        if weight is None:
+            y = scaled_product(h, lora_B.t(), scaling)
+        else:
+            y = F.linear(rows, weight, bias).addmm_(h, lora_B.t(), alpha=scaling)
     return y.view(*leading, d_out), h.view(*leading, r)
 
 
 def linear_backward(
     g: Tensor,
     u: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     lora_A: Tensor,
     dropout_state: Tensor | None,
     scaling: float,
@@ -674,10 +686,12 @@ def linear_backward(
 ) -> Tensor:
     """dx = g W + s dropout^T(u A); see `ffa_kernels.ops.linear`."""
     rows, u_rows = _rows(g), u.flatten(0, -2)
-    d_out, d_in = weight.shape
+    d_out, (r, d_in) = g.shape[-1], lora_A.shape
     dropout = dropout_state is not None
-    way, config = _choice("linear_backward", rows, d_in, d_out, lora_A.shape[0], scaling, dropout)
-    if way == "split":
+    way, config = choices.DEFAULT
+    if weight is not None:
+        way, config = _choice("linear_backward", rows, d_in, d_out, r, scaling, dropout)
+    if weight is not None and way == "split":
         dx = _matmul(
             *(rows, weight.t(), None, u_rows, lora_A, scaling, config),
             backward=True,
@@ -685,9 +699,13 @@ def linear_backward(
             dropout_p=dropout_p,
         )
     else:
-        dx = rows @ weight
+        if weight is not None:
+            dx = rows @ weight
+        else:
+            dx = rows.new_zeros(len(rows), d_in) if dropout else rows.new_empty(len(rows), d_in)
         if dropout_state is None:
-            dx.addmm_(u_rows, lora_A, alpha=scaling)
+            # beta 0: what is in a fresh dx, NaN perhaps, does not count.
+            dx.addmm_(u_rows, lora_A, alpha=scaling, beta=1 if weight is not None else 0)
         elif dx.numel() > 0 and scaling != 0:
             _add(u_rows, lora_A, dx, scaling, dropout_state, dropout_p)
     return dx.view(*g.shape[:-1], d_in)
@@ -738,6 +756,7 @@ def _build(
     return Build(
         *(kernel, signature, constexprs, config.num_warps, config.num_stages),
         tensor_cores=dtype != torch.float32,
+        max_registers=_down_registers(dtype) if kernel is down_kernel else None,
         label=f"{label} {_TYPES[dtype]} {'x'.join(map(str, config[:3]))}/{config[3]}/{config[4]}",
         divisible=aligned,
     )

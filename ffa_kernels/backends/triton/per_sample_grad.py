@@ -320,13 +320,15 @@ def clipped_sum_kernel(
 
 
 class Tile(NamedTuple):
-    """Tokens and columns of g in a tile, Triton's launch options, and which tensor cores."""
+    """Tokens and columns of g in a tile, Triton's launch options, which tensor cores, and the
+    bound on registers that `launch` takes."""
 
     tokens: int
     columns: int
     num_warps: int
     num_stages: int
     warp_groups: bool = False
+    max_registers: int | None = None
 
 
 # By padded rank, widest first: u's parts cost 8 r bytes a token and chunk, so that wide chunks
@@ -341,7 +343,11 @@ _WARP_GROUPS = {
     256: (Tile(64, 64, 8, 3, True),),
 }
 # With accumulators in tensor memory the widest tiles spill a few registers.
-_TENSOR_MEMORY = _WARP_GROUPS | {r: _WARP_GROUPS[r][1:] for r in (16, 64)}
+_TENSOR_MEMORY = _WARP_GROUPS | {
+    16: _WARP_GROUPS[16][1:],
+    32: (Tile(64, 256, 8, 3, True), Tile(64, 128, 4, 3, True, 128)),
+    64: _WARP_GROUPS[64][1:],
+}
 # mma.sync, 16-bit types: within 99 KiB of shared memory, and with g's tile in registers.
 _MMA = {
     16: (Tile(32, 512, 8, 3), Tile(32, 256, 4, 3), Tile(64, 128, 4, 3)),
@@ -361,9 +367,9 @@ _SHORT = {
 }
 # fp32 in any precision; exact products run outside the tensor cores, from registers.
 _FP32 = {
-    16: (Tile(16, 128, 8, 3), Tile(16, 64, 4, 3)),
-    32: (Tile(16, 128, 8, 3), Tile(16, 64, 8, 3)),
-    64: (Tile(16, 64, 8, 3),),
+    16: (Tile(16, 128, 8, 3, max_registers=128), Tile(16, 64, 4, 3)),
+    32: (Tile(16, 128, 8, 3, max_registers=128), Tile(16, 64, 8, 3, max_registers=128)),
+    64: (Tile(16, 64, 8, 3, max_registers=168),),
     128: (Tile(16, 64, 8, 2),),
     256: (Tile(16, 32, 8, 2),),
 }
@@ -402,11 +408,6 @@ def _tiles(
 def _may_clip(tile: Tile, block_r: int) -> bool:
     """Whether registers also hold the 64-bit sum of the clipped gradients."""
     return tile.columns * block_r <= 1024 * tile.num_warps
-
-
-def _clip_registers(dtype: torch.dtype, block_r: int) -> int | None:
-    """`max_registers` of `clipped_sum_kernel`."""
-    return 128 if dtype == torch.float32 and block_r <= 64 else None
 
 
 class Plan(NamedTuple):
@@ -551,6 +552,7 @@ def _first_pass(
         p.constexprs,
         p.plan.tile.num_warps,
         p.plan.tile.num_stages,
+        p.plan.tile.max_registers,
     )
     if square_parts is not out:
         sums_u = fused and chunks > 1
@@ -636,7 +638,7 @@ def per_sample_clip(
         (infinite, *p.constexprs),
         p.plan.tile.num_warps,
         p.plan.tile.num_stages,
-        _clip_registers(p.g.dtype, _padded_rank(p.h.shape[-1])),
+        p.plan.tile.max_registers,
     )
     return u.view((0,) if lora_B is None else (*g.shape[:-1], r)), factors
 
@@ -668,10 +670,9 @@ def _build(
     }
     absent = "".join(f" no {a}" for a, value in constexprs.items() if value is None)
     multiples = ("d_out", "g_stride_record", "g_stride") if aligned else ()
-    clips = kernel is clipped_sum_kernel
     return Build(
         *(kernel, signature, constexprs, tile.num_warps, tile.num_stages),
-        max_registers=_clip_registers(dtype, constexprs["BLOCK_R"]) if clips else None,
+        max_registers=tile.max_registers,
         tensor_cores=kernel is not finish_kernel and dtype != torch.float32,
         label=f"{kernel.__name__.removesuffix('_kernel')} {label} {name}{absent}",
         divisible=tuple(a for a, t in signature.items() if t[0] == "*" or a in multiples),
