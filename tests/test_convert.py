@@ -182,9 +182,9 @@ def test_merge_gives_plain_layers_that_compute_the_same(model, dtype):
 
 
 def test_merge_refuses_what_holds_no_adapter(model):
-    with pytest.raises(ConfigError, match="a module that holds FFALinear layers"):
+    with pytest.raises(ConfigError, match="a module that holds adapted layers"):
         ffa.merge(model)
-    with pytest.raises(ConfigError, match="a module that holds FFALinear layers"):
+    with pytest.raises(ConfigError, match="a module that holds adapted layers"):
         ffa.merge(ffa.FFALinear(4, 4, r=2))
 
 
@@ -331,7 +331,7 @@ def test_from_linear_alone(model):
     nn.init.normal_(layer.lora_B)
     expected = linear(x) + 2.5 * x @ layer.lora_A.t() @ layer.lora_B.t()
     torch.testing.assert_close(layer(x), expected)
-    plain = layer.merged()
+    plain = layer.merged_layer()
     assert type(plain) is nn.Linear and not plain.training
     torch.testing.assert_close(plain(x), expected)
     with pytest.raises(ConfigError, match=r"linear is Conv1d; accepted: torch\.nn\.Linear"):

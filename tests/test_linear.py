@@ -524,7 +524,7 @@ def test_module_dropout_changes_by_call_and_repeats_under_a_seed(backend):
     assert not torch.equal(other(x), first)
     layer.eval()
     assert torch.equal(layer(x), layer(x))
-    torch.testing.assert_close(layer(x), layer.merged()(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x), layer.merged_layer()(x), rtol=1e-5, atol=1e-5)
 
 
 def test_without_dropout_the_generator_is_left_alone():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import TypeVar
 
 from torch import nn
 
 from ffa_kernels.errors import ConfigError
-from ffa_kernels.nn.linear import FFALinear, check_adapter
+from ffa_kernels.nn.adapter import Adapter
+from ffa_kernels.nn.linear import FFALinear, check_adapter, is_conv1d
+from ffa_kernels.nn.peft import lora_layers, take_over
 from ffa_kernels.nn.recorded import plain_again
+from ffa_kernels.nn.wrapped import WRAPPED, FFAWrapped, can_wrap, is_plain_linear
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -39,18 +42,23 @@ def convert(
     r: int = 8,
     alpha: float = 16.0,
     *,
-    target_modules: Sequence[str],
+    target_modules: Sequence[str] | None = None,
     init: str = "orthogonal",
     seed: int = 0,
     dropout: float = 0.0,
+    rslora: bool = False,
     modules_to_save: Sequence[str] = (),
 ) -> M:
     """Adapts the named linear layers of `model` in place and freezes all else.
 
+    A PEFT LoRA model needs no further arguments: its own layers are taken over as they stand,
+    with its ranks, scalings, dropout, names and `modules_to_save`; A is frozen from then on.
+
     Args:
         model: any module; changed and returned.
-        r, alpha, init, seed, dropout: as in `FFALinear`; A depends on the layer's name too.
-        target_modules: names, or last parts of names, of the nn.Linear layers to adapt.
+        r, alpha, init, seed, dropout, rslora: as in `FFALinear`; A depends on the layer's name too.
+        target_modules: names, or last parts of names, of the layers to adapt: nn.Linear,
+            transformers' Conv1D, quantised layers and others that `FFAWrapped` takes.
         modules_to_save: names, or last parts of names, of modules that stay trained whole,
             a classification head say.
 
@@ -58,18 +66,32 @@ def convert(
         `model`, of which only the lora_B and the parameters of `modules_to_save` are trained.
 
     Raises:
-        ConfigError: an argument that is not accepted, or a model that is already converted;
-            the model is then unchanged.
+        ConfigError: an argument that is not accepted, a model that is already converted, or a
+            PEFT layer that cannot be taken over; the model is then unchanged.
     """
+    theirs = lora_layers(model)
+    if theirs and not any(isinstance(layer, Adapter) for layer in theirs.values()):
+        given = (r, alpha, target_modules, init, seed, dropout, rslora, tuple(modules_to_save))
+        if given != (8, 16.0, None, "orthogonal", 0, 0.0, False, ()):
+            raise ConfigError(
+                "model is a PEFT model, whose layers keep their own settings; accepted: "
+                "convert(model) with no other argument"
+            )
+        return take_over(model, theirs)
     check_adapter(r, alpha, dropout, init)
     # With every name of a layer that has several: all of them must become the one new layer.
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():
-        if isinstance(module, FFALinear):
+        if isinstance(module, Adapter):
             raise ConfigError(
-                f"model: already converted (layer {name!r}); accepted: a model without FFALinear "
+                f"model: already converted (layer {name!r}); accepted: a model without adapted "
                 "layers, which merge() gives back"
             )
+    if target_modules is None:
+        raise ConfigError(
+            "target_modules is None; accepted: a list of module names (only a PEFT model does "
+            "without: it says itself which layers are adapted)"
+        )
     targets = _names("target_modules", target_modules, modules)
     saved = _names("modules_to_save", modules_to_save, modules)
     if not targets:
@@ -77,7 +99,7 @@ def convert(
     saved_parameters = {
         id(p) for name, m in modules.items() if _matches(name, saved) for p in m.parameters()
     }
-    adapted: dict[nn.Module, FFALinear] = {}
+    adapted: dict[nn.Module, Adapter] = {}
     was_trained = {id(p): p.requires_grad for p in model.parameters()}
     try:
         for name, module in modules.items():
@@ -88,10 +110,10 @@ def convert(
                     f"layer {name!r} is named by target_modules and by modules_to_save, or shares "
                     "a weight between them; accepted: one of them"
                 )
-            if type(module) is not nn.Linear:
+            if not can_wrap(module) and not is_conv1d(module):
                 raise ConfigError(
                     f"target_modules names {name!r}, which is {type(module).__name__}; accepted: "
-                    "torch.nn.Linear"
+                    f"torch.nn.Linear, Conv1D of transformers, {WRAPPED}"
                 )
             if name == "":
                 raise ConfigError(
@@ -99,8 +121,12 @@ def convert(
                     "(FFALinear.from_linear() adapts a layer alone)"
                 )
             if module not in adapted:
-                adapted[module] = FFALinear.from_linear(
-                    module, r, alpha, init=init, seed=seed, layer=name, dropout=dropout
+                plain = is_plain_linear(module) or is_conv1d(module)
+                make: Callable[..., Adapter] = FFALinear.from_linear if plain else FFAWrapped
+                adapted[module] = make(
+                    *(module, r, alpha),
+                    **{"init": init, "seed": seed, "layer": name},
+                    **{"dropout": dropout, "rslora": rslora},
                 )
     except BaseException:
         for p in model.parameters():
@@ -123,7 +149,7 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def merge(model: M) -> M:
-    """Replaces every FFALinear of `model` in place by an nn.Linear with weight W + s B A.
+    """Replaces every adapted layer of `model` in place by a plain one with weight W + s B A.
 
     Heads and other trained layers that an engine made record are plain layers again too.
 
@@ -131,13 +157,13 @@ def merge(model: M) -> M:
         `model`.
 
     Raises:
-        ConfigError: the model has no FFALinear layer, or is itself one (use `merged()`).
+        ConfigError: the model has no adapted layer, or is itself one (use `merged_layer()`).
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    layers = {name: m for name, m in modules.items() if isinstance(m, FFALinear)}
+    layers = {name: m for name, m in modules.items() if isinstance(m, Adapter)}
     if not layers or "" in layers:
-        raise ConfigError("model: accepted: a module that holds FFALinear layers")
-    plain = {layer: layer.merged() for layer in set(layers.values())}
+        raise ConfigError("model: accepted: a module that holds adapted layers")
+    plain = {layer: layer.merged_layer() for layer in set(layers.values())}
     for name, layer in layers.items():
         _replace(model, name, plain[layer])
     for module in model.modules():

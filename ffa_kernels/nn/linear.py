@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ffa_kernels import ops
 from ffa_kernels.errors import ConfigError
+from ffa_kernels.nn.adapter import Adapter
 from ffa_kernels.nn.init import INITS, frozen_A, pissa_A
-from ffa_kernels.nn.record_taps import RecordTaps, tapping
 
 
 def check_adapter(r: object, alpha: object, dropout: object, init: object) -> None:
@@ -25,21 +25,44 @@ def check_adapter(r: object, alpha: object, dropout: object, init: object) -> No
         raise ConfigError(f"init is {init!r}; accepted: {', '.join(INITS)}")
 
 
-class FFALinear(nn.Module):
-    """y = x W^T + b + (alpha / r) dropout(x) A^T B^T, of which only B is trained.
+def scaling_of(r: int, alpha: float, rslora: bool) -> float:
+    """s = alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
+    return alpha / math.sqrt(r) if rslora else alpha / r
 
-    Parameters: `weight` (d_out, d_in), `bias` (d_out,) or None and `lora_A` (r, d_in), frozen;
-    `lora_B` (d_out, r), zero at the start. FFA-LoRA, arXiv 2403.12313.
+
+def make_A(init: str, seed: int, layer: str, r: int, weight: Tensor) -> Tensor:
+    """The frozen A (r, d_in) for a layer of weight (d_out, d_in)."""
+    if init == "pissa":
+        return pissa_A(weight, r)
+    return frozen_A(init, seed, layer, r, weight.shape[1])
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether `layer` is transformers' Conv1D (GPT-2): a linear layer with weight (d_in, d_out)."""
+    # By name: a model that has one has imported it, and nobody else needs transformers.
+    return any(
+        c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils"
+        for c in type(layer).__mro__
+    )
+
+
+class FFALinear(Adapter):
+    """y = x W^T + b + s dropout(x) A^T B^T, of which only B is trained.
+
+    Parameters: `weight` (d_out, d_in), or (d_in, d_out) where a Conv1D was adapted, `bias`
+    (d_out,) or None and `lora_A` (r, d_in), frozen; `lora_B` (d_out, r), zero at the start.
+    FFA-LoRA, arXiv 2403.12313.
 
     Args:
         in_features: d_in; `out_features`: d_out.
         r: rank.
-        alpha: the adapter is scaled by alpha / r.
+        alpha: the adapter is scaled by s = alpha / r.
         bias: whether there is a (frozen) bias.
         init: how A is made: "orthogonal", "kaiming", "gaussian", or "pissa" (from W's SVD).
         seed: A's public seed.
         layer: the name that, with the seed, decides A.
         dropout: LoRA dropout probability, on the adapter's input in training.
+        rslora: s = alpha / sqrt(r) (rank-stabilised LoRA, arXiv 2312.03732).
         device, dtype: of the parameters.
 
     Raises:
@@ -58,18 +81,19 @@ class FFALinear(nn.Module):
         seed: int = 0,
         layer: str = "",
         dropout: float = 0.0,
+        rslora: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_adapter(r, alpha, dropout, init)
         linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         super().__init__()
-        self._adopt(linear, r, alpha, init, seed, layer, dropout)
+        self._adopt(linear, r, alpha, init, seed, layer, dropout, rslora)
 
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         r: int = 8,
         alpha: float = 16.0,
         *,
@@ -77,42 +101,44 @@ class FFALinear(nn.Module):
         seed: int = 0,
         layer: str = "",
         dropout: float = 0.0,
+        rslora: bool = False,
     ) -> FFALinear:
         """Adapts `linear`: its weight and bias are taken over, not copied, and frozen.
 
         Raises:
-            ConfigError: `linear` is no nn.Linear, or an argument is not accepted.
+            ConfigError: `linear` is neither nn.Linear nor transformers' Conv1D, or an argument is
+                not accepted.
         """
         check_adapter(r, alpha, dropout, init)
-        if not isinstance(linear, nn.Linear):
-            raise ConfigError(f"linear is {type(linear).__name__}; accepted: torch.nn.Linear")
+        if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
+            raise ConfigError(
+                f"linear is {type(linear).__name__}; accepted: torch.nn.Linear, or Conv1D of "
+                "transformers"
+            )
         adapted = cls.__new__(cls)
         nn.Module.__init__(adapted)
-        adapted._adopt(linear, r, alpha, init, seed, layer, dropout)
+        adapted._adopt(linear, r, alpha, init, seed, layer, dropout, rslora)
         adapted.train(linear.training)
         return adapted
 
     def _adopt(
         self,
-        linear: nn.Linear,
+        linear: Any,
         r: int,
         alpha: float,
         init: str,
         seed: int,
         layer: str,
         dropout: float,
+        rslora: bool,
     ) -> None:
-        weight = linear.weight
-        if init == "pissa":
-            A = pissa_A(weight, r)
-        else:
-            A = frozen_A(init, seed, layer, r, linear.in_features)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.r, self.alpha, self.scaling = r, float(alpha), alpha / r
+        self.fan_in_fan_out = is_conv1d(linear)
+        weight = linear.weight.t() if self.fan_in_fan_out else linear.weight
+        self.out_features, self.in_features = weight.shape
+        A = make_A(init, seed, layer, r, weight)
+        self.r, self.alpha, self.rslora = r, float(alpha), rslora
+        self.scaling = scaling_of(r, alpha, rslora)
         self.init, self.dropout = init, float(dropout)
-        self.record_taps: RecordTaps | None = None
-        # 256 secret bits from the engine while training privately; zeros and repeatable otherwise.
-        self._dropout_key = torch.zeros(4, dtype=torch.int64)
         self.weight = linear.weight
         self.weight.requires_grad_(False)
         self.bias = linear.bias
@@ -120,53 +146,48 @@ class FFALinear(nn.Module):
             self.bias.requires_grad_(False)
         like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         self.lora_A = nn.Parameter(A.to(**like), requires_grad=False)
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, **like))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **like))
 
-    def _dropout_state(self, x: Tensor) -> Tensor | None:
-        if self.dropout == 0.0 or not self.training:
-            return None
-        # Drawn from PyTorch's generator, which gradient checkpointing restores: the same counter,
-        # and so the same mask, when the forward is run again.
-        counter = torch.randint(1 << 62, (1,), device=x.device)
-        return torch.cat([self._dropout_key.to(x.device), counter])
+    def frozen_A(self) -> Tensor:
+        return self.lora_A
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The engine's key is secret: a pickle would write it to disk, a copy would share it.
-        return {**self.__dict__, "_dropout_key": torch.zeros(4, dtype=torch.int64)}
+    def trained_B(self) -> nn.Parameter:
+        return self.lora_B
+
+    def frozen_weight(self) -> Tensor:
+        weight: Tensor = self.weight.t() if self.fan_in_fan_out else self.weight
+        return weight
+
+    def frozen_bias(self) -> Tensor | None:
+        bias: Tensor | None = self.bias
+        return bias
+
+    def adapter_scaling(self) -> float:
+        return self.scaling
+
+    def adapter_dropout(self) -> float:
+        return self.dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """x (n, ..., d_in) to y (n, ..., d_out)."""
-        taps = self.record_taps
-        tap = norm_tap = lora_B = cu_seqlens = None
-        if tapping(self, taps) and self.lora_B.requires_grad:
-            assert taps is not None
-            tap = taps.get("lora_B", x)
-            norm_tap = taps.norm_taps.get("lora_B")
-            cu_seqlens = taps.cu_seqlens
-            lora_B = self.lora_B.detach()
-        return ops.linear(
-            x,
-            self.weight,
-            self.bias,
-            self.lora_A,
-            self.lora_B if lora_B is None else lora_B,
-            tap=tap,
-            norm_tap=norm_tap,
-            dropout_state=self._dropout_state(x),
-            cu_seqlens=cu_seqlens,
-            scaling=self.scaling,
-            dropout_p=self.dropout,
-            mean_loss=tap is not None and taps is not None and taps.mean_loss,
-        )
+        return self.adapted_forward(x)
 
-    def merged(self) -> nn.Linear:
-        """A plain nn.Linear with weight W + s B A (in fp64, rounded once) and this bias."""
-        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        delta = self.scaling * (self.lora_B.detach().double() @ self.lora_A.double())
-        weight = (self.weight.double() + delta).to(self.weight.dtype)
+    def merged_layer(self) -> nn.Module:
+        """A plain layer of the kind that was adapted, with weight W + s B A and this bias."""
+        weight = self.merged_weight()
+        plain: Any
+        if self.fan_in_fan_out:
+            from transformers.pytorch_utils import Conv1D
+
+            make: Any = Conv1D
+            plain, weight = make(0, 0), weight.t().contiguous()
+            plain.nf, plain.nx = self.out_features, self.in_features
+        else:
+            plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         plain.weight = nn.Parameter(weight, requires_grad=False)
         plain.bias = self.bias
-        return plain.train(self.training)
+        result: nn.Module = plain.train(self.training)
+        return result
 
     def extra_repr(self) -> str:
         return (

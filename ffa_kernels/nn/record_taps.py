@@ -87,7 +87,7 @@ def packed(model: nn.Module, cu_seqlens: Tensor) -> Iterator[None]:
         cu_seqlens: int32 (n + 1,) for the n records of the batch.
 
     Raises:
-        PrivacyError: a trained layer of another kind than FFALinear, which knows no packed rows.
+        PrivacyError: a trained layer that is no adapter and knows no packed rows.
     """
     holders = [
         (name, layer, taps)
@@ -95,10 +95,10 @@ def packed(model: nn.Module, cu_seqlens: Tensor) -> Iterator[None]:
         if isinstance(taps := getattr(layer, "record_taps", None), RecordTaps)
     ]
     for name, layer, _ in holders:
-        if not hasattr(layer, "lora_B"):
+        if not getattr(layer, "takes_packed_rows", False):
             raise PrivacyError(
                 f"layer {name!r} ({type(layer).__name__}) is trained and takes no packed rows; "
-                "accepted: FFALinear, or freeze it"
+                "accepted: an adapted layer, or freeze it"
             )
     for _, _, taps in holders:
         taps.cu_seqlens = cu_seqlens

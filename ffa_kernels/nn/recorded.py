@@ -42,7 +42,7 @@ class _Recorded(nn.Module):
     """What the recording subclasses share; `_plain` is the class whose forward they run."""
 
     _plain: type[nn.Module]
-    record_taps: RecordTaps | None
+    record_taps: RecordTaps | None = None
 
     def grad_samples(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
         """The gradient of each trained parameter for each record, (n, *shape) by name."""

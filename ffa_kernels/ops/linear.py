@@ -44,7 +44,8 @@ def _check(
             lora_A.dim() == 2 and lora_B.dim() == 2 and bias is None,
             lambda: (
                 f"linear: without a weight, lora_A is {tuple(lora_A.shape)}, lora_B "
-                f"{tuple(lora_B.shape)} and bias {_shape(bias)}; accepted: (r, d_in), (d_out, r), None"
+                f"{tuple(lora_B.shape)} and bias {_shape(bias)}; accepted: (r, d_in), "
+                "(d_out, r), None"
             ),
         )
         d_out, d_in = lora_B.shape[0], lora_A.shape[1]

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from ffa_kernels.backends.grid import grid_size
 from ffa_kernels.errors import ConfigError, PrivacyError
-from ffa_kernels.nn.linear import FFALinear
+from ffa_kernels.nn.adapter import Adapter, owned_parameters
 from ffa_kernels.nn.record_taps import RecordTaps
 from ffa_kernels.nn.recorded import RECORDED, is_recorded
 from ffa_kernels.privacy.accounting import check_accountant, noise_multiplier_for
@@ -232,7 +232,9 @@ class PrivacyEngine:
         logical: Any = loader.batch_sampler
         if poisson_sampling:
             logical = PoissonSampler(records, sample_rate, steps, self._sampling)
-        adapters = [m for m in module.modules() if isinstance(m, FFALinear) and m.dropout > 0]
+        adapters = [
+            m for m in module.modules() if isinstance(m, Adapter) and m.adapter_dropout() > 0
+        ]
 
         def announce(piece: Piece) -> None:
             step.begin(piece)
@@ -310,22 +312,21 @@ def _check_trained(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Para
             + "accepted: an optimizer over the module's own trained parameters, made after convert"
         )
     refused = []
-    for name, layer in module.named_modules():
-        for local, p in layer.named_parameters(recurse=False):
-            if not p.requires_grad:
-                continue
-            adapter = isinstance(layer, FFALinear) and local == "lora_B"
-            # Opacus' convolution samplers know no other padding; weight_norm's pairs have no tap.
-            recordable = (
-                (type(layer) in RECORDED or is_recorded(layer))
-                and getattr(layer, "padding_mode", "zeros") == "zeros"
-                and local in ("weight", "bias")
-            )
-            if not adapter and not recordable:
-                refused.append(f"{name}.{local} ({type(layer).__name__})".lstrip("."))
+    for name, layer, local, p in owned_parameters(module):
+        if not p.requires_grad:
+            continue
+        adapter = isinstance(layer, Adapter) and local == "lora_B"
+        # Opacus' convolution samplers know no other padding; weight_norm's pairs have no tap.
+        recordable = (
+            (type(layer) in RECORDED or is_recorded(layer))
+            and getattr(layer, "padding_mode", "zeros") == "zeros"
+            and local in ("weight", "bias")
+        )
+        if not adapter and not recordable:
+            refused.append(f"{name}.{local} ({type(layer).__name__})".lstrip("."))
     if refused:
         raise PrivacyError(
-            f"cannot clip record by record: {', '.join(refused)}; accepted: lora_B of FFALinear, "
+            f"cannot clip record by record: {', '.join(refused)}; accepted: B of an adapted layer, "
             f"parameters of {', '.join(sorted(c.__name__ for c in RECORDED))}, or "
             "requires_grad_(False)"
         )
@@ -390,18 +391,18 @@ def _attach(module: nn.Module, trained: dict[str, nn.Parameter], mean_loss: bool
     for p in module.parameters():
         # Frozen ones too: an optimizer steps whatever has a gradient, a stale one as well.
         p.grad = None
-    for name, layer in module.named_modules():
-        local = [(n, p) for n, p in layer.named_parameters(recurse=False) if id(p) in holders]
-        if not local:
-            if isinstance(layer, FFALinear) or is_recorded(layer):
-                layer.record_taps = None
+    for recording in module.modules():
+        if isinstance(recording, Adapter) or is_recorded(recording):
+            vars(recording)["record_taps"] = None
+    for name, layer, local, p in owned_parameters(module):
+        if id(p) not in holders:
             continue
         if type(layer) in RECORDED:
             layer.__class__ = RECORDED[type(layer)]
-        taps = RecordTaps(name, mean_loss)
-        layer.record_taps = taps
-        for parameter_name, parameter in local:
-            holders[id(parameter)].append((taps, parameter_name))
+        holder: Any = layer
+        if holder.record_taps is None:
+            holder.record_taps = RecordTaps(name, mean_loss)
+        holders[id(p)].append((holder.record_taps, local))
     return [Trained(name, p, tuple(holders[id(p)])) for name, p in trained.items()]
 
 

@@ -416,9 +416,9 @@ def _down_config(cc: int, dtype: torch.dtype, m: int, sms: int, block_r: int) ->
     return Config(block_m, block_r, 64 if block_m < block_r else 128, 4, 4)
 
 
-def _down_registers(dtype: torch.dtype) -> int | None:
+def _down_registers(dtype: torch.dtype, block_r: int) -> int | None:
     """`max_registers` of `down_kernel`, whose exact fp32 products are made in registers."""
-    return 255 if dtype == torch.float32 else None
+    return 255 if dtype == torch.float32 and block_r <= 64 else None
 
 
 def _padded_rank(r: int) -> int:
@@ -483,7 +483,7 @@ def _down(x: Tensor, lora_A: Tensor, dropout_state: Tensor | None, dropout_p: fl
         ),
         config.num_warps,
         config.num_stages,
-        _down_registers(x.dtype),
+        _down_registers(x.dtype, block_r),
     )
     return h
 
@@ -756,7 +756,9 @@ def _build(
     return Build(
         *(kernel, signature, constexprs, config.num_warps, config.num_stages),
         tensor_cores=dtype != torch.float32,
-        max_registers=_down_registers(dtype) if kernel is down_kernel else None,
+        max_registers=_down_registers(dtype, constexprs["BLOCK_R"])
+        if kernel is down_kernel
+        else None,
         label=f"{label} {_TYPES[dtype]} {'x'.join(map(str, config[:3]))}/{config[3]}/{config[4]}",
         divisible=aligned,
     )

@@ -345,7 +345,7 @@ _WARP_GROUPS = {
 # With accumulators in tensor memory the widest tiles spill a few registers.
 _TENSOR_MEMORY = _WARP_GROUPS | {
     16: _WARP_GROUPS[16][1:],
-    32: (Tile(64, 256, 8, 3, True), Tile(64, 128, 4, 3, True, 128)),
+    32: (Tile(64, 256, 8, 3, True), Tile(64, 128, 4, 3, True, 168)),
     64: _WARP_GROUPS[64][1:],
 }
 # mma.sync, 16-bit types: within 99 KiB of shared memory, and with g's tile in registers.
@@ -368,7 +368,7 @@ _SHORT = {
 # fp32 in any precision; exact products run outside the tensor cores, from registers.
 _FP32 = {
     16: (Tile(16, 128, 8, 3, max_registers=128), Tile(16, 64, 4, 3)),
-    32: (Tile(16, 128, 8, 3, max_registers=128), Tile(16, 64, 8, 3, max_registers=128)),
+    32: (Tile(16, 128, 8, 3, max_registers=168), Tile(16, 64, 8, 3, max_registers=128)),
     64: (Tile(16, 64, 8, 3, max_registers=168),),
     128: (Tile(16, 64, 8, 2),),
     256: (Tile(16, 32, 8, 2),),

@@ -1,0 +1,164 @@
+"""What every adapted layer has in common: the forward, and what the engine asks of it.
+
+An adapter is y = base(x) + s dropout(x) A^T B^T with base and A frozen. Where its frozen weight is
+a plain matrix, one op makes all of it; where another module makes the base product, that runs as it
+is and the op adds its term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffa_kernels import ops
+from ffa_kernels.nn.record_taps import RecordTaps, tapping
+
+_NO_KEY = torch.zeros(4, dtype=torch.int64)
+_AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Adapter(nn.Module):
+    """Base of the adapted layers; each says where its tensors lie.
+
+    `record_taps` is set by the privacy engine while B is trained privately.
+    """
+
+    record_taps: RecordTaps | None = None
+    # 256 secret bits from the engine while training privately; zeros and repeatable otherwise.
+    _dropout_key: Tensor = _NO_KEY
+    takes_packed_rows = True
+    in_features: int
+    out_features: int
+
+    def frozen_A(self) -> Tensor:
+        """A, (r, d_in)."""
+        raise NotImplementedError
+
+    def trained_B(self) -> nn.Parameter:
+        """B, (d_out, r)."""
+        raise NotImplementedError
+
+    def frozen_weight(self) -> Tensor | None:
+        """W, (d_out, d_in), or None where `base_forward` makes the base product."""
+        raise NotImplementedError
+
+    def frozen_bias(self) -> Tensor | None:
+        """b, (d_out,), beside a `frozen_weight`."""
+        raise NotImplementedError
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        """x (n, ..., d_in) to the base product (n, ..., d_out), differentiable in x."""
+        raise NotImplementedError
+
+    def base_weight(self) -> Tensor:
+        """W, (d_out, d_in), in a float type, made from whatever holds it."""
+        weight = self.frozen_weight()
+        assert weight is not None
+        return weight
+
+    def adapter_scaling(self) -> float:
+        """s."""
+        raise NotImplementedError
+
+    def adapter_dropout(self) -> float:
+        """The probability with which elements of the adapter's input are dropped in training."""
+        raise NotImplementedError
+
+    def inner_modules(self) -> Iterator[nn.Module]:
+        """Modules inside this one that hold its A and B, and whose forward is never called."""
+        return iter(())
+
+    # Not `merged`: PEFT's layers have a property of that name.
+    def merged_layer(self) -> nn.Module:
+        """A plain layer with weight W + s B A and this layer's bias."""
+        raise NotImplementedError
+
+    def merged_weight(self) -> Tensor:
+        """W + s B A, (d_out, d_in), in fp64 and rounded once to W's dtype."""
+        weight = self.base_weight()
+        delta = self.trained_B().detach().double() @ self.frozen_A().double()
+        return (weight.double() + self.adapter_scaling() * delta).to(weight.dtype)
+
+    def _dropout_state(self, x: Tensor) -> Tensor | None:
+        if self.adapter_dropout() == 0.0 or not self.training:
+            return None
+        # Drawn from PyTorch's generator, which gradient checkpointing restores: the same counter,
+        # and so the same mask, when the forward is run again.
+        counter = torch.randint(1 << 62, (1,), device=x.device)
+        return torch.cat([self._dropout_key.to(x.device), counter])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The engine's key is secret: a pickle would write it to disk, a copy would share it.
+        return {**self.__dict__, "_dropout_key": _NO_KEY}
+
+    def adapted_forward(self, x: Tensor) -> Tensor:
+        """x (n, ..., d_in) to y (n, ..., d_out), in autocast's dtype where that is on, else x's.
+
+        A and B are cast to that dtype, which may be narrower than theirs.
+        """
+        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype in _AUTOCAST_FROM
+        if not autocast:
+            return self._adapted(x, x.dtype)
+        dtype = torch.get_autocast_dtype(x.device.type)
+        if self.frozen_weight() is None:
+            return self._adapted(x, dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._adapted(x, dtype)
+
+    def _adapted(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        taps, B = self.record_taps, self.trained_B()
+        trained: Tensor = B
+        tap = norm_tap = cu_seqlens = None
+        if tapping(self, taps) and B.requires_grad:
+            assert taps is not None
+            tap = taps.get("lora_B", x)
+            norm_tap = taps.norm_taps.get("lora_B")
+            cu_seqlens = taps.cu_seqlens
+            trained = B.detach()
+        weight, bias = self.frozen_weight(), self.frozen_bias()
+        base = self.base_forward(x) if weight is None else None
+        if x.dtype != dtype:
+            x = x.to(dtype)
+            # Frozen, and a view of nothing in autograd: cast anew each time, kept nowhere.
+            weight = None if weight is None else weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        y = ops.linear(
+            x,
+            weight,
+            bias if weight is not None else None,
+            self.frozen_A().to(dtype),
+            trained.to(dtype),
+            tap=tap,
+            norm_tap=norm_tap,
+            dropout_state=self._dropout_state(x),
+            cu_seqlens=cu_seqlens,
+            scaling=self.adapter_scaling(),
+            dropout_p=self.adapter_dropout(),
+            mean_loss=tap is not None and taps is not None and taps.mean_loss,
+        )
+        return y if base is None else base + y.to(base.dtype)
+
+
+def owned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """(name of the layer, layer, name in it, parameter) of every parameter of `model`.
+
+    The layer is the one whose forward uses the parameter: of A and B the adapter, also where they
+    lie in modules inside it.
+    """
+    inner = {
+        id(inside)
+        for layer in model.modules()
+        if isinstance(layer, Adapter)
+        for inside in layer.inner_modules()
+    }
+    for name, layer in model.named_modules():
+        if id(layer) in inner:
+            continue
+        own = dict(layer.named_parameters(recurse=False))
+        if isinstance(layer, Adapter):
+            own["lora_B"] = layer.trained_B()
+        for local, parameter in own.items():
+            yield name, layer, local, parameter
