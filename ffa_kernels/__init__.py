@@ -6,11 +6,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ffa_kernels.losses import causal_lm_loss
     from ffa_kernels.nn import FFALinear, convert, merge, packed
     from ffa_kernels.privacy import PrivacyEngine
+    from ffa_kernels.trainer import PrivateTrainer
 
 __version__ = "0.1.0"
-__all__ = ["FFALinear", "PrivacyEngine", "convert", "merge", "packed"]
+__all__ = [
+    "FFALinear",
+    "PrivacyEngine",
+    "PrivateTrainer",
+    "causal_lm_loss",
+    "convert",
+    "merge",
+    "packed",
+]
 
 _HOMES = {
     "FFALinear": "ffa_kernels.nn",
@@ -18,8 +28,10 @@ _HOMES = {
     "merge": "ffa_kernels.nn",
     "packed": "ffa_kernels.nn",
     "PrivacyEngine": "ffa_kernels.privacy",
+    "PrivateTrainer": "ffa_kernels.trainer",
+    "causal_lm_loss": "ffa_kernels.losses",
 }
-_SUBMODULES = ("federated", "nn", "ops", "privacy")
+_SUBMODULES = ("federated", "losses", "nn", "ops", "privacy")
 
 
 def __getattr__(name: str) -> Any:

@@ -54,7 +54,7 @@ class Turns {
 
  private:
   // Clearing the shadow of a stack is most of what a turn costs under the address sanitizer.
-  static constexpr size_t kStackBytes = 32 << 10;
+  static constexpr size_t kStackBytes = 16 << 10;
 
   enum class State { kReady, kAtBarrier, kInWarp, kDone };
 

@@ -158,7 +158,10 @@ def _refusal(layer: Any, known: dict[type[nn.Module], type[_TakenOver]]) -> str 
         return f"is {type(layer).__name__}; accepted: {', '.join(c.__name__ for c in known)}"
     base = layer.base_layer
     if not can_wrap(base) and not is_conv1d(base):
-        return f"has the base layer {type(base).__name__}; accepted: torch.nn.Linear, Conv1D, {WRAPPED}"
+        return (
+            f"has the base layer {type(base).__name__}; accepted: torch.nn.Linear, Conv1D, "
+            f"{WRAPPED}"
+        )
     return None
 
 
