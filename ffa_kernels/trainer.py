@@ -282,18 +282,31 @@ class PrivateTrainer(Trainer):
             )
         return noise, low
 
-    def _spent(self) -> bool:
-        """Whether another step is beyond the target."""
-        if self._last_step is None or self._private is None:
-            return False
+    def _end_if_spent(self) -> None:
+        """Tells Trainer to stop where another step would be beyond the target."""
+        if self._last_step is None or self._private is None or self.control.should_training_stop:
+            return
         (allowed, charged), done = self._last_step, self._private.private_step.steps
-        return done >= allowed or self.engine.ledger.steps != charged + done
+        if done < allowed and self.engine.ledger.steps == charged + done:
+            return
+        self.control.should_training_stop = True
+        step, steps = self.state.global_step, self.state.max_steps
+        if step < steps:
+            warnings.warn(
+                f"target_epsilon {self.target_epsilon:g} leaves no more steps after {step} of "
+                f"{steps}: training stops",
+                stacklevel=2,
+            )
+            self.control.should_log = True
+            self.control.should_save = self.args.save_strategy == "steps"
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: Any
     ) -> tuple[list[Any], None]:
         """One draw, unread, and no count of its tokens: no loss may be divided by that."""
-        draw = next(epoch_iterator, None)
+        # Between the last step and this one a callback may have charged the ledger.
+        self._end_if_spent()
+        draw = None if self.control.should_training_stop else next(epoch_iterator, None)
         return [] if draw is None else [draw], None
 
     def training_step(
@@ -461,15 +474,8 @@ class _Privately(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._begin()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if self.trainer._spent() and state.global_step < state.max_steps:
-            warnings.warn(
-                f"target_epsilon {self.trainer.target_epsilon:g} is spent after step "
-                f"{state.global_step} of {state.max_steps}: training stops",
-                stacklevel=2,
-            )
-            control.should_training_stop = True
-        return control
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._end_if_spent()
 
 
 def _check_args(args: TrainingArguments) -> None:
