@@ -7,26 +7,43 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ffa_kernels.losses import causal_lm_loss
-    from ffa_kernels.nn import FFALinear, convert, merge, packed
+    from ffa_kernels.nn import (
+        FFALinear,
+        FFAWrapped,
+        FrozenBase,
+        convert,
+        load_adapter,
+        merge,
+        packed,
+        save_adapter,
+    )
     from ffa_kernels.privacy import PrivacyEngine
     from ffa_kernels.trainer import PrivateTrainer
 
 __version__ = "0.1.0"
 __all__ = [
     "FFALinear",
+    "FFAWrapped",
+    "FrozenBase",
     "PrivacyEngine",
     "PrivateTrainer",
     "causal_lm_loss",
     "convert",
+    "load_adapter",
     "merge",
     "packed",
+    "save_adapter",
 ]
 
 _HOMES = {
     "FFALinear": "ffa_kernels.nn",
+    "FFAWrapped": "ffa_kernels.nn",
+    "FrozenBase": "ffa_kernels.nn",
     "convert": "ffa_kernels.nn",
+    "load_adapter": "ffa_kernels.nn",
     "merge": "ffa_kernels.nn",
     "packed": "ffa_kernels.nn",
+    "save_adapter": "ffa_kernels.nn",
     "PrivacyEngine": "ffa_kernels.privacy",
     "PrivateTrainer": "ffa_kernels.trainer",
     "causal_lm_loss": "ffa_kernels.losses",

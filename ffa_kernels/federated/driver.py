@@ -21,9 +21,9 @@ from ffa_kernels.federated import data, report, wire
 from ffa_kernels.federated.build import build
 from ffa_kernels.federated.config import Config
 from ffa_kernels.federated.data import Records
-from ffa_kernels.federated.files import write_atomic
 from ffa_kernels.federated.server import Server
 from ffa_kernels.federated.site import Site, check_records, load_trained, tokenize
+from ffa_kernels.files import write_atomic
 
 _EVAL_BATCH = 64
 

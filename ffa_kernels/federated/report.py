@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ffa_kernels.doctor import cpu_model, version
-from ffa_kernels.federated.files import write_atomic
+from ffa_kernels.files import write_atomic
 
 _log = logging.getLogger(__name__)
 _LIBRARIES = ("ffa-kernels", "opacus", "transformers", "peft", "safetensors", "numpy")

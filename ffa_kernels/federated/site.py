@@ -19,8 +19,8 @@ from ffa_kernels.errors import ConfigError, FFAError, PrivacyError, WireError
 from ffa_kernels.federated import wire
 from ffa_kernels.federated.config import Config, Train
 from ffa_kernels.federated.data import Records
-from ffa_kernels.federated.files import write_atomic
 from ffa_kernels.federated.wire import Header
+from ffa_kernels.files import write_atomic
 from ffa_kernels.privacy import PrivacyEngine, noise_multiplier_for
 from ffa_kernels.privacy.step import Plan
 

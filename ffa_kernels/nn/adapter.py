@@ -59,6 +59,10 @@ class Adapter(nn.Module):
         assert weight is not None
         return weight
 
+    def adapter_settings(self) -> tuple[int, float, bool]:
+        """(r, alpha, whether s = alpha / sqrt(r))."""
+        raise NotImplementedError
+
     def adapter_scaling(self) -> float:
         """s."""
         raise NotImplementedError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -16,6 +16,8 @@ from ffa_kernels.nn.recorded import plain_again
 from ffa_kernels.nn.wrapped import WRAPPED, FFAWrapped, can_wrap, is_plain_linear
 
 M = TypeVar("M", bound=nn.Module)
+
+ADAPTABLE = f"torch.nn.Linear, Conv1D of transformers, {WRAPPED}"
 
 
 def _matches(name: str, suffixes: Iterable[str]) -> bool:
@@ -99,6 +101,7 @@ def convert(
     saved_parameters = {
         id(p) for name, m in modules.items() if _matches(name, saved) for p in m.parameters()
     }
+    options = {"init": init, "seed": seed, "dropout": dropout, "rslora": rslora}
     adapted: dict[nn.Module, Adapter] = {}
     was_trained = {id(p): p.requires_grad for p in model.parameters()}
     try:
@@ -110,10 +113,10 @@ def convert(
                     f"layer {name!r} is named by target_modules and by modules_to_save, or shares "
                     "a weight between them; accepted: one of them"
                 )
-            if not can_wrap(module) and not is_conv1d(module):
+            if not can_adapt(module):
                 raise ConfigError(
                     f"target_modules names {name!r}, which is {type(module).__name__}; accepted: "
-                    f"torch.nn.Linear, Conv1D of transformers, {WRAPPED}"
+                    f"{ADAPTABLE}"
                 )
             if name == "":
                 raise ConfigError(
@@ -121,26 +124,38 @@ def convert(
                     "(FFALinear.from_linear() adapts a layer alone)"
                 )
             if module not in adapted:
-                plain = is_plain_linear(module) or is_conv1d(module)
-                make: Callable[..., Adapter] = FFALinear.from_linear if plain else FFAWrapped
-                adapted[module] = make(
-                    *(module, r, alpha),
-                    **{"init": init, "seed": seed, "layer": name},
-                    **{"dropout": dropout, "rslora": rslora},
-                )
+                adapted[module] = make_adapter(module, r, alpha, layer=name, **options)
     except BaseException:
         for p in model.parameters():
             p.requires_grad_(was_trained[id(p)])
         raise
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    put_in(model, adapted)
     for name, module in modules.items():
-        if module in adapted:
-            _replace(model, name, adapted[module])
         if _matches(name, saved):
             for parameter in module.parameters():
                 parameter.requires_grad_(True)
     return model
+
+
+def can_adapt(module: nn.Module) -> bool:
+    """Whether `make_adapter` takes `module`."""
+    return can_wrap(module) or is_conv1d(module)
+
+
+def make_adapter(module: nn.Module, r: int, alpha: float, **options: Any) -> Adapter:
+    """The adapter of a layer that `can_adapt`; options as in `FFALinear`."""
+    plain = is_plain_linear(module) or is_conv1d(module)
+    make: Callable[..., Adapter] = FFALinear.from_linear if plain else FFAWrapped
+    return make(module, r, alpha, **options)
+
+
+def put_in(model: nn.Module, adapted: dict[nn.Module, Adapter]) -> None:
+    """Puts each new layer where its old one was, under every name that had it."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in adapted:
+            _replace(model, name, adapted[module])
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -162,6 +162,9 @@ class FFALinear(Adapter):
         bias: Tensor | None = self.bias
         return bias
 
+    def adapter_settings(self) -> tuple[int, float, bool]:
+        return self.r, self.alpha, self.rslora
+
     def adapter_scaling(self) -> float:
         return self.scaling
 

@@ -70,6 +70,11 @@ class _TakenOver(Adapter):
         weight = self.frozen_weight()
         return dequantized(self.base_layer) if weight is None else weight
 
+    def adapter_settings(self) -> tuple[int, float, bool]:
+        layer: Any = self
+        name = self._name()
+        return layer.r[name], float(layer.lora_alpha[name]), bool(layer.use_rslora[name])
+
     def adapter_scaling(self) -> float:
         layer: Any = self
         return float(layer.scaling[self._name()])

@@ -166,6 +166,9 @@ class FFAWrapped(Adapter):
     def base_weight(self) -> Tensor:
         return dequantized(self.base_layer)
 
+    def adapter_settings(self) -> tuple[int, float, bool]:
+        return self.r, self.alpha, self.rslora
+
     def adapter_scaling(self) -> float:
         return self.scaling
 

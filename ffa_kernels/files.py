@@ -20,3 +20,9 @@ def write_atomic(path: Path, data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+    # The name is on the disk only with the folder.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
