@@ -1,0 +1,636 @@
+"""Adapters in PEFT's files, both ways: adapter_config.json and adapter_model.safetensors.
+
+PEFT itself is not needed: the layout is its LoRA's. Tensors keep their bits and names.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ffa_kernels.errors import ConfigError
+from ffa_kernels.files import write_atomic
+from ffa_kernels.nn.adapter import Adapter, owned_parameters
+from ffa_kernels.nn.conversion import ADAPTABLE, can_adapt, make_adapter, put_in
+from ffa_kernels.nn.linear import check_adapter, is_conv1d, scaling_of
+from ffa_kernels.nn.peft import lora_layers
+
+M = TypeVar("M", bound=nn.Module)
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+# What a LoRA configuration may say that changes nothing in how its tensors are used, or is read.
+_READ = {
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern"),
+    *("alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform"),
+    *("layers_pattern", "modules_to_save", "init_lora_weights", "bias"),
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "fan_in_fan_out", "megatron_core", "qalora_group_size"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
+}
+# Others ("pissa", "olora", "loftq", ...) rewrite W, which the file does not hold.
+_INITS_OF_A = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Writes the adapter of a converted model as PEFT would, for `PeftModel.from_pretrained`.
+
+    Saved are A and B of every adapted layer and all other modules that are trained, whole, with
+    tensors that share their last parts of a name (as PEFT looks for them). Dropout, which only
+    training uses, is the largest of any layer.
+
+    The weights are written beside and renamed; the configuration comes last, and an old one that
+    differs goes first. So a crash leaves the old adapter, the new one, or none that loads.
+
+    Args:
+        model: converted, or a PEFT model taken over.
+        directory: made if it is not there; other files in it stay.
+
+    Raises:
+        ConfigError: no adapted layer, or something trained that PEFT's LoRA files cannot hold;
+            nothing is written then.
+    """
+    from safetensors.torch import save
+
+    root, theirs = _base_of(model)
+    layers = _adapters(root, "a model that convert() adapted")
+    saved = _saved_by_owner(root, layers)
+    config = {**_config(root, layers, saved), **_provenance(root, theirs)}
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors[f"{name}.lora_A.weight"] = layer.frozen_A()
+        tensors[f"{name}.lora_B.weight"] = layer.trained_B()
+    for name, module in saved.items():
+        tensors.update({f"{name}.{key}": value for key, value in module.state_dict().items()})
+    # Copies: safetensors takes no two tensors of one memory, which tied weights are.
+    kept = {_PREFIX + k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    weights = save(kept, metadata={"format": "pt"})
+
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    old = folder / CONFIG
+    if old.exists() and old.read_bytes() != text:
+        old.unlink()
+    write_atomic(folder / WEIGHTS, weights)
+    write_atomic(old, text)
+
+
+def load_adapter(model: M, directory: str | os.PathLike[str]) -> M:
+    """Reads an adapter that PEFT or `save_adapter` wrote onto `model`.
+
+    A plain model is converted: only the adapter's B and the modules in the file are trained from
+    then on. A converted model (or PEFT's, taken over) takes the values over; its ranks and
+    scalings must be the file's.
+
+    Args:
+        model: changed and returned.
+        directory: holds adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        ConfigError: files that are missing or damaged, a method other than LoRA with a fixed W,
+            or tensors that do not fit the model; the model is then unchanged.
+    """
+    folder = Path(directory)
+    config = _read_config(folder)
+    tensors = _read_tensors(folder / WEIGHTS)
+    root, _ = _base_of(model)
+    pairs, others = _split(tensors)
+    if any(isinstance(m, Adapter) for m in root.modules()):
+        _fill(root, config, pairs, others)
+    else:
+        _convert_to(root, config, pairs, others)
+    return model
+
+
+def _base_of(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """The model inside compile's and PEFT's wrappers, and PEFT's configuration of its adapter."""
+    inner: Any = model
+    while isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+        inner = inner._orig_mod
+    kind = getattr(sys.modules.get("peft.peft_model"), "PeftModel", None)
+    if kind is not None and isinstance(inner, kind):
+        inner = inner.base_model
+    tuner = getattr(sys.modules.get("peft.tuners.lora.model"), "LoraModel", None)
+    configs = getattr(inner, "peft_config", None)
+    if tuner is not None and isinstance(inner, tuner):
+        inner = inner.model
+    one = next(iter(configs.values())) if isinstance(configs, dict) and len(configs) == 1 else None
+    return inner, {} if one is None else one.to_dict()
+
+
+def _adapters(root: nn.Module, accepted: str) -> dict[str, Adapter]:
+    layers = {n: m for n, m in root.named_modules() if isinstance(m, Adapter)}
+    if not layers:
+        kind = "holds PEFT's own LoRA layers" if lora_layers(root) else "has no adapted layer"
+        raise ConfigError(f"model {kind}; accepted: {accepted}")
+    if "" in layers:
+        raise ConfigError(f"model is itself an adapted layer; accepted: {accepted}")
+    for name, layer in layers.items():
+        held = getattr(layer, "lora_A", None)
+        if isinstance(held, nn.ModuleDict) and len(held) != 1:
+            raise ConfigError(
+                f"model: layer {name!r} holds the adapters {', '.join(held)}; accepted: one"
+            )
+    return layers
+
+
+def _wrapped_by_peft(root: nn.Module) -> dict[str, Any]:
+    """PEFT's wrappers of modules that are trained whole, by the name of what they wrap."""
+    kind = getattr(sys.modules.get("peft.utils.other"), "ModulesToSaveWrapper", None)
+    if kind is None:
+        return {}
+    return {n: m for n, m in root.named_modules() if isinstance(m, kind)}
+
+
+def _inside(name: str, outer: Iterable[str]) -> bool:
+    return any(name == o or name.startswith(o + ".") for o in outer)
+
+
+def _wanted_by_peft(names: Iterable[str], asked: Iterable[str]) -> list[str]:
+    """The names that PEFT's modules_to_save picks: those that end in one asked for, even within
+    a part of a name."""
+    ends = tuple(asked)
+    return [name for name in names if name and name.endswith(ends)] if ends else []
+
+
+def _saved_by_owner(root: nn.Module, layers: dict[str, Adapter]) -> dict[str, nn.Module]:
+    """The modules to be saved whole: those that own a trained tensor which is no adapter's."""
+    wrappers = _wrapped_by_peft(root)
+    names = {
+        name: module
+        for name, module in root.named_modules(remove_duplicate=False)
+        if not any(name.startswith(w + ".") for w in wrappers)
+    }
+    trained = {
+        id(p): f"{name}.{local}".lstrip(".")
+        for name, layer, local, p in owned_parameters(root)
+        if p.requires_grad
+        and not (isinstance(layer, Adapter) and local == "lora_B")
+        and not _inside(name, wrappers)
+    }
+    # Every module that owns the tensor: a tied one that PEFT restored alone would be tied no more.
+    owners = {
+        name
+        for name, module in names.items()
+        if any(id(p) in trained for p in module.parameters(recurse=False))
+    }
+    owned = {id(p) for n in owners for p in names[n].parameters(recurse=False)}
+    lost = [trained[i] for i in trained if i not in owned]
+    saved = {
+        name: wrappers[name].modules_to_save[next(iter(wrappers[name].modules_to_save))]
+        if name in wrappers
+        else names[name]
+        for name in _wanted_by_peft(names, owners | set(wrappers))
+    }
+    if "" in owners or lost:
+        lost += [n for n, p in root.named_parameters(recurse=False) if id(p) in trained]
+        raise ConfigError(
+            f"model trains {', '.join(sorted(set(lost)))}, which PEFT's LoRA files cannot hold; "
+            "accepted: adapters, and parameters of modules inside the model"
+        )
+    for name in saved:
+        if any(_inside(other, [name]) for other in [*layers, *(set(saved) - {name})]):
+            raise ConfigError(
+                f"model: PEFT would keep module {name!r} whole, but parts of it are adapted or "
+                "kept by themselves; accepted: trained parameters in modules that hold no adapter"
+            )
+    return saved
+
+
+def _config(
+    root: nn.Module, layers: dict[str, Adapter], saved: dict[str, nn.Module]
+) -> dict[str, Any]:
+    """The entries that PEFT needs to build exactly these layers."""
+    settings = {name: layer.adapter_settings() for name, layer in layers.items()}
+    rslora = all(of_layer[2] for of_layer in settings.values())
+    ranks = {name: r for name, (r, _, _) in settings.items()}
+    alphas = {
+        name: _alpha(name, layer.adapter_scaling(), *settings[name], rslora)
+        for name, layer in layers.items()
+    }
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    targets, excluded = _targets(root, set(layers), set(saved))
+    return {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": max(layer.adapter_dropout() for layer in layers.values()),
+        "use_rslora": rslora,
+        # Anchored: PEFT takes a key for a regular expression that may begin at any part.
+        "rank_pattern": {f"^{re.escape(n)}": v for n, v in ranks.items() if v != r},
+        "alpha_pattern": {f"^{re.escape(n)}": v for n, v in alphas.items() if v != alpha},
+        "target_modules": targets,
+        "exclude_modules": excluded or None,
+        "modules_to_save": sorted(saved) or None,
+        "fan_in_fan_out": any(
+            is_conv1d(getattr(layer, "base_layer", layer))
+            or getattr(layer, "fan_in_fan_out", False)
+            for layer in layers.values()
+        ),
+        "bias": "none",
+        "use_dora": False,
+        "lora_bias": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "task_type": None,
+    }
+
+
+def _alpha(
+    name: str, scaling: float, r: int, alpha: float, rslora: bool, rslora_of_all: bool
+) -> float:
+    """The alpha from which PEFT makes this layer's scaling, to the bit; whole where it can be."""
+    by_product = scaling * (math.sqrt(r) if rslora_of_all else r)
+    near = (by_product, math.nextafter(by_product, 0.0), math.nextafter(by_product, math.inf))
+    for candidate in (alpha, *near):
+        if scaling_of(r, candidate, rslora_of_all) == scaling:
+            return int(candidate) if candidate == int(candidate) else candidate
+    raise ConfigError(
+        f"model: layer {name!r} has the scaling {scaling!r} with rank {r}, which no alpha gives "
+        f"with use_rslora={rslora_of_all}; accepted: one kind of scaling for all layers"
+    )
+
+
+def _targets(root: nn.Module, adapted: set[str], saved: set[str]) -> tuple[list[str], list[str]]:
+    """target_modules and exclude_modules by which PEFT finds exactly the adapted layers."""
+    # Parts of adapted layers are no modules of the plain model that PEFT will look at.
+    names = [
+        n
+        for n, _ in root.named_modules()
+        if n in adapted or not (_inside(n, adapted) or _inside(n, saved))
+    ]
+    short = sorted({name.rsplit(".", 1)[-1] for name in adapted})
+    if {n for n in names if _ends(n, short)} == adapted:
+        return short, []
+    full = sorted(adapted)
+    excluded = sorted(n for n in names if _ends(n, full) and n not in adapted)
+    hidden = [n for n in full if _ends(n, excluded)]
+    if hidden:
+        raise ConfigError(
+            f"model: no list of names tells PEFT to adapt {hidden[0]!r} and not {excluded[0]!r}; "
+            "accepted: an adapter on both, or on neither"
+        )
+    return full, excluded
+
+
+def _ends(name: str, ends: Iterable[str]) -> bool:
+    return any(name == end or name.endswith("." + end) for end in ends)
+
+
+def _provenance(root: nn.Module, theirs: dict[str, Any]) -> dict[str, Any]:
+    """What says whose adapter it is; of PEFT's own configuration also how W was made."""
+    path = getattr(root, "name_or_path", None)
+    kept = {
+        "base_model_name_or_path": path if isinstance(path, str) and path else None,
+        "auto_mapping": {
+            "base_model_class": type(root).__name__,
+            "parent_library": type(root).__module__,
+        },
+    }
+    for key in ("task_type", "base_model_name_or_path", "revision", "init_lora_weights"):
+        value = theirs.get(key)
+        if value is not None:
+            kept[key] = getattr(value, "value", value)
+    if kept.get("task_type") is not None:
+        # PEFT names a class only where the task does not.
+        del kept["auto_mapping"]
+    return kept
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        several = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
+        raise ConfigError(
+            f"directory: {folder} has no {CONFIG}"
+            + (f", but the adapters {', '.join(several)} inside" if several else "")
+            + "; accepted: the folder of one adapter"
+        )
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"directory: {path} is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"directory: {path} holds {type(config).__name__}; accepted: an object")
+    method = config.get("peft_type")
+    if method != "LORA":
+        raise ConfigError(f"directory: {path} has peft_type {method!r}; accepted: 'LORA'")
+    if config.get("bias", "none") != "none":
+        raise ConfigError(f"directory: {path} has bias {config['bias']!r}; accepted: 'none'")
+    init = config.get("init_lora_weights", True)
+    if not any(init is known or init == known for known in _INITS_OF_A):
+        raise ConfigError(
+            f"directory: {path} has init_lora_weights {init!r}, which rewrites the base model's "
+            f"weights; accepted: {', '.join(map(repr, _INITS_OF_A))}"
+        )
+    for key, value in config.items():
+        if key not in _READ and value:
+            raise ConfigError(
+                f"directory: {path} has {key} {value!r}, which is more than a frozen W with "
+                "s B A; accepted: plain LoRA"
+            )
+    settings = (config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0))
+    try:
+        check_adapter(*settings, "kaiming")
+    except ConfigError as error:
+        raise ConfigError(f"directory: {path}: {error}") from error
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise ConfigError(f"directory: {path} has {key} {config[key]!r}; accepted: an object")
+    for key in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"):
+        patterns = config.get(key) or {}
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(
+                    f"directory: {path} has {key} {pattern!r}, no regular expression ({error})"
+                ) from error
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(path.read_bytes())
+    except FileNotFoundError as error:
+        old = path.with_suffix(".bin")
+        raise ConfigError(
+            f"directory: {path.parent} has no {path.name}"
+            + (f", only {old.name}, a pickle" if old.exists() else "")
+            + f"; accepted: a folder with {path.name}"
+        ) from error
+    except SafetensorError as error:
+        raise ConfigError(
+            f"directory: {path} is damaged or cut short ({error}); accepted: a whole safetensors "
+            "file"
+        ) from error
+
+
+_Pairs = dict[str, tuple[Tensor, Tensor]]
+
+
+def _split(tensors: dict[str, Tensor]) -> tuple[_Pairs, dict[str, Tensor]]:
+    """(A, B) by the layer's name, and all other tensors by theirs."""
+    found: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if not key.startswith(_PREFIX):
+            raise ConfigError(f"directory: tensor {key!r}; accepted: names that begin {_PREFIX}")
+        name = key.removeprefix(_PREFIX)
+        match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
+        if match:
+            found.setdefault(match[1], {})[match[2]] = tensor
+        elif re.search(r"(^|\.)lora_", name):
+            raise ConfigError(
+                f"directory: tensor {key!r}; accepted: lora_A.weight and lora_B.weight of linear "
+                "layers (one adapter, no DoRA, no embedding)"
+            )
+        else:
+            others[name] = tensor
+    pairs: _Pairs = {}
+    for name, parts in found.items():
+        if parts.keys() != {"A", "B"}:
+            missing = "A" if "A" not in parts else "B"
+            raise ConfigError(f"directory: lora_{missing} of layer {name!r} is missing")
+        A, B = parts["A"], parts["B"]
+        if not (A.is_floating_point() and B.is_floating_point()):
+            raise ConfigError(
+                f"directory: layer {name!r} has {A.dtype} and {B.dtype}; accepted: float types"
+            )
+        pairs[name] = A, B
+    if not pairs:
+        raise ConfigError("directory: no lora_A and lora_B; accepted: a LoRA adapter")
+    return pairs, others
+
+
+def _of_pattern(config: dict[str, Any], which: str, name: str, default: Any) -> Any:
+    for key, value in (config.get(which) or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def _settings(config: dict[str, Any], name: str, A: Tensor) -> tuple[int, float, bool]:
+    """(r, alpha, rslora) of one layer, as PEFT finds them, with A's rank."""
+    r = _of_pattern(config, "rank_pattern", name, config["r"])
+    alpha = _of_pattern(config, "alpha_pattern", name, config["lora_alpha"])
+    check_adapter(r, alpha, 0.0, "kaiming")
+    if A.dim() != 2 or A.shape[0] != r:
+        raise ConfigError(
+            f"directory: lora_A of layer {name!r} is {tuple(A.shape)}, but {CONFIG} gives the "
+            f"rank {r}; accepted: ({r}, d_in)"
+        )
+    return r, float(alpha), bool(config.get("use_rslora"))
+
+
+def _check_shapes(name: str, A: Tensor, B: Tensor, d_in: int, d_out: int) -> None:
+    if A.shape[1] != d_in or tuple(B.shape) != (d_out, A.shape[0]):
+        raise ConfigError(
+            f"directory: layer {name!r} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}; "
+            f"accepted by the model: (r, {d_in}) and ({d_out}, r)"
+        )
+
+
+def _is_target(config: dict[str, Any], name: str) -> bool:
+    """Whether PEFT's target_modules, and what limits them, pick the module."""
+    excluded = config.get("exclude_modules") or []
+    if isinstance(excluded, str):
+        if re.fullmatch(excluded, name):
+            return False
+    elif _ends(name, excluded):
+        return False
+    for saved in config.get("modules_to_save") or []:
+        if re.match(rf"(^|.*\.){saved}($|\..*)", name):
+            return False
+    targets = config.get("target_modules") or []
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    if name in targets:
+        return True
+    if not _ends(name, targets):
+        return False
+    only = config.get("layers_to_transform")
+    if only is None or only == []:
+        return True
+    patterns = config.get("layers_pattern") or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    before = [rf"(?:^|.*?\.){pattern}" for pattern in patterns] or [r".*?\.[^.]*"]
+    for start in before:
+        match = re.match(rf"{start}\.(\d+)\.", name)
+        if match:
+            return int(match[1]) in ([only] if isinstance(only, int) else only)
+    return False
+
+
+def _missing(config: dict[str, Any], names: Iterable[str], have: set[str]) -> None:
+    lacking = sorted(n for n in names if n not in have and n and _is_target(config, n))
+    if lacking:
+        raise ConfigError(
+            f"directory: tensors of {', '.join(lacking[:3])} are missing, which target_modules "
+            "of its configuration names; accepted: a whole adapter"
+        )
+
+
+def _fit_others(
+    expected: dict[str, Tensor], needed: Iterable[str], others: dict[str, Tensor]
+) -> None:
+    """Raises ConfigError unless every other tensor has its place, and all that are needed come."""
+    lacking = sorted(set(needed) - set(others))
+    if lacking:
+        raise ConfigError(
+            f"directory: {', '.join(lacking[:3])} is missing, which the adapter or the model "
+            "trains beside LoRA; accepted: a whole adapter"
+        )
+    for name, tensor in others.items():
+        if name not in expected:
+            raise ConfigError(
+                f"directory: tensor {name!r} is neither LoRA's nor in modules_to_save, or the "
+                "model has none of that name"
+            )
+        if tensor.shape != expected[name].shape:
+            raise ConfigError(
+                f"directory: tensor {name!r} is {tuple(tensor.shape)}; accepted by the model: "
+                f"{tuple(expected[name].shape)}"
+            )
+        _check_exact(name, tensor, expected[name])
+
+
+def _check_exact(name: str, tensor: Tensor, place: Tensor) -> None:
+    if torch.promote_types(tensor.dtype, place.dtype) != place.dtype:
+        raise ConfigError(
+            f"directory: {name} is {tensor.dtype}, which the model's {place.dtype} would round; "
+            f"accepted: a model whose own is {tensor.dtype} or wider"
+        )
+
+
+def _fill(
+    root: nn.Module, config: dict[str, Any], pairs: _Pairs, others: dict[str, Tensor]
+) -> None:
+    """Puts the values into a model that is converted already."""
+    layers = _adapters(root, "a plain or converted model")
+    unknown, lacking = sorted(pairs.keys() - layers.keys()), sorted(layers.keys() - pairs.keys())
+    if unknown or lacking:
+        raise ConfigError(
+            "directory and model do not fit: "
+            + (f"the model has no adapted layer {', '.join(unknown[:3])}; " if unknown else "")
+            + (f"the file has nothing for {', '.join(lacking[:3])}; " if lacking else "")
+            + "accepted: the same layers in both"
+        )
+    _missing(config, (n for n, _ in root.named_modules() if not _inside(n, layers)), set(pairs))
+    for name, (A, B) in pairs.items():
+        layer = layers[name]
+        r, alpha, rslora = _settings(config, name, A)
+        held_A, held_B = layer.frozen_A(), layer.trained_B()
+        if tuple(held_A.shape) != tuple(A.shape) or tuple(held_B.shape) != tuple(B.shape):
+            raise ConfigError(
+                f"directory: layer {name!r} has lora_A {tuple(A.shape)} and lora_B "
+                f"{tuple(B.shape)}; accepted by the model: {tuple(held_A.shape)} and "
+                f"{tuple(held_B.shape)}"
+            )
+        if scaling_of(r, alpha, rslora) != layer.adapter_scaling():
+            raise ConfigError(
+                f"directory: layer {name!r} is scaled by {scaling_of(r, alpha, rslora):g}; "
+                f"accepted by the model: {layer.adapter_scaling():g}"
+            )
+        _check_exact(f"lora_A of {name}", A, held_A)
+        _check_exact(f"lora_B of {name}", B, held_B)
+    saved = _saved_by_owner(root, layers)
+    places = {f"{n}.{k}": v for n, m in saved.items() for k, v in m.state_dict().items()}
+    needed = list(places)
+    for name in _wanted_by_peft((n for n, _ in root.named_modules()), _asked(config)):
+        module = saved.get(name, root.get_submodule(name))
+        places.update({f"{name}.{k}": v for k, v in module.state_dict().items()})
+    _fit_others(places, needed, others)
+    with torch.no_grad():
+        for name, (A, B) in pairs.items():
+            layers[name].frozen_A().copy_(A)
+            layers[name].trained_B().copy_(B)
+        for name, tensor in others.items():
+            # state_dict's tensors are the parameters' own memory.
+            places[name].copy_(tensor)
+
+
+def _asked(config: dict[str, Any]) -> list[str]:
+    asked = config.get("modules_to_save") or []
+    if not isinstance(asked, list):
+        raise ConfigError(f"directory: modules_to_save is {asked!r}; accepted: a list of names")
+    return asked
+
+
+def _convert_to(
+    root: nn.Module, config: dict[str, Any], pairs: _Pairs, others: dict[str, Tensor]
+) -> None:
+    """Converts a plain model into the one that the file was made from."""
+    if lora_layers(root):
+        raise ConfigError(
+            "model holds PEFT's own LoRA layers; accepted: a plain model, or convert(model) first"
+        )
+    modules = dict(root.named_modules(remove_duplicate=False))
+    found: dict[nn.Module, str] = {}
+    for name, (A, B) in pairs.items():
+        module: Any = modules.get(name)
+        if module is None or name == "":
+            raise ConfigError(f"directory: layer {name!r} is in the file and not in the model")
+        if not can_adapt(module):
+            raise ConfigError(
+                f"directory: layer {name!r} is {type(module).__name__} in the model; accepted: "
+                f"{ADAPTABLE}"
+            )
+        _settings(config, name, A)
+        conv = is_conv1d(module)
+        d_in = module.weight.shape[0] if conv else module.in_features
+        _check_shapes(name, A, B, d_in, module.nf if conv else module.out_features)
+        first = found.setdefault(module, name)
+        if not all(map(torch.equal, pairs[first], (A, B))):
+            raise ConfigError(
+                f"directory: {first!r} and {name!r} are one layer in the model, with different "
+                "tensors in the file; accepted: the model that the adapter was made for"
+            )
+    _missing(config, (n for n, m in modules.items() if m not in found), set(pairs))
+    wanted = _wanted_by_peft(modules, _asked(config))
+    for name in wanted:
+        if any(_inside(other, [name]) for other in pairs):
+            raise ConfigError(f"directory: module {name!r} is adapted and in modules_to_save")
+    places = {f"{n}.{k}": v for n in wanted for k, v in modules[n].state_dict().items()}
+    _fit_others(places, places, others)
+
+    # Nothing below fails: what is changed here is not taken back.
+    adapted: dict[nn.Module, Adapter] = {}
+    for old, name in found.items():
+        A, B = pairs[name]
+        r, alpha, rslora = _settings(config, name, A)
+        dropout = float(config.get("lora_dropout") or 0.0)
+        new: Any = make_adapter(old, r, alpha, init="kaiming", dropout=dropout, rslora=rslora)
+        new.init = "file"
+        for part, tensor in (("lora_A", A), ("lora_B", B)):
+            held = getattr(new, part)
+            # As wide as the file's: its bits stay.
+            dtype = torch.promote_types(tensor.dtype, held.dtype)
+            held.data = tensor.to(device=held.device, dtype=dtype, copy=True)
+        adapted[old] = new
+    for parameter in root.parameters():
+        parameter.requires_grad_(False)
+    put_in(root, adapted)
+    for new in adapted.values():
+        new.trained_B().requires_grad_(True)
+    with torch.no_grad():
+        for name, tensor in others.items():
+            places[name].copy_(tensor)
+    for name in wanted:
+        modules[name].requires_grad_(True)
