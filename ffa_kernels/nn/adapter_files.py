@@ -487,11 +487,9 @@ def _missing(config: dict[str, Any], names: Iterable[str], have: set[str]) -> No
         )
 
 
-def _fit_others(
-    expected: dict[str, Tensor], needed: Iterable[str], others: dict[str, Tensor]
-) -> None:
-    """Raises ConfigError unless every other tensor has its place, and all that are needed come."""
-    lacking = sorted(set(needed) - set(others))
+def _fit_others(expected: dict[str, Tensor], others: dict[str, Tensor]) -> None:
+    """Raises ConfigError unless each expected tensor is among the others, and no more."""
+    lacking = sorted(expected.keys() - others.keys())
     if lacking:
         raise ConfigError(
             f"directory: {', '.join(lacking[:3])} is missing, which the adapter or the model "
@@ -551,12 +549,12 @@ def _fill(
         _check_exact(f"lora_A of {name}", A, held_A)
         _check_exact(f"lora_B of {name}", B, held_B)
     saved = _saved_by_owner(root, layers)
+    wrapped = _wrapped_by_peft(root)
+    plain = [n for n, _ in root.named_modules() if not any(n.startswith(w + ".") for w in wrapped)]
+    for name in _wanted_by_peft(plain, _asked(config)):
+        saved.setdefault(name, root.get_submodule(name))
     places = {f"{n}.{k}": v for n, m in saved.items() for k, v in m.state_dict().items()}
-    needed = list(places)
-    for name in _wanted_by_peft((n for n, _ in root.named_modules()), _asked(config)):
-        module = saved.get(name, root.get_submodule(name))
-        places.update({f"{name}.{k}": v for k, v in module.state_dict().items()})
-    _fit_others(places, needed, others)
+    _fit_others(places, others)
     with torch.no_grad():
         for name, (A, B) in pairs.items():
             layers[name].frozen_A().copy_(A)
@@ -608,7 +606,7 @@ def _convert_to(
         if any(_inside(other, [name]) for other in pairs):
             raise ConfigError(f"directory: module {name!r} is adapted and in modules_to_save")
     places = {f"{n}.{k}": v for n in wanted for k, v in modules[n].state_dict().items()}
-    _fit_others(places, places, others)
+    _fit_others(places, others)
 
     # Nothing below fails: what is changed here is not taken back.
     adapted: dict[nn.Module, Adapter] = {}
