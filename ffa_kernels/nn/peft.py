@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from ffa_kernels.errors import ConfigError
 from ffa_kernels.nn.adapter import Adapter
 from ffa_kernels.nn.linear import is_conv1d
-from ffa_kernels.nn.wrapped import WRAPPED, can_wrap, dequantized, is_plain_linear
+from ffa_kernels.nn.wrapped import (
+    WRAPPED,
+    can_wrap,
+    dequantized,
+    is_plain_linear,
+    plain_linear,
+    prepare,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -89,8 +96,10 @@ class _TakenOver(Adapter):
             yield from modules.values()
 
     def merged_layer(self) -> nn.Module:
-        """The plain layer inside, with weight W + s B A."""
+        """The plain layer inside, with weight W + s B A; nn.Linear where that is quantised."""
         layer: Any = self
+        if self.frozen_weight() is None:
+            return plain_linear(self.merged_weight(), self.base_layer, self.training)
         layer.merge(safe_merge=True)
         plain: nn.Module = layer.get_base_layer()
         return plain.train(self.training)
@@ -194,6 +203,7 @@ def take_over(model: M, layers: dict[str, nn.Module]) -> M:
     for layer in layers.values():
         layer.__class__ = known[type(layer)]
         taken: Any = layer
+        prepare(taken.base_layer)
         taken.frozen_A().requires_grad_(False)
         taken.trained_B().requires_grad_(True)
     return model

@@ -7,6 +7,7 @@ Linear4bit and Linear8bitLt and torchao's weight-only tensors are known here and
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -44,7 +45,7 @@ def _quantised_weight(layer: nn.Module) -> Any:
     """A weight that is a tensor of a type of its own, as torchao's and bitsandbytes' are."""
     weight: Any = getattr(layer, "weight", None)
     plain = weight is None or (type(weight.data) is Tensor and weight.is_floating_point())
-    # bitsandbytes packs into uint8 parameters of its own types.
+    # bitsandbytes packs into parameters of its own types.
     return None if plain and type(weight) in (nn.Parameter, Tensor) else weight
 
 
@@ -65,9 +66,59 @@ def can_wrap(layer: nn.Module) -> bool:
 
 
 def _is_known(weight: Any) -> bool:
-    return type(weight).__name__ in ("Params4bit", "Int8Params") or callable(
-        getattr(weight, "dequantize", None)
-    )
+    if type(weight).__name__ in ("Params4bit", "Int8Params"):
+        return True
+    # torchao's; with activations quantised as well, its product has no gradient to speak of.
+    return callable(getattr(weight, "dequantize", None)) and _activations(weight) is None
+
+
+def _activations(weight: Any) -> Any:
+    """How torchao quantises the input as well, if it does."""
+    for name in ("act_quant_kwargs", "activation_quantization"):
+        how = getattr(weight, name, None)
+        if how is not None:
+            return how
+    return None
+
+
+def mixes_records(layer: nn.Module) -> str | None:
+    """Why the forward of a quantised layer, frozen or not, makes one record depend on others.
+
+    No record's gradient is then its own, and clipping bounds nothing.
+    """
+    weight = _quantised_weight(layer)
+    kind = type(weight).__name__
+    threshold = getattr(getattr(layer, "state", None), "threshold", 0.0)
+    if kind == "Int8Params" and threshold > 0:
+        return (
+            f"has llm_int8_threshold {threshold:g}: a column that is an outlier in one record is "
+            "computed in another precision for all; accepted: llm_int8_threshold=0.0"
+        )
+    granularity = type(getattr(_activations(weight), "granularity", None)).__name__
+    if granularity == "PerTensor":
+        return (
+            "quantises its input by one scale for the whole batch; accepted: weight-only "
+            "quantisation, or a scale for each row"
+        )
+    return None
+
+
+def prepare(layer: Any) -> None:
+    """Keeps a layer differentiable: on some CPUs bitsandbytes repacks a 4-bit weight at the first
+    forward without gradients, for a product that has none from then on."""
+    if type(_quantised_weight(layer)).__name__ != "Params4bit":
+        return
+    layer.support_avx512bf16_for_cpu = False
+    weight = layer.weight
+    if getattr(weight.quant_state, "packing_format_for_cpu", False):
+        weight.data, weight.quant_state = _unpacked(weight.data, weight.quant_state)
+
+
+def _unpacked(data: Tensor, quant_state: Any) -> tuple[Tensor, Any]:
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    unpacked: tuple[Tensor, Any] = _convert_weight_packed_for_cpu_inverse(data, quant_state)
+    return unpacked
 
 
 def dequantized(layer: Any) -> Tensor:
@@ -82,23 +133,46 @@ def dequantized(layer: Any) -> Tensor:
         return made
     kind = type(weight).__name__
     if kind == "Params4bit":
-        import bitsandbytes.functional
-
-        made = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
-        return made.view(layer.out_features, layer.in_features)
+        return _dequantized_4bit(weight)
     if kind == "Int8Params":
         return _dequantized_int8(layer, weight)
     made = weight.dequantize()
     return made
 
 
+def _dequantized_4bit(weight: Any) -> Tensor:
+    made: Tensor
+    if weight.quant_state is None:
+        # Quantised only when moved to a device.
+        made = weight.data
+        return made
+    from bitsandbytes.functional import dequantize_4bit
+
+    data, state = weight.data, weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        data, state = _unpacked(data, copy.deepcopy(state))
+    made = dequantize_4bit(data.reshape(-1, 1), state)
+    return made
+
+
 def _dequantized_int8(layer: Any, weight: Any) -> Tensor:
-    """bitsandbytes' int8: rows scaled by their largest value, which is 127. A weight that was
-    never on a device that quantises is still a float."""
-    packed = weight.data if layer.state.CB is None else layer.state.CB
-    scale = weight.SCB if weight.SCB is not None else layer.state.SCB
-    made: Tensor = packed.float()
-    return made if scale is None else made * (scale.view(-1, 1) / 127.0)
+    """bitsandbytes' int8: rows scaled by their largest value, which is 127. The first forward
+    moves the scales from the weight to the layer's state."""
+    made: Tensor = weight.data.float()
+    scales: Tensor
+    if weight.data.dtype != torch.int8:
+        return made
+    scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+    return made * (scales.view(-1, 1) / 127.0)
+
+
+def plain_linear(weight: Tensor, base_layer: Any, training: bool) -> nn.Linear:
+    """nn.Linear with this weight and `base_layer`'s bias, frozen."""
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    bias: Any = getattr(base_layer, "bias", None)
+    plain.bias = bias
+    return plain.train(training)
 
 
 class FFAWrapped(Adapter):
@@ -133,6 +207,7 @@ class FFAWrapped(Adapter):
             raise ConfigError(
                 f"base_layer is {type(base_layer).__name__}; accepted: torch.nn.Linear, {WRAPPED}"
             )
+        prepare(base)
         weight = dequantized(base_layer)
         super().__init__()
         self.base_layer = base
@@ -184,11 +259,7 @@ class FFAWrapped(Adapter):
 
     def merged_layer(self) -> nn.Linear:
         """A plain nn.Linear, no longer quantised, with weight W + s B A and the layer's bias."""
-        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
-        bias: Any = getattr(self.base_layer, "bias", None)
-        plain.bias = bias
-        return plain.train(self.training)
+        return plain_linear(self.merged_weight(), self.base_layer, self.training)
 
     def extra_repr(self) -> str:
         return (

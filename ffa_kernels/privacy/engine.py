@@ -20,6 +20,7 @@ from ffa_kernels.errors import ConfigError, PrivacyError
 from ffa_kernels.nn.adapter import Adapter, owned_parameters
 from ffa_kernels.nn.record_taps import RecordTaps
 from ffa_kernels.nn.recorded import RECORDED, is_recorded
+from ffa_kernels.nn.wrapped import mixes_records
 from ffa_kernels.privacy.accounting import check_accountant, noise_multiplier_for
 from ffa_kernels.privacy.keys import SecretStream
 from ffa_kernels.privacy.ledger import Ledger
@@ -282,6 +283,9 @@ def _check_model(module: nn.Module) -> None:
                 f"layer {name!r} is {type(layer).__name__}, which mixes records: no record's "
                 "gradient is its own; accepted: GroupNorm, LayerNorm or RMSNorm in its place"
             )
+        mixing = mixes_records(layer)
+        if mixing is not None:
+            raise PrivacyError(f"layer {name!r} ({type(layer).__name__}) {mixing}")
         if getattr(layer, "max_norm", None) is not None and isinstance(
             layer, (nn.Embedding, nn.EmbeddingBag)
         ):
