@@ -168,7 +168,7 @@ class PrivateTrainer(Trainer):
             batch_size=self.expected_batch_size,
             num_workers=stock.num_workers,
             collate_fn=stock.collate_fn,
-            pin_memory=stock.pin_memory,
+            pin_memory=stock.pin_memory and self.args.device.type != "cpu",
             timeout=stock.timeout,
             worker_init_fn=stock.worker_init_fn,
             **workers,
