@@ -1,5 +1,6 @@
 """Drop-in modules: FFALinear, convert(), merge(), and adapters in PEFT's files."""
 
+from ffa_kernels.nn import opacus
 from ffa_kernels.nn.adapter_files import load_adapter, save_adapter
 from ffa_kernels.nn.conversion import convert, merge
 from ffa_kernels.nn.linear import FFALinear
@@ -16,3 +17,5 @@ __all__ = [
     "packed",
     "save_adapter",
 ]
+
+opacus.register()

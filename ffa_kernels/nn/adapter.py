@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ffa_kernels import ops
 from ffa_kernels.nn.record_taps import RecordTaps, tapping
@@ -93,6 +94,13 @@ class Adapter(nn.Module):
         # and so the same mask, when the forward is run again.
         counter = torch.randint(1 << 62, (1,), device=x.device)
         return torch.cat([self._dropout_key.to(x.device), counter])
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As nn.Module has it. Opacus, which listens here, may have been imported last."""
+        from ffa_kernels.nn import opacus
+
+        opacus.register()
+        return super().register_forward_hook(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         # The engine's key is secret: a pickle would write it to disk, a copy would share it.

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ffa_kernels.errors import ConfigError
+from ffa_kernels.nn import opacus
 from ffa_kernels.nn.adapter import Adapter
 from ffa_kernels.nn.linear import FFALinear, check_adapter, is_conv1d
 from ffa_kernels.nn.peft import lora_layers, take_over
@@ -71,6 +72,7 @@ def convert(
         ConfigError: an argument that is not accepted, a model that is already converted, or a
             PEFT layer that cannot be taken over; the model is then unchanged.
     """
+    opacus.register()
     theirs = lora_layers(model)
     if theirs and not any(isinstance(layer, Adapter) for layer in theirs.values()):
         given = (r, alpha, target_modules, init, seed, dropout, rslora, tuple(modules_to_save))

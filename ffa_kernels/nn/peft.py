@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ffa_kernels.errors import ConfigError
 from ffa_kernels.nn.adapter import Adapter
 from ffa_kernels.nn.linear import is_conv1d
+from ffa_kernels.nn.record_taps import tapping
 from ffa_kernels.nn.wrapped import (
     WRAPPED,
     can_wrap,
@@ -90,6 +91,10 @@ class _TakenOver(Adapter):
         layer: Any = self
         return float(getattr(layer.lora_dropout[self._name()], "p", 0.0))
 
+    def _heard(self) -> bool:
+        """Whether hooks sit on the modules inside (Opacus'), which only PEFT's forward calls."""
+        return any(m._forward_hooks or m._forward_pre_hooks for m in self.inner_modules())
+
     def inner_modules(self) -> Iterator[nn.Module]:
         layer: Any = self
         for modules in (layer.lora_A, layer.lora_B):
@@ -112,7 +117,8 @@ class _TakenOver(Adapter):
                 f"adapted PEFT layer: forward was given {sorted(kwargs) or len(args)} beside x; "
                 "accepted: x alone (no adapter_names: one adapter for the whole batch)"
             )
-        if layer.disable_adapters or layer.merged:
+        heard = self._heard() and not tapping(self, self.record_taps)
+        if layer.disable_adapters or layer.merged or heard:
             y: Tensor = self._theirs.forward(self, x)
             return y
         return self.adapted_forward(x)
