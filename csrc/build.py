@@ -58,6 +58,15 @@ CUDA_FLAGS = [
 ]
 
 
+# The CUDA kernels as a program of the CPU, one thread of a block after another (cuda/block.h),
+# under the address and undefined-behaviour sanitizers.
+SERIAL_FLAGS = [
+    *("-x", "c++", "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
+    *("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"),
+    *("-Wall", "-Wextra", "-DFFA_ISA=serial"),
+]
+
+
 class CompileError(Exception):
     """A compiler's own words about a file it refused."""
 
@@ -145,6 +154,36 @@ def _build_cuda(compiler: list[str], work: Path, target: Path) -> list[str]:
     _run([*compiler, *flags, "-shared", *objects, "-o", str(target)])
     target.with_name(RESOURCES).write_text("".join(said))
     return flags
+
+
+def build_serial(out: Path) -> Path:
+    """Compile the CUDA kernels for the CPU into ``libffa_cuda_serial.so`` in `out`, for tests.
+
+    A process that loads it needs the sanitizer's runtime first: LD_PRELOAD libasan.so.
+
+    Raises:
+        CompileError: no C++ compiler, or its words about a file that it refused.
+    """
+    compiler = _find("CXX", ("g++", "c++", "clang++"))
+    if compiler is None:
+        raise CompileError("no C++ compiler found")
+    out.mkdir(parents=True, exist_ok=True)
+    target, record = out / "libffa_cuda_serial.so", out / "serial.txt"
+    digest = _sources_digest("cuda")
+    if target.exists() and record.exists() and record.read_text() == digest:
+        return target
+    with tempfile.TemporaryDirectory() as work:
+        objects, commands = [], []
+        for source in sorted((CSRC / "cuda").glob("*.cu"), key=lambda path: -path.stat().st_size):
+            objects.append(str(Path(work) / f"{source.stem}.o"))
+            commands.append([*compiler, *SERIAL_FLAGS, "-c", str(source), "-o", objects[-1]])
+        _compile_all(commands)
+        fresh = target.with_suffix(f".{os.getpid()}")
+        sanitizers = "-fsanitize=address,undefined"
+        _run([*compiler, "-shared", sanitizers, *objects, "-o", str(fresh)])
+        fresh.replace(target)
+    record.write_text(digest)
+    return target
 
 
 def _sources_digest(kind: str) -> str:

@@ -21,8 +21,9 @@ from ffa_kernels.errors import ConfigError
 
 _COSTS = {
     "cpu": "the reference backend serves CPU tensors: the same results, more slowly",
-    "cuda": "CUDA tensors are served by the reference backend: the same results, more slowly",
-    "triton": "no Triton kernels; nothing on a CPU needs them",
+    "cuda": "without Triton, or before compute capability 8.0, CUDA tensors are served by the "
+    "reference backend: the same results, more slowly",
+    "triton": "no Triton kernels: the CUDA library serves GPUs; nothing on a CPU needs them",
     "openmp": "compiled CPU kernels run on one thread",
     "transformers": "`federate` needs it for its models: pip install 'ffa-kernels[demo]'",
     "peft": "`federate` needs it for method = \"lora\": pip install 'ffa-kernels[demo]'",

@@ -34,7 +34,8 @@ def inputs(leading, d_out, r, dtype):
 
 def served(backend, dtype):
     """`dtype`, or a 16-bit type where the backend has no fp64."""
-    return torch.float16 if backend == "triton" and dtype == torch.float64 else dtype
+    gpu = backend in ("triton", "cuda")
+    return torch.float16 if gpu and dtype == torch.float64 else dtype
 
 
 def formulas(g: Tensor, h: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -89,9 +90,10 @@ def test_equals_the_formulas(backend, leading, d_out, r, dtype, mean_loss):
     check(leading, d_out, r, served(backend, dtype), mean_loss)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"], indirect=True)
 @pytest.mark.parametrize("leading, d_out, r", UGLY)
 def test_equals_the_formulas_in_bf16(backend, leading, d_out, r):
+    if backend == "cpu":
+        pytest.skip("the CPU backend leaves 16-bit matrices to the reference")
     check(leading, d_out, r, torch.bfloat16)
 
 
