@@ -572,3 +572,16 @@ def test_an_empty_draw_is_a_step_without_a_loss(tmp_path):
     assert any(loss.isnan() for loss in losses) and any(loss.isfinite() for loss in losses)
     assert len(losses) == 12 == trainer.engine.ledger.steps
     assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
+
+
+def test_bf16_autocast_trains_in_fp32_parameters(tmp_path):
+    seen = []
+    model = causal_model()
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.register_forward_hook(lambda m, a, y: seen.append(y.dtype))
+    trainer = trainer_of(tmp_path, model, changed_args={"bf16": True})
+    before = trained(model)
+    trainer.train()
+    assert set(seen) == {torch.bfloat16}
+    after = trained(model)
+    assert all(p.dtype == torch.float32 and (p != before[n]).any() for n, p in after.items())
