@@ -33,7 +33,9 @@ $(STAMP): pyproject.toml
 lib:
 	$(PYTHON) csrc/build.py
 
+# As lib, then what each CUDA kernel takes on each card.
 compile: lib
+	$(PYTHON) csrc/resources.py
 
 test: venv lib
 	$(PY) -m pytest -q

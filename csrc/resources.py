@@ -107,7 +107,11 @@ def read(folder: Path = FOLDER) -> list[Kernel]:
 
 
 def main() -> int:
-    found = read(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
+    if not (folder / FILE).exists():
+        print(f"no CUDA library in {folder}: see build.json there for the reason")
+        return 0
+    found = read(folder)
     print(f"{'kernel':<52} {'arch':>5} {'regs':>5} {'shared':>7} {'spilled':>7} {'occupancy':>9}")
     for k in found:
         print(
