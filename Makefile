@@ -37,11 +37,15 @@ lib:
 compile: lib
 	$(PYTHON) csrc/resources.py
 
+# A worker a core, each of one thread: most tests are bound by one.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),1) $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
+
 test: venv lib
-	$(PY) -m pytest -q
+	$(PYTEST)
 
 test-full: venv lib
-	$(PY) -m pytest -q -m "full or not full"
+	$(PYTEST) -m "full or not full"
 
 lint: venv
 	$(VENV)/bin/ruff check .
