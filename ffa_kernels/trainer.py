@@ -56,9 +56,10 @@ class PrivateTrainer(Trainer):
     loss for each record, (n,); a subclass that overrides `compute_loss` must keep to a mean over
     records of each record's own loss. Evaluation is Trainer's.
 
-    Not covered by epsilon: loss and metrics in logs and in `trainer_state.json` (see DESIGN.md,
-    section 4). They come from private records without noise, belong in the site's own log, and
-    must not leave it; a warning says so once. `epsilon`, in every log and on the progress bar,
+    Not covered by epsilon: loss and metrics in logs and in `trainer_state.json`. They come from
+    private records without noise, belong in the site's own log, and must not leave it; a warning
+    says so once. A checkpoint chosen by them (`load_best_model_at_end`, early stopping) is covered
+    only if the evaluation records are public. `epsilon`, in every log and on the progress bar,
     depends on no record.
 
     Checkpoints hold model, optimizer and scheduler, and no generator: a resumed run draws afresh.

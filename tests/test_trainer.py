@@ -59,6 +59,29 @@ def classifier():
     )
 
 
+def gpt2():
+    """A causal language model by another name, whose linear layers are Conv1D."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_embd=8, n_layer=1, n_head=2, vocab_size=VOCABULARY, n_positions=TOKENS
+    )
+    return ffa.convert(transformers.GPT2LMHeadModel(config), r=2, target_modules=["c_attn"])
+
+
+def peft_model():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=VOCABULARY,
+    )
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    return ffa.convert(peft.get_peft_model(transformers.LlamaForCausalLM(config), lora))
+
+
 def tokens(n=RECORDS):
     generator = torch.Generator().manual_seed(1)
     return torch.randint(1, VOCABULARY, (n, TOKENS), generator=generator)
@@ -130,8 +153,13 @@ class Stop(TrainerCallback):
 
 @pytest.mark.parametrize(
     ("make", "records"),
-    [(causal_model, causal_records), (classifier, classified_records)],
-    ids=["causal", "classifier"],
+    [
+        (causal_model, causal_records),
+        (classifier, classified_records),
+        (gpt2, causal_records),
+        (peft_model, causal_records),
+    ],
+    ids=["causal", "classifier", "gpt2", "peft"],
 )
 def test_a_model_is_trained_and_the_cost_is_logged(tmp_path, make, records):
     model = make()
@@ -421,6 +449,28 @@ def test_a_resumed_run_goes_on_with_the_ledger_and_draws_afresh(tmp_path):
     assert len(logs) == 4 and logs == sorted(logs)
 
 
+def test_a_peft_models_checkpoint_is_its_adapter(tmp_path):
+    saving = {"changed_args": {"save_strategy": "steps", "save_steps": 2}}
+    first = trainer_of(tmp_path, peft_model(), callbacks=[Stop(2)], **saving)
+    first.train()
+    saved = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    assert not (tmp_path / "checkpoint-2" / "model.safetensors").exists()
+    first.engine.ledger.close()
+    second = trainer_of(tmp_path, peft_model(), **saving)
+    begun = {}
+
+    class Begun(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            begun.update(trained(second.model))
+
+    second.add_callback(Begun())
+    second.train(resume_from_checkpoint=True)
+    assert len(begun) == 1
+    for name, value in begun.items():
+        assert torch.equal(value, saved[name.replace(".default", "")]) and (value != 0).any()
+    assert second.engine.ledger.steps == 3
+
+
 def test_what_a_checkpoint_released_must_be_in_the_ledger(tmp_path):
     saving = {"changed_args": {"save_strategy": "steps", "save_steps": 2}}
     trainer_of(tmp_path, **saving).train()
@@ -585,3 +635,31 @@ def test_bf16_autocast_trains_in_fp32_parameters(tmp_path):
     assert set(seen) == {torch.bfloat16}
     after = trained(model)
     assert all(p.dtype == torch.float32 and (p != before[n]).any() for n, p in after.items())
+
+
+@pytest.mark.full
+def test_workers_read_ahead_and_the_engine_does_not(tmp_path):
+    """Workers prefetch batches; a batch is announced when it is run, and each draw is a step."""
+    trainer = trainer_of(
+        tmp_path,
+        engine=PrivacyEngine(accountant="rdp", seed=5),
+        changed_args={
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 4,
+            "dataloader_num_workers": 2,
+            "max_steps": 5,
+        },
+    )
+    trainer.train()
+    alone = trainer_of(
+        tmp_path,
+        engine=PrivacyEngine(accountant="rdp", seed=5),
+        changed_args={
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 4,
+            "max_steps": 5,
+        },
+    )
+    alone.train()
+    ours, theirs = trained(trainer.model), trained(alone.model)
+    assert all(torch.equal(ours[n], theirs[n]) and (ours[n] != 0).any() for n in theirs)
