@@ -222,6 +222,16 @@ class FFAWrapped(Adapter):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **like))
         self.train(base_layer.training)
 
+    @property
+    def weight(self) -> Any:
+        """The base layer's, in whatever form: models look at its type and device."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """The base layer's."""
+        return self.base_layer.bias
+
     def frozen_A(self) -> Tensor:
         return self.lora_A
 
