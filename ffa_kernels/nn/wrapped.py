@@ -44,7 +44,10 @@ class FrozenBase(Protocol):
 def _quantised_weight(layer: nn.Module) -> Any:
     """A weight that is a tensor of a type of its own, as torchao's and bitsandbytes' are."""
     weight: Any = getattr(layer, "weight", None)
-    plain = weight is None or (type(weight.data) is Tensor and weight.is_floating_point())
+    # A container of modules may have one of that name.
+    if not isinstance(weight, Tensor):
+        return None
+    plain = type(weight.data) is Tensor and weight.is_floating_point()
     # bitsandbytes packs into parameters of its own types.
     return None if plain and type(weight) in (nn.Parameter, Tensor) else weight
 
