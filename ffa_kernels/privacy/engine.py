@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ from ffa_kernels.nn.record_taps import RecordTaps
 from ffa_kernels.nn.recorded import RECORDED, is_recorded
 from ffa_kernels.nn.wrapped import mixes_records
 from ffa_kernels.privacy.accounting import check_accountant, noise_multiplier_for
+from ffa_kernels.privacy.guard import Guard
 from ffa_kernels.privacy.keys import SecretStream
 from ffa_kernels.privacy.ledger import Ledger
 from ffa_kernels.privacy.optimizer import PrivateOptimizer
+from ffa_kernels.privacy.ranks import Ranks, agree
 from ffa_kernels.privacy.sampling import (
     Piece,
     PoissonSampler,
@@ -36,6 +39,9 @@ from ffa_kernels.privacy.step import Mechanism, Plan, PrivateStep, Trained
 
 # Of the noise multiplier, where a record more or less moves two records of a step.
 _FIXED_BATCH_SHARE = 0.5
+
+# By name: torch.distributed need not be there.
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
 class PrivacyEngine:
@@ -80,6 +86,19 @@ class PrivacyEngine:
         """Epsilon at `delta` of everything the ledger holds; infinity if any step had no noise."""
         return self.ledger.epsilon(delta, self.accountant)
 
+    def check(self) -> None:
+        """Reads the values of this engine's models: trained tensors moved, and nothing else did.
+
+        So does the end of each iteration of the loader, the state_dict() of model or optimizer,
+        and, as far as the host knows it without waiting for a device, each release.
+
+        Raises:
+            PrivacyError: a frozen tensor or persistent buffer moved, or a trained tensor did not
+                since the last check, or no record's gradient has reached it. It is named.
+        """
+        for step in self._steps:
+            step.check()
+
     @property
     def stats(self) -> dict[str, int]:
         """Steps, clipped and dropped counts over all of this engine's models.
@@ -118,29 +137,38 @@ class PrivacyEngine:
             PrivacyError: the target is already spent.
             ConfigError: an argument that is not accepted.
         """
-        loader, records = check_loader(data_loader, options.get("max_physical_batch_size"))
-        if not isinstance(epochs, int) or epochs < 1:
-            raise ConfigError(f"epochs is {epochs!r}; accepted: an integer of 1 or more")
-        if not isinstance(target_delta, float) or not 0 < target_delta < 1 / records:
-            raise ConfigError(
-                f"target_delta is {target_delta!r}; accepted: above 0 and below 1 / {records}, "
-                "the number of records"
-            )
-        if not self.ledger.private:
-            raise PrivacyError(
-                "the ledger holds steps whose noise was seeded: its total is not "
-                "private, and cannot be held to target_epsilon"
-            )
-        sample_rate, steps = _rate_and_steps(loader, records, options.get("poisson_sampling", True))
-        charged_noise = noise_multiplier_for(
-            target_epsilon,
-            target_delta,
-            sample_rate,
-            epochs * steps,
-            self.accountant,
-            self.ledger.history,
-        )
+        group = options.get("process_group")
+        ranks = None if group is None else Ranks(group)
         poisson = options.get("poisson_sampling", True)
+
+        def local() -> _Data:
+            if not isinstance(epochs, int) or epochs < 1:
+                raise ConfigError(f"epochs is {epochs!r}; accepted: an integer of 1 or more")
+            return _data(data_loader, options.get("max_physical_batch_size"), poisson)
+
+        data = _all_data(ranks, [local()] if ranks is None else ranks.together(local), poisson)
+
+        def solved() -> float:
+            if not isinstance(target_delta, float) or not 0 < target_delta < 1 / data.records:
+                raise ConfigError(
+                    f"target_delta is {target_delta!r}; accepted: above 0 and below "
+                    f"1 / {data.records}, the number of records"
+                )
+            if not self.ledger.private:
+                raise PrivacyError(
+                    "the ledger holds steps whose noise was seeded: its total is not "
+                    "private, and cannot be held to target_epsilon"
+                )
+            return noise_multiplier_for(
+                target_epsilon,
+                target_delta,
+                data.sample_rate,
+                epochs * data.steps,
+                self.accountant,
+                self.ledger.history,
+            )
+
+        charged_noise = solved() if ranks is None else ranks.led(solved)
         private = self.make_private(
             module=module,
             optimizer=optimizer,
@@ -149,7 +177,7 @@ class PrivacyEngine:
             max_grad_norm=max_grad_norm,
             **options,
         )
-        private[1].private_step.plan = Plan(self.ledger, epochs * steps, target_epsilon)
+        private[1].private_step.plan = Plan(self.ledger, epochs * data.steps, target_epsilon)
         return private
 
     def make_private(
@@ -166,6 +194,8 @@ class PrivacyEngine:
         max_physical_batch_size: int | None = None,
         pad_physical_batches: bool = True,
         keep_grad_sample: bool = False,
+        loss_scale: float = 1.0,
+        process_group: Any = None,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
         """Prepares a model, its optimizer and its data for private training.
 
@@ -190,6 +220,16 @@ class PrivacyEngine:
                 for the static shapes of `torch.compile` and CUDA graphs. They are the last
                 rows: the model must keep a batch's rows in their order.
             keep_grad_sample: with "per_layer", keep `.grad_sample` until `step()`.
+            loss_scale: a power of two by which the loss is multiplied before backward, for fp16
+                (`optimizer.scale(loss).backward()`). It is divided out before clipping, so that
+                nothing but underflow depends on it; `.grad_sample` holds it still. A record whose
+                gradient overflows is left out, and counted in `stats` as dropped.
+            process_group: a torch.distributed group whose processes make each step together, as
+                one process with all their records would; None for this process alone. Each gives
+                a `data_loader` of its own records; batch sizes and numbers of records add up, and
+                all records are drawn at one rate. Trained tensors are those of rank 0, whose
+                engine alone has a `ledger` on disk, and is charged. What the processes tell each
+                other is not private: theirs must be a network that may carry the records.
 
         Returns:
             (module, optimizer, data loader).
@@ -199,40 +239,84 @@ class PrivacyEngine:
             PrivacyError: a model that cannot be trained privately, with the module named;
                 nothing has been changed then.
         """
-        loader, records = check_loader(data_loader, max_physical_batch_size)
-        if clipping not in ("flat", "per_layer"):
-            raise ConfigError(f"clipping is {clipping!r}; accepted: flat, per_layer")
-        if loss_reduction not in ("mean", "sum"):
-            raise ConfigError(f"loss_reduction is {loss_reduction!r}; accepted: mean, sum")
-        if not isinstance(noise_multiplier, (int, float)) or not 0 <= noise_multiplier < math.inf:
-            raise ConfigError(f"noise_multiplier is {noise_multiplier!r}; accepted: 0 or more")
-        _check_model(module)
-        names = _check_trained(module, optimizer)
-        bounds = _bounds(max_grad_norm, clipping, len(names), noise_multiplier)
-        sample_rate, steps = _rate_and_steps(loader, records, poisson_sampling)
-        batch_size = _expected_batch_size(loader)
+        ranks = None if process_group is None else Ranks(process_group)
+        per_layer, poisson = clipping == "per_layer", bool(poisson_sampling)
+
+        def local() -> _Local:
+            data = _data(data_loader, max_physical_batch_size, poisson)
+            if clipping not in ("flat", "per_layer"):
+                raise ConfigError(f"clipping is {clipping!r}; accepted: flat, per_layer")
+            if loss_reduction not in ("mean", "sum"):
+                raise ConfigError(f"loss_reduction is {loss_reduction!r}; accepted: mean, sum")
+            if not isinstance(noise_multiplier, (int, float)) or not (
+                0 <= noise_multiplier < math.inf
+            ):
+                raise ConfigError(f"noise_multiplier is {noise_multiplier!r}; accepted: 0 or more")
+            _check_loss_scale(loss_scale)
+            _check_model(module)
+            if ranks is not None and not ranks.leads and self.ledger.path is not None:
+                raise ConfigError(
+                    f"ledger is {self.ledger.path} on rank {ranks.rank}; accepted: None, since "
+                    "rank 0 alone keeps the account"
+                )
+            names = _check_trained(module, optimizer)
+            bounds = _bounds(max_grad_norm, clipping, len(names), noise_multiplier, loss_scale)
+            return _Local(data, names, bounds)
+
+        if ranks is None:
+            mine = local()
+            data = _all_data(None, [mine.data], poisson)
+        else:
+            made: list[_Local] = []
+
+            def told() -> tuple[_Data, dict[str, Any]]:
+                made.append(local())
+                return made[0].data, {
+                    **{"noise_multiplier": noise_multiplier, "max_grad_norm": made[0].bounds},
+                    **{"clipping": clipping, "loss_scale": loss_scale, "poisson_sampling": poisson},
+                    "optimizer": type(optimizer).__name__,
+                    "the seed": self.seed,
+                    "module's trained tensors": [
+                        (name, str(p.dtype), tuple(p.shape)) for name, p in made[0].names.items()
+                    ],
+                }
+
+            facts = ranks.together(told)
+            agree(ranks, [fact for _, fact in facts])
+            mine, data = made[0], _all_data(ranks, [d for d, _ in facts], poisson)
+            self._follow(ranks, mine.names)
 
         mechanism = Mechanism(
             noise_multiplier=float(noise_multiplier),
-            max_grad_norm=bounds,
-            per_layer=clipping == "per_layer",
-            expected_batch_size=batch_size,
-            sample_rate=sample_rate,
-            poisson=bool(poisson_sampling),
+            max_grad_norm=mine.bounds,
+            per_layer=per_layer,
+            expected_batch_size=data.batch_size,
+            sample_rate=data.sample_rate,
+            poisson=poisson,
             keep_grad_sample=keep_grad_sample,
+            loss_scale=float(loss_scale),
         )
-        trained = _attach(module, names, loss_reduction == "mean")
+        guard = Guard(module, mine.names, noised=noise_multiplier > 0)
+        if ranks is not None:
+            agree(ranks, ranks.together(guard.frozen_values))
+        trained = _attach(module, mine.names, loss_reduction == "mean")
         step = PrivateStep(
             trained,
             mechanism,
-            self._noise_state(trained[0].parameter.device),
+            self._noise_state(trained[0].parameter.device, ranks),
             lambda: self._charge(mechanism),
+            guard,
+            ranks,
         )
         _retire(module, step)
         self._steps.append(step)
+        loader = mine.data.loader
         logical: Any = loader.batch_sampler
-        if poisson_sampling:
-            logical = PoissonSampler(records, sample_rate, steps, self._sampling)
+        if poisson:
+            stream = self._sampling
+            if ranks is not None:
+                stream = SecretStream(f"sampling on rank {ranks.rank}", self.seed)
+            logical = PoissonSampler(mine.data.records, data.sample_rate, data.steps, stream)
         adapters = [
             m for m in module.modules() if isinstance(m, Adapter) and m.adapter_dropout() > 0
         ]
@@ -246,12 +330,35 @@ class PrivacyEngine:
                 layer._dropout_key = key
 
         private_loader = PrivateDataLoader(
-            loader, logical, max_physical_batch_size, announce, pad_physical_batches, step.restart
+            loader,
+            logical,
+            max_physical_batch_size,
+            announce,
+            pad_physical_batches,
+            step.restart,
+            step.end_epoch,
         )
         return module, PrivateOptimizer(optimizer, step), private_loader
 
-    def _noise_state(self, device: torch.device) -> Tensor:
+    def _follow(self, ranks: Ranks, trained: dict[str, nn.Parameter]) -> None:
+        """Takes rank 0's trained tensors, and on the other ranks a copy of its account."""
+        values = ranks.led(lambda: [p.detach().cpu() for p in trained.values()])
+        history, private = ranks.led(lambda: (self.ledger.history, self.ledger.private))
+        if ranks.leads:
+            return
+        with torch.no_grad():
+            for p, value in zip(trained.values(), values, strict=True):
+                p.copy_(value)
+        self.ledger = Ledger()
+        for noise, rate, steps in history:
+            self.ledger.charge(noise, rate, steps, private)
+
+    def _noise_state(self, device: torch.device, ranks: Ranks | None) -> Tensor:
         """Key and step of the noise, where the parameters are: a step must not wait for it."""
+        if ranks is not None:
+            # Rank 0's, so that all draw the one noise of the step.
+            words = ranks.led(lambda: SecretStream("noise", self.seed).state.tolist())
+            return torch.tensor(words, dtype=torch.int64, device=device)
         if device.type == "cpu":
             return self._noise.state
         # A key of its own: two models that counted apart under one key would draw alike.
@@ -271,10 +378,72 @@ class PrivacyEngine:
         return words[0, :4].clone()
 
 
+@dataclass(frozen=True)
+class _Data:
+    """The records of one process, or of all together, and how they are drawn."""
+
+    loader: Any
+    records: int
+    batch_size: float
+    sample_rate: float
+    steps: int
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Other ranks are told numbers, and get no data set.
+        return {**vars(self), "loader": None}
+
+
+@dataclass(frozen=True)
+class _Local:
+    """What `make_private` has checked in this process."""
+
+    data: _Data
+    names: dict[str, nn.Parameter]
+    bounds: tuple[float, ...]
+
+
+def _data(data_loader: object, max_physical_batch_size: object, poisson: object) -> _Data:
+    loader, records = check_loader(data_loader, max_physical_batch_size)
+    rate, steps = _rate_and_steps(loader, records, poisson)
+    return _Data(loader, records, _expected_batch_size(loader), rate, steps)
+
+
+def _all_data(ranks: Ranks | None, each: list[_Data], poisson: object) -> _Data:
+    """The union of the ranks' records: sizes add up, and all are drawn at one rate."""
+    if ranks is None:
+        return each[0]
+    records, size = sum(d.records for d in each), sum(d.batch_size for d in each)
+    if poisson:
+        return _Data(None, records, size, size / records, math.ceil(records / size))
+    steps = {d.steps for d in each}
+    if len(steps) > 1:
+        raise ConfigError(
+            f"data_loader has {[d.steps for d in each]} batches on the ranks; accepted: as many on "
+            "each, or poisson_sampling=True"
+        )
+    return _Data(None, records, size, 1.0, steps.pop())
+
+
+def _check_loss_scale(loss_scale: object) -> None:
+    fits = isinstance(loss_scale, (int, float)) and 2.0**-100 <= loss_scale <= 2.0**100
+    if not fits or math.frexp(float(loss_scale))[0] != 0.5:  # type: ignore[arg-type]
+        raise ConfigError(
+            f"loss_scale is {loss_scale!r}; accepted: a power of two, so that dividing by it is "
+            "exact (1024.0, say)"
+        )
+
+
 def _check_model(module: nn.Module) -> None:
     if not isinstance(module, nn.Module):
         raise ConfigError(f"module is {type(module).__name__}; accepted: torch.nn.Module")
     for name, layer in module.named_modules():
+        if type(layer).__name__ in _WRAPPERS:
+            raise PrivacyError(
+                f"module {name!r} is {type(layer).__name__}, which adds up .grad over processes or "
+                "devices: gradients of single records never come there, and each process would "
+                "draw a noise of its own; accepted: the module inside, with "
+                "make_private(..., process_group=torch.distributed.group.WORLD)"
+            )
         coupled = isinstance(layer, _BatchNorm) or (
             isinstance(layer, _InstanceNorm) and layer.track_running_stats
         )
@@ -338,7 +507,11 @@ def _check_trained(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Para
 
 
 def _bounds(
-    max_grad_norm: float | Sequence[float], clipping: str, count: int, noise_multiplier: float
+    max_grad_norm: float | Sequence[float],
+    clipping: str,
+    count: int,
+    noise_multiplier: float,
+    loss_scale: float,
 ) -> tuple[float, ...]:
     if isinstance(max_grad_norm, (int, float)):
         share = 1 / math.sqrt(count) if clipping == "per_layer" else 1.0
@@ -354,13 +527,15 @@ def _bounds(
         raise ConfigError(f"max_grad_norm is {max_grad_norm!r}; accepted: above 0")
     if noise_multiplier > 0 and not all(map(math.isfinite, bounds)):
         raise ConfigError("max_grad_norm is infinite; accepted with noise: a finite bound")
-    noise_std = noise_multiplier * math.sqrt(sum(c * c for c in bounds)) if noise_multiplier else 0
-    for c in filter(math.isfinite, bounds):
+    scaled = [c * loss_scale for c in bounds]
+    noise_std = noise_multiplier * math.sqrt(sum(c * c for c in scaled)) if noise_multiplier else 0
+    for c in filter(math.isfinite, scaled):
         # A Gaussian here stays below 8.6 sigma; on its tensor's grid it must fit in 64 bits.
         if not (2.0**-500 <= c <= 2.0**500 and noise_std < 2.0**58 * grid_size(c)):
             raise ConfigError(
                 f"max_grad_norm {c:g} with noise of standard deviation {noise_std:g} does not fit "
-                "the 64-bit sum; accepted: bounds from 2^-500 to 2^500, noise up to 2^25 times each"
+                "the 64-bit sum; accepted: bounds from 2^-500 to 2^500, noise up to 2^25 times "
+                "each, with loss_scale counted in"
             )
     return bounds
 
@@ -416,6 +591,18 @@ def _retire(module: nn.Module, step: PrivateStep) -> None:
     if previous is not None:
         previous.step.detach()
     object.__setattr__(module, "_private_step", _StepReference(step))
+    if _check_before_save not in module._state_dict_pre_hooks.values():
+        module.register_state_dict_pre_hook(_check_before_save)  # type: ignore[no-untyped-call]
+
+
+def _check_before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """A model that may have trained for nothing, or learned without noise, is not saved silently.
+
+    A function of this module, and so no obstacle to copies and pickles, where it finds no step.
+    """
+    reference = getattr(module, "_private_step", None)
+    if reference is not None and reference.step is not None:
+        reference.step.check(saving=True)
 
 
 class _StepReference:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,9 @@ _SHARED_FLAGS = ("nesterov", "maximize", "decoupled_weight_decay")
 
 class PrivateOptimizer(Optimizer):
     """Stands for `optimizer`: the same groups, state and state_dict, a private step.
+
+    torch.amp.GradScaler is refused: it skips steps and changes its scale by what private gradients
+    hold. `make_private(loss_scale=)` and `scale(loss)` are what fp16 is trained with here.
 
     `step()` on a piece of a draw that is not the last clips and accumulates only; on the last it
     charges the ledger, adds noise and updates. SGD, Adam and AdamW run fused in one op; for any
@@ -35,6 +39,16 @@ class PrivateOptimizer(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The optimizer's own groups."""
+        # All ways of a GradScaler to an optimizer's gradients lead through this method of its,
+        # which has no other hook. Were it ever renamed, the scaler itself refuses to step without
+        # a .grad to look at.
+        if sys._getframe(1).f_code.co_name == "_unscale_grads_":
+            raise PrivacyError(
+                "GradScaler: a dynamic loss scale skips steps and changes by what private "
+                "gradients hold, without noise, and a private step may do neither; accepted: "
+                "make_private(..., loss_scale=1024.0, say) and optimizer.scale(loss).backward(), "
+                "or bfloat16, which needs no scale"
+            )
         return self.original_optimizer.param_groups
 
     @property
@@ -48,7 +62,12 @@ class PrivateOptimizer(Optimizer):
         return self.original_optimizer.defaults
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state_dict."""
+        """The optimizer's state_dict; before a save, the guard reads the model's values.
+
+        Raises:
+            PrivacyError: see `PrivacyEngine.check`.
+        """
+        self.private_step.check(saving=True)
         return self.original_optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -71,6 +90,11 @@ class PrivateOptimizer(Optimizer):
         With `clipping="per_layer"` a gradient is in that sum as soon as backward has made it.
         """
         self.private_step.drop()
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """`loss` times make_private's `loss_scale`, to call backward on."""
+        factor = self.private_step.mechanism.loss_scale
+        return loss if factor == 1.0 else loss * factor
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One physical batch: clip and accumulate; at the draw's end, noise and update.
@@ -122,8 +146,19 @@ class PrivateOptimizer(Optimizer):
 
     def _release(self) -> None:
         by_id = {id(p): group for group in self.param_groups for p in group["params"]}
-        params = [t.parameter for t in self.private_step.trained]
+        params: list[Tensor] = [t.parameter for t in self.private_step.trained]
+        for t in self.private_step.trained:
+            if id(t.parameter) not in by_id:
+                self.private_step.abandon()
+                raise PrivacyError(
+                    f"{t.name}: the optimizer held it when made private, and does not any more; "
+                    "accepted: make_private again with the new optimizer"
+                )
         groups = [by_id[id(p)] for p in params]
+        self._update(params, groups)
+        self.private_step.released([_moves(group) for group in groups])
+
+    def _update(self, params: list[Tensor], groups: list[dict[str, Any]]) -> None:
         kind = self._fused_kind(groups)
         if kind == "none":
             hyper = torch.zeros(len(params), 5, dtype=torch.float64, device=params[0].device)
@@ -179,6 +214,14 @@ class PrivateOptimizer(Optimizer):
                 if there:
                     row[0].copy_(lr)
         return table
+
+
+def _moves(group: dict[str, Any]) -> bool | None:
+    """Whether this learning rate is not 0; None where there is none, or only a device knows it."""
+    lr = group.get("lr")
+    if lr is None or (isinstance(lr, Tensor) and lr.device.type != "cpu"):
+        return None
+    return float(lr) != 0.0
 
 
 def _step_count(state: dict[str, Any], p: Tensor, begun: float) -> Tensor:

@@ -142,6 +142,7 @@ class PrivateDataLoader(DataLoader[Any]):
         announce: called with the Piece just before its batch is yielded.
         pad: pad every physical batch to `physical_size`; otherwise a draw is cut evenly.
         restart: called when an iteration begins.
+        finish: called when an iteration has come to its end.
     """
 
     def __init__(
@@ -152,10 +153,11 @@ class PrivateDataLoader(DataLoader[Any]):
         announce: Callable[[Piece], None],
         pad: bool = True,
         restart: Callable[[], None] = lambda: None,
+        finish: Callable[[], None] = lambda: None,
     ) -> None:
         dataset: Any = loader.dataset
         self._physical = _PhysicalBatches(logical, physical_size, pad, len(dataset))
-        self._announce, self._restart = announce, restart
+        self._announce, self._restart, self._finish = announce, restart, finish
         workers: dict[str, Any] = {}
         if loader.num_workers > 0:
             workers = {
@@ -183,6 +185,7 @@ class PrivateDataLoader(DataLoader[Any]):
             padded = _padded(batch, max(piece.kept, 1), piece.records)
             self._announce(piece)
             yield padded
+        self._finish()
 
 
 def check_loader(loader: object, max_physical_batch_size: object) -> tuple[DataLoader[Any], int]:

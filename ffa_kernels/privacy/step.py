@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from ffa_kernels import ops
 from ffa_kernels.errors import PrivacyError
 from ffa_kernels.nn.record_taps import RecordTaps
+from ffa_kernels.privacy.guard import Guard
 from ffa_kernels.privacy.ledger import Ledger
+from ffa_kernels.privacy.ranks import Ranks
 from ffa_kernels.privacy.sampling import Piece
 
 
@@ -34,6 +36,10 @@ class Mechanism:
 
     `max_grad_norm` holds one bound (flat) or one a tensor (per layer); the noise has standard
     deviation `noise_multiplier` times the root of the sum of their squares.
+
+    Gradients come multiplied by `loss_scale` S, a power of two. They are clipped at S C on a grid S
+    times as wide, and the noised sum is divided by S L: the bits of S = 1, but for what then
+    neither over- nor underflows.
     """
 
     noise_multiplier: float
@@ -43,6 +49,12 @@ class Mechanism:
     sample_rate: float
     poisson: bool
     keep_grad_sample: bool
+    loss_scale: float = 1.0
+
+    @property
+    def scaled_bounds(self) -> tuple[float, ...]:
+        """The bounds on gradients as they come, S C."""
+        return tuple(self.loss_scale * c for c in self.max_grad_norm)
 
     @property
     def clips_in_backward(self) -> bool:
@@ -89,6 +101,8 @@ class PrivateStep:
         mechanism: clipping, noise and divisor.
         noise_state: int64 (5,), the noise's key and step.
         charge: called once a logical step, before anything is released.
+        guard: looks at the model before each release.
+        ranks: the processes that make each step together, if there are others.
     """
 
     def __init__(
@@ -97,8 +111,11 @@ class PrivateStep:
         mechanism: Mechanism,
         noise_state: Tensor,
         charge: Callable[[], None],
+        guard: Guard,
+        ranks: Ranks | None = None,
     ) -> None:
         self.trained, self.mechanism = list(trained), mechanism
+        self.guard, self.ranks = guard, ranks
         self.detached = False
         self.steps = 0
         self.plan: Plan | None = None
@@ -121,9 +138,13 @@ class PrivateStep:
         self._arrived: dict[int, tuple[Tensor, int]] = {}
         self._clipped: set[int] = set()
         self._whole: _Whole | None = None
+        # Of the draw under way: who got a gradient, and whether there was a record.
+        self._reached: set[int] = set()
+        self._records = False
+        self._forms = [(t.parameter.device, t.parameter.dtype) for t in self.trained]
 
     def _bound(self, k: int) -> float:
-        bounds = self.mechanism.max_grad_norm
+        bounds = self.mechanism.scaled_bounds
         return bounds[k if self.mechanism.per_layer else 0]
 
     @property
@@ -152,13 +173,21 @@ class PrivateStep:
             raise PrivacyError(
                 "a batch begins, but the last one was not stepped: call optimizer.step() after "
                 "each batch (or zero_grad() to drop it), and do not read batches ahead, for what "
-                "is announced is the batch that the model gets next"
+                "is announced is the batch that the model gets next. To add up several batches in "
+                "one update, give the loader their whole size and make_private "
+                "max_physical_batch_size="
             )
+        for t, form in zip(self.trained, self._forms, strict=True):
+            if (t.parameter.device, t.parameter.dtype) != form:
+                raise PrivacyError(
+                    f"{t.name}: is {t.parameter.dtype} on {t.parameter.device}, and was {form[1]} "
+                    f"on {form[0]} when made private; accepted: model.to(...) before make_private"
+                )
         if piece.first:
             # What an abandoned draw left behind was not released, and must not be.
-            for total in self._sums:
-                total.zero_()
+            self._forget()
         self._piece, self._dropped = piece, False
+        self._records = self._records or piece.kept > 0
         self._whole = None
         self._clipped.clear()
         self._arrived.clear()
@@ -207,6 +236,7 @@ class PrivateStep:
                 'accepted: clipping="flat", or keep_grad_sample=True'
             )
         self._clipped.add(k)
+        self._reached.add(k)
         assert grad is not None
         ops.clip_accumulate([grad], [self._sums[k]], self._stats, self._keep, [self._bound(k)])
 
@@ -233,13 +263,50 @@ class PrivateStep:
         """Forgets the draw under way, the sum of its earlier pieces included."""
         self._end_batch()
         self._whole = None
+        self._forget()
+
+    def _forget(self) -> None:
         for total in self._sums:
             total.zero_()
+        self._reached.clear()
+        self._records = False
 
     def restart(self) -> None:
         """A new iteration of the data begins: what was under way is not released."""
         if not self.detached:
             self.abandon()
+            self.end_epoch()
+
+    def end_epoch(self) -> None:
+        """Reads the values that the guard compares; on several ranks, also each other's.
+
+        Raises:
+            PrivacyError: the guard says so, or trained tensors differ between the ranks.
+        """
+        if self.detached or not self.guard.pending:
+            return
+        if self.ranks is None:
+            self.guard.check()
+            return
+
+        def checked() -> dict[str, int | None]:
+            self.guard.check()
+            return self.guard.trained_values()
+
+        first, *others = self.ranks.together(checked)
+        for rank, values in enumerate(others, start=1):
+            for name, value in values.items():
+                if value != first[name]:
+                    raise PrivacyError(
+                        f"{name}: differs between rank 0 and rank {rank}: something other than "
+                        "the private step has moved it, or learning rates differ; accepted: the "
+                        "same program on every rank"
+                    )
+
+    def check(self, saving: bool = False) -> None:
+        """The guard's check on this process, unless the model has another step by now."""
+        if not self.detached:
+            self.guard.check(saving)
 
     def detach(self) -> None:
         """Ends this step's life: the model belongs to another engine from now on."""
@@ -279,13 +346,15 @@ class PrivateStep:
                 "made in training mode (model.train())"
             )
         piece = self._piece
+        self._reached.update(present)
         grads = [grad for k in present if (grad := self._taps[k].grad) is not None]
         squares = [self._squares(k, piece.records) for k in present]
-        if piece.first and piece.last and len(present) == len(self.trained):
+        whole = piece.first and piece.last and len(present) == len(self.trained)
+        if whole and self.ranks is None:
             # All there is of this draw: clipped, summed and noised in one op, by `release`.
             self._whole = _Whole(grads, squares, self._keep)
         elif present:
-            bounds = self.mechanism.max_grad_norm
+            bounds = self.mechanism.scaled_bounds
             ops.clip_accumulate(
                 grads,
                 [self._sums[k] for k in present],
@@ -321,23 +390,30 @@ class PrivateStep:
         nesterov: bool = False,
         maximize: bool = False,
     ) -> None:
-        """Charges the ledger, then adds noise and updates `params`; see `ops.private_update`."""
+        """Charges the ledger, then adds noise and updates `params`; see `ops.private_update`.
+
+        On several ranks their sums are added first, and rank 0 alone charges.
+        """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise PrivacyError(
                 "a private step is being captured in a CUDA graph: its replays would release "
                 "without a charge to the ledger; capture forward and backward, and call step() "
                 "after each replay"
             )
-        if self.plan is not None:
-            self.plan.check(self.steps)
-        self._charge()
+        self._look_and_add()
+        if self.ranks is None:
+            self._check_and_charge()
+        else:
+            self.ranks.charged(self._check_and_charge, self._sums[0].device)
+            if not self.ranks.leads:
+                self._charge()
         self.steps += 1
         whole, self._whole = self._whole, None
         settings: dict[str, Any] = {
             "tensor_ids": list(range(len(self.trained))),
-            "max_grad_norm": list(self.mechanism.max_grad_norm),
+            "max_grad_norm": list(self.mechanism.scaled_bounds),
             "noise_multiplier": self.mechanism.noise_multiplier,
-            "expected_batch_size": self.mechanism.expected_batch_size,
+            "expected_batch_size": self.mechanism.loss_scale * self.mechanism.expected_batch_size,
             "optimizer": optimizer,
             "nesterov": nesterov,
             "maximize": maximize,
@@ -359,6 +435,33 @@ class PrivateStep:
             # Interrupted halfway, some tensors have shown this step's noise: never draw it again.
             if drawn is not None:
                 self._noise_state[4] = drawn + 1
+
+    def _look_and_add(self) -> None:
+        """The guard's look at this process, and the other ranks' sums; or all ranks stop."""
+        error: PrivacyError | None = None
+        try:
+            self.guard.look()
+        except PrivacyError as raised:
+            error = raised
+        try:
+            if self.ranks is not None:
+                self.ranks.add(self._sums, self.steps, error is not None)
+            if error is not None:
+                raise error
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _check_and_charge(self) -> None:
+        if self.plan is not None:
+            self.plan.check(self.steps)
+        self._charge()
+
+    def released(self, moving: Sequence[bool | None]) -> None:
+        """The update is made; `moving`: see `Guard.released`."""
+        self.guard.released(self._reached, self._records, moving)
+        self._reached.clear()
+        self._records = False
 
 
 def _arrived(step_ref: weakref.ref[PrivateStep], k: int, tap: Tensor) -> None:
