@@ -276,7 +276,8 @@ class Guard:
                     "merged or disabled; accepted: requires_grad_(False) before make_private if "
                     "that is meant"
                 )
-            if first.value is None or values[id(first.tensor)] != first.value or progress.written:
+            written = progress.written or _storage(first.tensor) != first.storage
+            if written or first.value is None or values[id(first.tensor)] != first.value:
                 continue
             if progress.due and self._noised:
                 raise PrivacyError(
