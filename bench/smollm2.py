@@ -250,11 +250,19 @@ def main() -> int:
     rows = []
     runs = [(WAYS[0], chosen.steps, True), *((way, chosen.memory_steps, False) for way in WAYS)]
     for way, steps, evaluate in runs:
-        command = [sys.executable, __file__, "--way", way, "--steps", str(chosen.steps)]
+        command = [
+            sys.executable,
+            __file__,
+            "--way",
+            way,
+            "--steps",
+            str(chosen.steps),
+        ]
         command += ["--memory-steps", str(steps), *(["--evaluate"] if evaluate else [])]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
-            return done.returncode
+            print(f"{way}: exit status {done.returncode}", flush=True)
+            return 1
         row = json.loads(done.stdout.splitlines()[-1])
         rows.append(row)
         print(
