@@ -6,6 +6,9 @@ by a count taken from the batch (its tokens, its labels that are not ignored) br
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,23 +52,13 @@ def causal_lm_loss(
     Raises:
         ConfigError: an argument that is not accepted.
     """
-    _check_reduction(reduction)
-    if per_record not in ("mean", "sum"):
-        raise ConfigError(f"per_record is {per_record!r}; accepted: mean, sum")
-    if isinstance(divisor, Tensor) or not 0 < divisor < float("inf"):
-        raise ConfigError(f"divisor is {divisor!r}; accepted: a fixed positive number")
-    if per_record == "mean" and divisor != 1.0:
-        raise ConfigError(f'divisor is {divisor!r}; accepted: with per_record="sum" only')
+    _check_causal(per_record, divisor, reduction)
     if logits.dim() != 3 or not logits.is_floating_point():
         raise ConfigError(
             f"logits are {logits.dtype} {tuple(logits.shape)}; accepted: floating point "
             "(records, tokens, vocabulary)"
         )
-    if labels.shape != logits.shape[:2] or labels.dtype != torch.int64:
-        raise ConfigError(
-            f"labels are {labels.dtype} {tuple(labels.shape)}; accepted: torch.int64 "
-            f"{tuple(logits.shape[:2])}, a label for each token of the logits"
-        )
+    _check_labels(labels, logits, "logits")
     # The labels move and the logits stay: a slice of the logits would be copied to be flattened.
     targets = F.pad(labels, (0, 1), value=ignore_index)[:, 1:].to(logits.device)
     if logits.dtype in (torch.float16, torch.bfloat16):
@@ -79,6 +72,130 @@ def causal_lm_loss(
     else:
         losses = losses / divisor
     return _reduced(losses, reduction)
+
+
+def chunked_causal_lm_loss(
+    hidden: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    *,
+    head_bias: Tensor | None = None,
+    chunk_elements: int = 1 << 22,
+    per_record: str = "mean",
+    divisor: float = 1.0,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> Tensor:
+    """`causal_lm_loss(hidden W^T + b, labels)` that never holds the logits of a whole batch.
+
+    Logits are made, used for the loss and for dL/dhidden, and dropped, a chunk of tokens at a
+    time: both are ready when forward is over, and no product is made twice. What is kept for
+    backward has the size of `hidden`, where the logits and what cross-entropy keeps of them are
+    vocabulary / d as large.
+
+    Args:
+        hidden: (n, T, d), what the head is given.
+        head_weight: (vocabulary, d) of hidden's dtype, frozen: the input embedding's own weight,
+            say, where the two are tied.
+        labels: int64 (n, T), the tokens themselves, as `causal_lm_loss` has them.
+        head_bias: (vocabulary,), frozen, or None.
+        chunk_elements: logits to hold at a time, as many tokens' as fit and at least one token's.
+        per_record, divisor, reduction, ignore_index: as in `causal_lm_loss`.
+
+    Returns:
+        A scalar, or (n,) with reduction "none".
+
+    Raises:
+        ConfigError: an argument that is not accepted, a head that is trained among them: its
+            gradient for each record would be lost here.
+    """
+    _check_causal(per_record, divisor, reduction)
+    if not isinstance(chunk_elements, int) or chunk_elements < 1:
+        raise ConfigError(
+            f"chunk_elements is {chunk_elements!r}; accepted: an integer of 1 or more"
+        )
+    if hidden.dim() != 3 or not hidden.is_floating_point():
+        raise ConfigError(
+            f"hidden is {hidden.dtype} {tuple(hidden.shape)}; accepted: floating point "
+            "(records, tokens, width)"
+        )
+    _check_labels(labels, hidden, "hidden states")
+    width = hidden.shape[-1]
+    if head_weight.dim() != 2 or head_weight.shape[1] != width or head_weight.dtype != hidden.dtype:
+        raise ConfigError(
+            f"head_weight is {head_weight.dtype} {tuple(head_weight.shape)}; accepted: "
+            f"{hidden.dtype} (vocabulary, {width}), as hidden has it"
+        )
+    vocabulary = head_weight.shape[0]
+    if head_bias is not None and (
+        tuple(head_bias.shape) != (vocabulary,) or head_bias.dtype != hidden.dtype
+    ):
+        raise ConfigError(
+            f"head_bias is {head_bias.dtype} {tuple(head_bias.shape)}; accepted: None or "
+            f"{hidden.dtype} ({vocabulary},)"
+        )
+    for name, tensor in (("head_weight", head_weight), ("head_bias", head_bias)):
+        if tensor is not None and tensor.requires_grad:
+            raise ConfigError(
+                f"{name} is trained; accepted: a frozen head, or causal_lm_loss, whose logits lead "
+                "back to the head"
+            )
+    targets = F.pad(labels, (0, 1), value=ignore_index)[:, 1:].to(hidden.device)
+    predicted = targets != ignore_index
+    if per_record == "mean":
+        scale = 1.0 / predicted.sum(dim=1).clamp(min=1).double()
+    else:
+        scale = hidden.new_full((len(targets),), 1.0 / divisor, dtype=torch.float64)
+    losses: Any = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, head_weight, head_bias, targets, predicted, scale, chunk_elements
+    )
+    return _reduced(losses, reduction)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """(n,) losses l_i = scale_i sum_t of the predicted tokens, and dl_i/dhidden beside them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        predicted: Tensor,
+        scale: Tensor,
+        chunk_elements: int,
+    ) -> Tensor:
+        rows = hidden.reshape(math.prod(hidden.shape[:2]), hidden.shape[2])
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        # A label that is not predicted may be no index at all.
+        index = targets.masked_fill(~predicted, 0).reshape(-1, 1)
+        factor = (predicted * scale.unsqueeze(1)).reshape(-1, 1).to(wide)
+        losses = rows.new_empty((len(rows), 1), dtype=wide)
+        grad = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        step = max(1, chunk_elements // weight.shape[0])
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            logits = F.linear(rows[part], weight, bias).to(wide)
+            log_z = logits.logsumexp(dim=1, keepdim=True)
+            losses[part] = log_z - logits.gather(1, index[part])
+            if grad is not None:
+                # softmax - onehot, in the place of the logits.
+                logits.sub_(log_z).exp_()
+                logits.scatter_add_(1, index[part], -torch.ones_like(log_z))
+                grad[part] = logits.mul_(factor[part]).to(rows.dtype) @ weight
+            del logits
+        if grad is not None:
+            ctx.save_for_backward(grad.view(hidden.shape))
+        # Selected, for the loss of a token that is not predicted may be no number.
+        kept = torch.where(predicted, losses.view(targets.shape), losses.new_zeros(()))
+        return kept.sum(dim=1) * scale.to(wide)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (g,) = grads
+        (grad,) = ctx.saved_tensors
+        return grad * g.to(grad.dtype).view(-1, 1, 1), *(None,) * 6
 
 
 def sequence_classification_loss(
@@ -134,6 +251,24 @@ def sequence_classification_loss(
         measure = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
         losses = measure(logits, labels.view_as(logits).float(), reduction="none").mean(dim=1)
     return _reduced(losses, reduction)
+
+
+def _check_causal(per_record: object, divisor: object, reduction: object) -> None:
+    _check_reduction(reduction)
+    if per_record not in ("mean", "sum"):
+        raise ConfigError(f"per_record is {per_record!r}; accepted: mean, sum")
+    if not isinstance(divisor, (int, float)) or not 0 < divisor < float("inf"):
+        raise ConfigError(f"divisor is {divisor!r}; accepted: a fixed positive number")
+    if per_record == "mean" and divisor != 1.0:
+        raise ConfigError(f'divisor is {divisor!r}; accepted: with per_record="sum" only')
+
+
+def _check_labels(labels: Tensor, of: Tensor, what: str) -> None:
+    if labels.shape != of.shape[:2] or labels.dtype != torch.int64:
+        raise ConfigError(
+            f"labels are {labels.dtype} {tuple(labels.shape)}; accepted: torch.int64 "
+            f"{tuple(of.shape[:2])}, a label for each token of the {what}"
+        )
 
 
 def _check_reduction(reduction: object) -> None:
