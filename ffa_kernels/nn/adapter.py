@@ -128,6 +128,10 @@ class Adapter(nn.Module):
             assert taps is not None
             tap = taps.get("lora_B", x)
             norm_tap = taps.norm_taps.get("lora_B")
+            if norm_tap is not None and torch.promote_types(dtype, tap.dtype) != tap.dtype:
+                # G is rounded once more on its way into the tap, so that backward does not know
+                # its norm there. Counted as two calls, the norm is taken from what is in the tap.
+                norm_tap = norm_tap * 2
             cu_seqlens = taps.cu_seqlens
             trained = B.detach()
         weight, bias = self.frozen_weight(), self.frozen_bias()

@@ -34,7 +34,15 @@ class _Record(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (g,) = grads
         (x,) = ctx.saved_tensors
-        per_record = ctx.layer.grad_samples(x, g)
+        if x.is_floating_point() and x.dtype != g.dtype:
+            # As autocast has cast it in the forward, to the dtype that y came out in.
+            x = x.to(g.dtype)
+        if torch.is_autocast_enabled(g.device.type):
+            # backward() called inside it, whose casts are the forward's affair.
+            with torch.autocast(g.device.type, enabled=False):
+                per_record = ctx.layer.grad_samples(x, g)
+        else:
+            per_record = ctx.layer.grad_samples(x, g)
         return None, None, None, g, *(per_record[name] for name in ctx.names)
 
 
