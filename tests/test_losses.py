@@ -8,7 +8,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ffa_kernels as ffa
 from ffa_kernels.errors import ConfigError
-from ffa_kernels.losses import causal_lm_loss, sequence_classification_loss
+from ffa_kernels.losses import (
+    causal_lm_loss,
+    chunked_causal_lm_loss,
+    sequence_classification_loss,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -240,3 +244,118 @@ def test_bad_arguments_of_the_classification_loss_are_named(changed, message):
     arguments = {"logits": torch.zeros(N, 4), "labels": torch.zeros(N, dtype=torch.int64)}
     with pytest.raises(ConfigError, match=message):
         sequence_classification_loss(**{**arguments, **changed})
+
+
+WIDTH = 5
+
+
+def head_and_labels(dtype):
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(N, T, WIDTH, generator=generator, dtype=torch.float64)
+    weight = torch.randn(VOCABULARY, WIDTH, generator=generator, dtype=torch.float64)
+    bias = torch.randn(VOCABULARY, generator=generator, dtype=torch.float64)
+    labels = logits_and_labels()[1]
+    labels[2] = -100
+    return hidden.to(dtype), weight.to(dtype), bias.to(dtype), labels
+
+
+def each_record(loss, hidden, upstream):
+    """(n,) losses and dL/dhidden, where record i's loss counts upstream[i] times."""
+    hidden = hidden.detach().clone().requires_grad_()
+    losses = loss(hidden)
+    (losses * upstream).sum().backward()
+    return losses.detach(), hidden.grad
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("options", [{}, {"per_record": "sum", "divisor": 20.0}])
+# One token at a time, chunks that end inside a record and not at the batch's end, all at once.
+@pytest.mark.parametrize("chunk_elements", [1, 4 * VOCABULARY + 3, 1 << 20])
+def test_chunks_give_the_losses_and_gradients_of_the_whole(chunk_elements, options, with_bias):
+    hidden, weight, bias, labels = head_and_labels(torch.float64)
+    bias = bias if with_bias else None
+    upstream = torch.tensor([0.5, -2.0, 3.0], dtype=torch.float64)
+
+    def whole(h):
+        logits = torch.nn.functional.linear(h, weight, bias)
+        return causal_lm_loss(logits, labels, reduction="none", **options)
+
+    def chunked(h):
+        return chunked_causal_lm_loss(
+            h, weight, labels, head_bias=bias, chunk_elements=chunk_elements, reduction="none",
+            **options,
+        )  # fmt: skip
+
+    expected, expected_grad = each_record(whole, hidden, upstream)
+    losses, grad = each_record(chunked, hidden, upstream)
+    torch.testing.assert_close(losses, expected, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-13, atol=1e-14)
+    assert (losses[:2] > 0).all() and losses[2] == 0 and (grad[2] == 0).all()
+    for reduction, of in (("mean", losses.mean()), ("sum", losses.sum())):
+        made = chunked_causal_lm_loss(
+            hidden, weight, labels, head_bias=bias, reduction=reduction, **options
+        )
+        torch.testing.assert_close(made, of, rtol=1e-14, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_chunks_err_no_more_than_the_whole(dtype):
+    hidden, weight, _, labels = head_and_labels(dtype)
+    upstream = torch.ones(N)
+
+    def errors(loss):
+        got, got_grad = each_record(loss, hidden, upstream)
+        return [(a.double() - b).abs().max() for a, b in ((got, exact), (got_grad, exact_grad))]
+
+    exact, exact_grad = each_record(
+        lambda h: causal_lm_loss(h @ weight.double().t(), labels, reduction="none"),
+        hidden.double(),
+        upstream.double(),
+    )
+    of_whole = errors(lambda h: causal_lm_loss(h @ weight.t(), labels, reduction="none"))
+    of_chunks = errors(
+        lambda h: chunked_causal_lm_loss(h, weight, labels, chunk_elements=40, reduction="none")
+    )
+    # The order of sums differs, and with it the last bit of either: of the largest value here.
+    last_bits = [torch.finfo(dtype).eps * t.abs().max() for t in (exact, exact_grad)]
+    for chunks, whole, bit in zip(of_chunks, of_whole, last_bits, strict=True):
+        assert chunks <= whole + bit
+
+
+def test_chunks_hold_no_more_logits_than_they_are_told():
+    hidden, weight, _, labels = head_and_labels(torch.float64)
+    seen = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in torch.utils._pytree.tree_leaves(out):
+                if isinstance(t, torch.Tensor) and t.shape[-1:] == (VOCABULARY,):
+                    # Not the head, transposed.
+                    seen.extend([t.numel()] * (t.data_ptr() != weight.data_ptr()))
+            return out
+
+    hidden.requires_grad_()
+    with Sizes():
+        chunked_causal_lm_loss(hidden, weight, labels, chunk_elements=3 * VOCABULARY).backward()
+    assert max(seen) == 3 * VOCABULARY
+
+
+def test_chunks_refuse_a_head_that_is_trained_and_what_does_not_fit():
+    hidden, weight, bias, labels = head_and_labels(torch.float32)
+    for name, arguments in (
+        ("head_weight is trained", {"head_weight": weight.clone().requires_grad_()}),
+        ("head_bias is trained", {"head_bias": bias.clone().requires_grad_()}),
+        ("head_weight is torch.float64", {"head_weight": weight.double()}),
+        ("head_weight is torch.float32", {"head_weight": weight.t()}),
+        ("head_bias is torch.float32", {"head_bias": bias[1:]}),
+        ("hidden is", {"hidden": hidden[0]}),
+        ("labels are", {"labels": labels[:, 1:]}),
+        ("chunk_elements is 0", {"chunk_elements": 0}),
+        ("divisor is 2.0", {"divisor": 2.0}),
+        ("reduction is 'max'", {"reduction": "max"}),
+    ):
+        given = {"hidden": hidden, "head_weight": weight, "labels": labels, **arguments}
+        with pytest.raises(ConfigError, match=name):
+            chunked_causal_lm_loss(given.pop("hidden"), given.pop("head_weight"),
+                                   given.pop("labels"), **given)  # fmt: skip
