@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ffa_kernels.losses import causal_lm_loss
+    from ffa_kernels.memory import fit_to_memory, plan
     from ffa_kernels.nn import (
         FFALinear,
         FFAWrapped,
@@ -29,9 +30,11 @@ __all__ = [
     "PrivateTrainer",
     "causal_lm_loss",
     "convert",
+    "fit_to_memory",
     "load_adapter",
     "merge",
     "packed",
+    "plan",
     "save_adapter",
 ]
 
@@ -47,8 +50,10 @@ _HOMES = {
     "PrivacyEngine": "ffa_kernels.privacy",
     "PrivateTrainer": "ffa_kernels.trainer",
     "causal_lm_loss": "ffa_kernels.losses",
+    "fit_to_memory": "ffa_kernels.memory",
+    "plan": "ffa_kernels.memory",
 }
-_SUBMODULES = ("federated", "losses", "nn", "ops", "privacy")
+_SUBMODULES = ("federated", "losses", "memory", "nn", "ops", "privacy")
 
 
 def __getattr__(name: str) -> Any:

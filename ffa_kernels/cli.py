@@ -1,4 +1,4 @@
-"""The command line: `ffa-kernels doctor` and `ffa-kernels federate`.
+"""The command line: `ffa-kernels doctor`, `ffa-kernels federate` and `ffa-kernels plan`.
 
 A mistake of the user's is one line on stderr and exit code 2.
 """
@@ -45,6 +45,22 @@ def _parser() -> argparse.ArgumentParser:
     federate.add_argument("config", type=Path, metavar="CONFIG.toml")
     federate.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the results")
     federate.set_defaults(command=_federate)
+    plan = commands.add_parser("plan", help="settings with which a model's training fits a limit")
+    plan.add_argument("model", type=Path, metavar="MODEL", help="a folder with config.json")
+    plan.add_argument("--memory", required=True, metavar="SIZE", help="such as 4GiB or 500MB")
+    plan.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    plan.add_argument("--batch-size", type=int, default=32, metavar="N", help="records in a draw")
+    plan.add_argument("--tokens", type=int, default=128, metavar="T", help="of the longest record")
+    plan.add_argument("--rank", type=int, default=8, metavar="R", help="of the adapters")
+    plan.add_argument("--target-modules", nargs="+", metavar="NAME", help="default: the linear "
+                      "layers of all blocks")  # fmt: skip
+    plan.add_argument("--optimizer", choices=("sgd", "momentum", "adam", "adamw"), default="adamw")
+    plan.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                      help="of the weights as they will be loaded")  # fmt: skip
+    plan.add_argument("--allow", nargs="*", metavar="WAY",
+                      default=["checkpointing", "chunked_loss"],
+                      help="of checkpointing, chunked_loss, per_layer, bfloat16")  # fmt: skip
+    plan.set_defaults(command=_plan)
     return parser
 
 
@@ -74,6 +90,26 @@ def _federate(arguments: argparse.Namespace) -> int:
         f"report in {arguments.out / 'report.md'}",
         highlight=False,
     )
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from ffa_kernels.memory.folder import from_folder
+    from ffa_kernels.memory.planning import parse_memory, plan
+
+    memory = parse_memory(arguments.memory, "--memory")
+    model = from_folder(arguments.model, arguments.rank, arguments.target_modules, arguments.dtype)
+    made = plan(
+        model,
+        memory=memory,
+        batch_size=arguments.batch_size,
+        tokens=arguments.tokens,
+        device=arguments.device,
+        optimizer=arguments.optimizer,
+        allow=arguments.allow,
+    )
+    print(made)
     return 0
 
 
