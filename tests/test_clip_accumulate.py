@@ -50,7 +50,9 @@ def clip(grads, bounds, keep=None, sums=None, stats=None):
 def draw(shapes, n, seed=0, dtype=torch.float32, scale=1.0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        (scale * torch.randn(n, *shape, generator=generator, dtype=torch.float64)).to(dtype)
+        (scale * torch.randn(n, *shape, generator=generator, dtype=torch.float64, device="cpu")).to(
+            torch.get_default_device(), dtype
+        )
         for shape in shapes
     ]
 

@@ -113,8 +113,9 @@ def test_triton_gives_the_values_of_the_cpu(dtype):
     pytest.importorskip("triton")
     with use_backend("cpu"):
         expected = ops.gaussian(STATE, 7, 40_003, torch.float64)
+    here = "cuda" if torch.cuda.is_available() else "cpu"
     with use_backend("triton"):
-        z = ops.gaussian(STATE, 7, 40_003, dtype)
+        z = ops.gaussian(STATE.to(here), 7, 40_003, dtype).cpu()
     # Half an ulp of the rounding; a whole one under the interpreter, which truncates to bfloat16.
     narrow = torch.finfo(dtype)
     ulp = narrow.eps * expected.abs().clamp(min=narrow.tiny)

@@ -27,7 +27,9 @@ UGLY = [
 def inputs(leading, d_out, r, dtype):
     generator = torch.Generator().manual_seed(hash((leading, d_out, r)) % 2**31)
     return [
-        torch.randn(*sizes, generator=generator, dtype=torch.float64).to(dtype)
+        torch.randn(*sizes, generator=generator, dtype=torch.float64, device="cpu").to(
+            torch.get_default_device(), dtype
+        )
         for sizes in ((*leading, d_out), (*leading, r), (d_out, r))
     ]
 
@@ -48,11 +50,11 @@ def formulas(g: Tensor, h: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Ten
 def errors(values: list[Tensor], g: Tensor, h: Tensor, B: Tensor, scale: float) -> list[float]:
     """The largest distance of u and of G from the formulas in extended precision."""
     n, tokens = g.shape[0], math.prod(g.shape[1:-1])
-    exact_g, exact_h, exact_B = (t.double().numpy().astype(np.longdouble) for t in (g, h, B))
+    exact_g, exact_h, exact_B = (t.double().cpu().numpy().astype(np.longdouble) for t in (g, h, B))
     rows_g = exact_g.reshape(n, tokens, g.shape[-1]).swapaxes(1, 2)
     exact = [exact_g @ exact_B, rows_g @ exact_h.reshape(n, tokens, h.shape[-1]) * scale]
     return [
-        float(np.abs(value.double().numpy() - truth).max(initial=0))
+        float(np.abs(value.double().cpu().numpy() - truth).max(initial=0))
         for value, truth in zip(values, exact, strict=True)
     ]
 
