@@ -222,9 +222,9 @@ class PrivateStep:
             return
         self._dropped = False
         assert tap.grad is not None
-        self._arrived[k] = (tap.grad, tap.grad._version)
         trained = self.trained[k]
         if not self.mechanism.clips_in_backward:
+            self._arrived[k] = (tap.grad, tap.grad._version)
             trained.parameter.grad_sample = tap.grad  # type: ignore[attr-defined]
             return
         grad, tap.grad = tap.grad, None
