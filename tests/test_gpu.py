@@ -86,6 +86,7 @@ def test_forward_and_backward_in_a_graph_equal_eager():
         return torch.autograd.grad(y.square().sum(), (x, tap))
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         expected = run()
         run()
