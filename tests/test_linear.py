@@ -348,6 +348,24 @@ def test_ways_of_nothing(backend, way, shape, d_in):
             assert torch.equal(y, b.expand(2, 3, 11)) and torch.equal(h, torch.zeros(2, 3, 3))
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch knows one name only"
+)
+def test_tf32_may_be_asked_for_by_either_name():
+    precision = pytest.importorskip("ffa_kernels.backends.triton.dot").precision
+    assert precision(torch.float32) == precision(torch.bfloat16) == "ieee"
+    asked = torch.backends.cuda.matmul
+    try:
+        asked.allow_tf32 = True
+        assert precision(torch.float32) == "tf32"
+        asked.allow_tf32 = False
+        asked.fp32_precision = "tf32"
+        assert precision(torch.float32) == "tf32"
+    finally:
+        asked.fp32_precision = "ieee"
+    assert precision(torch.float32) == "ieee"
+
+
 @IN_TRITON
 @pytest.mark.parametrize("way", choices.WAYS)
 def test_ways_do_not_overflow_h_times_scaling_in_fp16(backend, way):
@@ -355,6 +373,14 @@ def test_ways_do_not_overflow_h_times_scaling_in_fp16(backend, way):
     case = replace(case, x=case.x * 2000, lora_B=case.lora_B * 1e-3)
     with choices.force(way, TILES):
         check_ways(case, torch.float16, 0.0)
+
+
+@IN_TRITON
+@pytest.mark.parametrize("way", choices.WAYS)
+@pytest.mark.parametrize("scaling", [0.0, 1e-42])
+def test_ways_divide_by_no_scaling_that_is_next_to_nothing(backend, way, scaling):
+    with choices.force(way, TILES):
+        check_ways(replace(make((4,), 16, 20, 2), scaling=scaling), torch.float32, 0.0)
 
 
 def test_measured_choices_name_tiles_that_are_compiled():
@@ -436,7 +462,7 @@ def test_inputs_need_not_be_contiguous(backend, p):
 def test_h_is_all_that_is_saved(backend, dropout, private):
     dtype = torch.float32
     n, T, d_in, d_out, r = 6, 31, 96, 80, 4
-    layer = ffa.FFALinear(d_in, d_out, r, dropout=dropout, dtype=dtype)
+    layer = adapted(d_in, d_out, r, dropout=dropout, dtype=dtype)
     if private:
         give_tap(layer, n, dtype)
     parameters = {p.data_ptr() for p in layer.parameters()}
@@ -457,6 +483,12 @@ def test_h_is_all_that_is_saved(backend, dropout, private):
     assert sum(t.untyped_storage().nbytes() for t in floats) == n * T * r * dtype.itemsize
     y.sum().backward()
     assert x.grad is not None
+
+
+def adapted(*sizes: int, **settings) -> ffa.FFALinear:
+    """A new layer; its A is drawn on the CPU, where a GPU's backend, if forced, does not serve."""
+    with use_backend("reference"):
+        return ffa.FFALinear(*sizes, **settings)
 
 
 def give_tap(layer: ffa.FFALinear, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -509,7 +541,7 @@ def test_mask_keeps_the_right_fraction_without_bias(backend, p):
 
 
 def test_module_dropout_changes_by_call_and_repeats_under_a_seed(backend):
-    layer = ffa.FFALinear(64, 32, r=4, dropout=0.3)
+    layer, other = (adapted(64, 32, r=4, dropout=0.3) for _ in range(2))
     torch.nn.init.normal_(layer.lora_B)
     x = torch.randn(5, 64)
     torch.manual_seed(3)
@@ -517,7 +549,6 @@ def test_module_dropout_changes_by_call_and_repeats_under_a_seed(backend):
     assert not torch.equal(first, second)
     torch.manual_seed(3)
     assert torch.equal(layer(x), first) and torch.equal(layer(x), second)
-    other = ffa.FFALinear.from_linear(torch.nn.Linear(64, 32), r=4, dropout=0.3)
     other.load_state_dict(layer.state_dict())
     other._dropout_key = torch.tensor([1, 2, 3, 4])
     torch.manual_seed(3)
@@ -537,7 +568,7 @@ def test_without_dropout_the_generator_is_left_alone():
 @pytest.mark.parametrize("private", [False, True])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_changes_no_gradient(backend, use_reentrant, private):
-    layers = [ffa.FFALinear(24, 24, r=3, dropout=0.05, layer=str(i)) for i in range(2)]
+    layers = [adapted(24, 24, r=3, dropout=0.05, layer=str(i)) for i in range(2)]
     for layer in layers:
         torch.nn.init.normal_(layer.lora_B)
 

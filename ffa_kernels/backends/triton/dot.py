@@ -14,8 +14,12 @@ _IN_FP32 = tl.constexpr(interpreted())
 
 def precision(dtype: torch.dtype) -> str:
     """`PRECISION` for operands of `dtype`, as PyTorch has been told to multiply."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    asked = torch.backends.cuda.matmul
+    # The older name raises where the newer one was set.
+    newer = getattr(asked, "fp32_precision", None)
+    return "tf32" if (asked.allow_tf32 if newer is None else newer == "tf32") else "ieee"
 
 
 @jit

@@ -34,6 +34,7 @@ MAX_RANK = 256  # of the kernels; a larger one is no longer small beside d_in
 DOWN_RANKS = (16, 64, MAX_RANK)
 FUSED_RANKS = (16, 64)
 TERM_RANKS = (16, 32)
+_SMALLEST_SCALING = 2.0**-60
 GROUP_M = 8  # rows of tiles that share their columns of W in L2
 
 
@@ -626,8 +627,9 @@ def _choice(
     m = x.shape[0]
     dtype = str(x.dtype).removeprefix("torch.")
     choice = choices.choose(op, card(x.device)[0], dtype, m, d_in, d_out, r, dropout)
-    # A scaling of 0 would be divided by.
-    if min(m, d_in, d_out, r) == 0 or r > MAX_RANK or scaling == 0:
+    # The kernels divide by the scaling, in fp32.
+    divides = _SMALLEST_SCALING <= abs(scaling) <= 1 / _SMALLEST_SCALING
+    if min(m, d_in, d_out, r) == 0 or r > MAX_RANK or not divides:
         return choices.DEFAULT
     too_wide = choice.way == "fused" and r > _fused_ranks(x.dtype)[-1]
     if choice.way in ("stacked", "fused") and (dropout or too_wide or op == "linear_backward"):
