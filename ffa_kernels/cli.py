@@ -46,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     federate.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the results")
     federate.set_defaults(command=_federate)
     plan = commands.add_parser("plan", help="settings with which a model's training fits a limit")
-    plan.add_argument("model", type=Path, metavar="MODEL", help="a folder with config.json")
+    plan.add_argument("model", type=Path, metavar="MODEL",
+                      help="a folder with config.json, or a model type with sizes: "
+                      "llama:hidden_size=512,num_hidden_layers=4")  # fmt: skip
     plan.add_argument("--memory", required=True, metavar="SIZE", help="such as 4GiB or 500MB")
     plan.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     plan.add_argument("--batch-size", type=int, default=32, metavar="N", help="records in a draw")

@@ -1,4 +1,4 @@
-"""A transformers model from its folder's config.json alone: shapes on the meta device, no weights.
+"""A transformers model from its config alone: shapes on the meta device, no weights.
 
 Nothing is read from the network, and no code of the folder's own is run.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,37 @@ def from_folder(
     """The converted model of `folder` on the meta device.
 
     Args:
-        folder: with a config.json whose "architectures" names a class of transformers.
+        folder: with a config.json whose "architectures" names a class of transformers; or no
+            folder, but such a class or a model type with sizes that its config shall have, as in
+            `llama:hidden_size=512,num_hidden_layers=4`.
         rank: of the adapters.
         target_modules: as in `convert`; None for the linear layers of all numbered blocks.
         dtype: of the weights, "float32" say.
 
     Raises:
-        ConfigError: no such folder, or a config that names no class of transformers.
+        ConfigError: none of these, or a config that names no class of transformers.
     """
+    made, config = _in_folder(folder) if folder.exists() else _by_name(str(folder))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with torch.device("meta"):
+            model: nn.Module = made(config)
+    except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
+        raise ConfigError(
+            f"MODEL: {made.__name__} does not accept its config ({error}); accepted: sizes that "
+            "fit together"
+        ) from error
+    finally:
+        torch.set_default_dtype(before)
+    heads = [n for n in ("classifier", "score") if isinstance(getattr(model, n, None), nn.Module)]
+    targets = block_layers(model) if target_modules is None else list(target_modules)
+    # Only A's shape matters: the one that is made fastest.
+    return convert(model, rank, target_modules=targets, init="kaiming", modules_to_save=heads)
+
+
+def _in_folder(folder: Path) -> tuple[Any, Any]:
+    """A model class of transformers and its config."""
     import transformers
 
     path = folder / "config.json"
@@ -50,18 +74,50 @@ def from_folder(
             f"MODEL's config.json names {name!r}; accepted: a model class of transformers "
             f"{transformers.__version__}"
         )
-    config = made.config_class.from_pretrained(str(folder), local_files_only=True)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, dtype))
-    try:
-        with torch.device("meta"):
-            model: nn.Module = made(config)
-    finally:
-        torch.set_default_dtype(before)
-    heads = [n for n in ("classifier", "score") if isinstance(getattr(model, n, None), nn.Module)]
-    targets = block_layers(model) if target_modules is None else list(target_modules)
-    # Only A's shape matters: the one that is made fastest.
-    return convert(model, rank, target_modules=targets, init="kaiming", modules_to_save=heads)
+    return made, made.config_class.from_pretrained(str(folder), local_files_only=True)
+
+
+def _by_name(given: str) -> tuple[Any, Any]:
+    """The class and config of `type` or `type:size=value,...`."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    name, _, sizes = given.partition(":")
+    # A type that fills masks is an encoder, which is trained to classify.
+    of_type = {
+        **auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        **auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        **{
+            kind: cls
+            for kind, cls in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.items()
+            if kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        },
+    }
+    cls = of_type.get(name, name)
+    made: Any = getattr(transformers, cls if isinstance(cls, str) else cls[0], None)
+    if getattr(made, "config_class", None) is None:
+        near = get_close_matches(name, of_type, n=3)
+        raise ConfigError(
+            f"MODEL is {given}; accepted: a local folder with a config.json, or a model type or "
+            "class of transformers with sizes, as in llama:hidden_size=512,num_hidden_layers=4"
+            + (f"; did you mean {', '.join(near)}?" if near else "")
+        )
+    known, values = made.config_class(), {}
+    for part in filter(None, sizes.split(",")):
+        size, _, value = part.partition("=")
+        if not hasattr(known, size):
+            near = get_close_matches(size, vars(known), n=3)
+            raise ConfigError(
+                f"MODEL gives {size!r}, which {type(known).__name__} does not have"
+                + (f"; did you mean {', '.join(near)}?" if near else "")
+            )
+        try:
+            values[size] = json.loads(value)
+        except ValueError:
+            raise ConfigError(
+                f"MODEL gives {part!r}; accepted: {size}= with a number, true or false"
+            ) from None
+    return made, made.config_class(**values)
 
 
 def block_layers(model: nn.Module) -> list[str]:
