@@ -22,12 +22,14 @@ SERIAL = ROOT / "build" / "serial"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 PATIENCE_S = 1200
 
+NVCC = shutil.which(os.environ.get("NVCC", "nvcc"))
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")
 needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="no CUDA library: no nvcc")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on PATH")
 
 # The cards of the bars; what else is built runs no worse.
 ARCHS = (75, 80, 86, 87, 89, 90, 100, 120)
-TENSOR_CORES = re.compile(r"\b[HIQ]MMA\b")
+QUICK = (75, 80, 120)
 
 
 @functools.cache
@@ -49,6 +51,9 @@ def disassembler() -> str | None:
         carried = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         found = str(carried) if carried.exists() else None
     return found
+
+
+needs_disassembler = pytest.mark.skipif(disassembler() is None, reason="no cuobjdump")
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -91,22 +96,42 @@ def test_occupancy_is_reckoned_as_the_programming_guide_has_it():
     assert Kernel("half", 90, 64, 0, 0).occupancy == 0.5
 
 
-@pytest.mark.skipif(disassembler() is None, reason="no cuobjdump")
+def cuobjdump(*arguments: str) -> str:
+    command = [disassembler(), *arguments, str(LIBRARY)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@needs_disassembler
 @needs_library
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "arch", [a if a in QUICK else pytest.param(a, marks=pytest.mark.full) for a in ARCHS]
+)
 def test_products_run_on_tensor_cores(arch):
-    listing = subprocess.run(
-        [disassembler(), "-sass", "-arch", f"sm_{arch}", str(LIBRARY)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    """In every kernel named for them, where the card can multiply its type."""
+    said = LIBRARY.with_name("libffa_cuda.ptxas.txt").read_text()
+    kernels = set(re.findall(r"entry function '(\w*TensorCores\w*)'", said))
+    assert len(kernels) == 6
+    listing = cuobjdump("-sass", "-arch", f"sm_{arch}", "-fun", ",".join(kernels))
     functions = re.split(r"Function : ", listing)[1:]
-    with_cores = {f.split()[0] for f in functions if TENSOR_CORES.search(f)}
-    dtypes = ("4Half",) if arch == 75 else ("4Half", "8Bfloat16")
-    for kernel in ("PerSampleGradTensorCores", "RankTermTensorCores"):
-        for dtype in dtypes:
-            assert any(kernel in name and dtype in name for name in with_cores), (kernel, dtype)
+    seen = {function.split()[0] for function in functions if re.search(r"\bHMMA\b", function)}
+    assert seen == {k for k in kernels if arch >= 80 or "Bfloat16" not in k}
+
+
+@needs_disassembler
+@needs_library
+def test_there_is_code_for_every_card_and_ptx_for_those_to_come():
+    codes = set(map(int, re.findall(r"sm_(\d+)", cuobjdump("-lelf"))))
+    assert set(ARCHS) <= codes
+    assert set(map(int, re.findall(r"sm_(\d+)", cuobjdump("-lptx")))) == {max(codes)}
+
+
+@needs_nvcc
+def test_archs_are_those_asked_for_or_all_that_nvcc_knows(monkeypatch):
+    build = script("build")
+    monkeypatch.setenv("FFA_CUDA_ARCHS", "8.6 75")
+    assert build._cuda_archs([NVCC]) == [75, 86]
+    monkeypatch.delenv("FFA_CUDA_ARCHS")
+    assert set(ARCHS) <= set(build._cuda_archs([NVCC]))
 
 
 @needs_library
@@ -179,7 +204,10 @@ def test_a_library_without_code_for_the_card_is_refused_with_what_to_do(tmp_path
     done = python(
         """
 import warnings, torch
-from ffa_kernels.backends import cuda
+from ffa_kernels.backends import cuda, native
+state = native.describe()["cuda"]
+assert not state["available"]
+print(state["reason"])
 cuda._serial = lambda: True  # there is no device to make current
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -189,7 +217,8 @@ print(caught[0].message)
         FFA_CUDA_LIBRARY=str(stub),
     )
     assert done.returncode == 0, done.stderr
-    assert "name its compute capability in FFA_CUDA_ARCHS and run `make lib`" in done.stdout
+    words = "the library has no code for this device: name its compute capability in FFA_CUDA_ARCHS"
+    assert done.stdout.count(f"{words} and run `make lib`") == 2
 
 
 def test_cuda_serves_where_triton_does_not(monkeypatch):
@@ -234,8 +263,10 @@ def run_serial(selection: list[str], order: str, arch: int) -> None:
         "ASAN_OPTIONS": "detect_leaks=0",
         "OMP_NUM_THREADS": "1",
     }
+    # A sanitizer that ends the process takes with it what pytest has captured of its last words.
+    options = ["-q", "-p", "no:cacheprovider", "--capture=sys", "-k", "cuda"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda", *selection],
+        [sys.executable, "-m", "pytest", *options, *selection],
         cwd=ROOT,
         env=environment,
         capture_output=True,

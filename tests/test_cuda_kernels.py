@@ -44,7 +44,7 @@ def per_record(g: Tensor, h: Tensor, offsets: list[int], scale: float) -> Tensor
 
 
 # n, tokens, d_out, r. Panels are 512 columns wide (256 beyond rank 16, 128 in fp32), chunks have 64
-# ranks (16 in fp32); tokens are cut into slices where records are few and long.
+# ranks (16 in fp32); tokens are cut into slices where records are few and long, never evenly here.
 SHAPES = [
     (1, 1, 1, 1),
     (3, 5, 77, 3),
@@ -53,9 +53,9 @@ SHAPES = [
     (2, 17, 257, 17),
     (1, 33, 24, 256),
     (2, 19, 300, 70),
-    (1, 700, 64, 8),
-    (2, 300, 130, 5),
-    (1, 530, 520, 33),
+    (1, 701, 64, 8),
+    (2, 301, 130, 5),
+    (1, 531, 520, 33),
 ]
 
 
@@ -84,7 +84,7 @@ def test_per_sample_grad_at_every_edge(backend, n, tokens, d_out, r, dtype):
     [
         (50, [0, 7, 7, 40, 50]),
         (50, [3, 20, 21, 44]),
-        (1300, [0, 600, 1300]),
+        (1303, [0, 601, 1303]),
         (20, [5]),
         (0, [0, 0, 0]),
     ],
@@ -146,7 +146,9 @@ LINEAR_SHAPES = [
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, d_in, d_out, r", LINEAR_SHAPES)
-def test_the_rank_term_at_every_edge(backend, rows, d_in, d_out, r, dtype, p):
+def test_the_rank_term_at_every_edge(backend, rows, d_in, d_out, r, dtype, p, monkeypatch):
+    # x is masked in several pieces.
+    monkeypatch.setattr("ffa_kernels.backends.cuda._DROPOUT_CHUNK", 1 << 12)
     torch.manual_seed(rows)
     x, W = random(rows, d_in, dtype=dtype), random(d_out, d_in, dtype=dtype)
     b, A, B = (
@@ -264,6 +266,82 @@ def test_a_step_in_one_equals_a_step_in_two(backend, layers, optimizer):
     assert [s.item() for s in once[3]] == (
         [] if optimizer == "none" else [k % 3 + 1 for k in range(count)]
     )
+
+
+@pytest.mark.parametrize("count, noise_multiplier", [(60, 1.5), (500, 0.0)])
+def test_every_tensor_is_updated_by_its_own_numbers(backend, count, noise_multiplier):
+    """Of more than a table holds, or than a launch counts the steps of; in fp64, to see any."""
+    torch.manual_seed(0)
+    sizes = [1 + k % 3 for k in range(count)]
+    values = [torch.randn(size, dtype=torch.float64) for size in sizes]
+    sums = [torch.randint(-(2**40), 2**40, (size,)) for size in sizes]
+    hyper = torch.tensor([1e-1, 1e-2, 0.5, 0.5, 1e-8]).double() * torch.rand(count, 5).double()
+
+    def updated() -> tuple[list[Tensor], ...]:
+        params, totals = copied(values), copied(sums)
+        moments = [v.abs() for v in values], [v * v for v in values]
+        steps = [torch.tensor(float(k % 7)) for k in range(count)]
+        state = STATE.clone()
+        ops.private_update(
+            *(params, totals, *moments, steps, state, hyper),
+            tensor_ids=list(range(3, 3 + count)),
+            max_grad_norm=[1.0 + k / 8 for k in range(count)],
+            noise_multiplier=noise_multiplier,
+            expected_batch_size=4.0,
+            optimizer="adam",
+        )
+        assert not any(total.any() for total in totals) and state[4] == STATE[4] + 1
+        return params, *moments, steps
+
+    mine = updated()
+    with use_backend("reference"):
+        expected = updated()
+    for tensors, others in zip(mine, expected, strict=True):
+        torch.testing.assert_close(
+            torch.cat([t.flatten() for t in tensors]),
+            torch.cat([t.flatten() for t in others]),
+            rtol=1e-9,
+            atol=1e-12,
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_order_of_threads_and_blocks_changes_no_bit(backend, dtype, monkeypatch):
+    from ffa_kernels.backends import cuda
+
+    if not cuda._serial():
+        pytest.skip("a GPU has an order of its own")
+    torch.manual_seed(0)
+    g, h, B = (random(*s, dtype=dtype) for s in ((1, 260, 520), (1, 260, 5), (520, 5)))
+    x, W, A = (random(*s, dtype=dtype) for s in ((70, 40), (300, 40), (9, 40)))
+    tensors = many_tensors(20, 3)
+    hyper = torch.tensor([[0.1, 0.01, 0.9, 0.99, 1e-8]] * 20, dtype=torch.float64)
+
+    def everything() -> list[Tensor]:
+        out = [*ops.per_sample_grad(g, h, B), ops.chacha20(STATE, 1, 0, 300)]
+        out.append(ops.gaussian(STATE, 1, 5000, dtype))
+        right = random(300, 9, dtype=dtype)
+        settings = (STATE, None, 0.5, 0.3, False)
+        out += torch.ops.ffa.linear(x, W, None, A, right, None, None, *settings)
+        out.append(torch.ops.ffa.linear_backward(out[-2], out[-1], W, A, STATE, 0.5, 0.3))
+        params, stats = copied(tensors["params"]), torch.zeros(2, dtype=torch.int64)
+        steps = [torch.zeros(()) for _ in params]
+        factors = ops.private_step(
+            *(tensors["grad_samples"], stats, None, params, [], [], steps, STATE.clone(), hyper),
+            tensor_ids=list(range(20)),
+            max_grad_norm=[2.0],
+            noise_multiplier=1.0,
+            expected_batch_size=2.5,
+            optimizer="sgd",
+        )
+        return [*out, *params, factors, stats]
+
+    results = []
+    for order in ("forward", "reversed"):
+        monkeypatch.setenv("FFA_SERIAL_GRID", order)
+        torch.manual_seed(1)
+        results.append(everything())
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_words_and_clip_factors_have_the_bits_of_the_cpu(backend):

@@ -10,9 +10,9 @@
 
 namespace ffa::FFA_ISA {
 
-// The size of a table passed by value, so that with the rest of a kernel's arguments it stays
-// within the 4 KB that every driver takes.
-constexpr int kTableBytes = 3840;
+// What every driver takes as a kernel's arguments, and the size of a table that leaves room for the
+// others.
+constexpr int kMostArgumentBytes = 4096, kTableBytes = 3840;
 
 // Columns and ranks are counted in 32 bits, rows in 64.
 constexpr int64_t kMostColumns = int64_t{1} << 30;
@@ -55,6 +55,7 @@ inline int cuda_status(cudaError_t error) {
 
 template <class Program>
 int launch(const Program& program, int64_t blocks, void* stream) {
+  static_assert(sizeof(Program) <= kMostArgumentBytes, "too many arguments for older drivers");
   if (blocks < 0 || blocks > 0x7fffffff) return FFA_BAD_SIZE;
   if (blocks == 0) return FFA_OK;
   run<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(program);

@@ -245,5 +245,10 @@ def describe() -> dict[str, dict[str, Any]]:
                 entry["isa"] = " ".join(codes) or None
                 if not entry["available"]:
                     entry["reason"] = "built, but no CUDA device or driver on this machine"
+                else:
+                    try:
+                        library.call("check_device")
+                    except NativeError as error:
+                        entry["available"], entry["reason"] = False, str(error)
         result[kind] = entry
     return result
