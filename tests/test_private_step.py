@@ -19,7 +19,12 @@ OPTIMIZERS = ["none", "sgd", "momentum", "nesterov", "adam", "adamw"]
 
 def records(seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(N, *shape, generator=generator).to(dtype) for shape in SHAPES]
+    return [
+        torch.randn(N, *shape, generator=generator, device="cpu").to(
+            torch.get_default_device(), dtype
+        )
+        for shape in SHAPES
+    ]
 
 
 def squares_of(grads, calls=1.0):
@@ -34,7 +39,12 @@ def start(optimizer, bounds, dtype=torch.float32, seed=1):
     generator = torch.Generator().manual_seed(seed)
 
     def draw():
-        return [torch.randn(shape, generator=generator).abs().to(dtype) for shape in SHAPES]
+        return [
+            torch.randn(shape, generator=generator, device="cpu")
+            .abs()
+            .to(torch.get_default_device(), dtype)
+            for shape in SHAPES
+        ]
 
     adaptive = optimizer in ("adam", "adamw")
     return {
@@ -185,6 +195,23 @@ def test_nothing_waits_for_the_device(optimizer, bounds, monkeypatch):
         triton.private_step(grads, squares_of(grads), a.pop("stats"), keep, *a.values())
     # One launch of each kernel for what is aligned, one for what is not.
     assert len(launched) == 4 and len({id(kernel) for kernel in launched}) == 2
+
+
+def test_the_table_of_a_step_that_broke_off_is_used_no_more(monkeypatch):
+    tables = pytest.importorskip("ffa_kernels.backends.triton.tables")
+    broken, other = (tables.Plan(torch.zeros(4), 0, ()) for _ in range(2))
+    monkeypatch.setattr(tables, "_plans", {"broken": broken, "other": other})
+    with pytest.raises(KeyboardInterrupt), tables.whole(broken):
+        raise KeyboardInterrupt
+    with tables.whole(other):
+        pass
+    assert tables._plans == {"other": other}
+
+
+def test_a_tensor_on_another_device_is_refused():
+    tables = pytest.importorskip("ffa_kernels.backends.triton.tables")
+    with pytest.raises(ConfigError, match="a tensor is on cpu; accepted: cuda:0, as the others"):
+        tables.addresses([torch.zeros(1, device="cpu")], torch.device("cuda", 0))
 
 
 def call_with(**changes):

@@ -22,16 +22,19 @@ def grid_of(bound: float) -> float:
 def draw_sums(seed: int, bounds: list[float]) -> list[Tensor]:
     """Sums of about the size that a handful of clipped records leave."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(shape, generator=generator, dtype=torch.float64)
+    sums = [
+        torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
         if bounds[0 if len(bounds) == 1 else k] == math.inf
-        else torch.randint(-(2**34), 2**34, shape, generator=generator)
+        else torch.randint(-(2**34), 2**34, shape, generator=generator, device="cpu")
         for k, shape in enumerate(SHAPES)
     ]
+    return [total.to(torch.get_default_device()) for total in sums]
 
 
-def release(sums: list[Tensor], dtype=torch.float64, state=STATE, **options) -> list[Tensor]:
+def release(sums: list[Tensor], dtype=torch.float64, state=None, **options) -> list[Tensor]:
     """The noised gradients that optimizer "none" returns."""
+    # Not a default value: a test on a GPU has a constant of its own.
+    state = STATE if state is None else state
     params = [torch.full(s.shape, math.nan, dtype=dtype) for s in sums]
     settings = {
         "tensor_ids": list(range(len(sums))),
@@ -86,7 +89,9 @@ def check_against_pytorch(name: str, dtype) -> None:
     dtypes = dtype if isinstance(dtype, list) else [dtype] * len(SHAPES)
     generator = torch.Generator().manual_seed(3)
     starts = [
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(d)
+        torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(
+            torch.get_default_device(), d
+        )
         for shape, d in zip(SHAPES, dtypes, strict=True)
     ]
     theirs = [p.clone().requires_grad_() for p in starts]
@@ -154,8 +159,11 @@ def test_16_bit_parameters_err_at_most_twice_as_pytorchs(backend, optimizer, dty
         pytest.skip("the CPU backend leaves 16-bit parameters to the reference")
     size, hyper = 700, torch.tensor([[0.05, 0.1, 0.9, 0.99, 1e-6]], dtype=torch.float64)
     generator = torch.Generator().manual_seed(5)
-    start, first = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
-    total = torch.randint(-(2**34), 2**34, (size,), generator=generator)
+    here = torch.get_default_device()
+    start, first = (
+        torch.randn(size, generator=generator, device="cpu").to(here, dtype) for _ in range(2)
+    )
+    total = torch.randint(-(2**34), 2**34, (size,), generator=generator, device="cpu").to(here)
     gradient = total.double() * grid_of(1.0) / 3.0
 
     def ours(dtype):
@@ -231,7 +239,9 @@ def test_the_gradient_is_divided_in_fp64_and_rounded_once(backend, dtype):
     before = [s.clone() for s in sums]
     released = release(sums, dtype, max_grad_norm=[0.7], expected_batch_size=3.7)
     for total, value in zip(before, released, strict=True):
-        assert torch.equal(value, (total.double() * grid_of(0.7) / 3.7).to(dtype))
+        # On the CPU, for a GPU's division by a number is a product with its inverse.
+        expected = (total.cpu().double() * grid_of(0.7) / 3.7).to(dtype)
+        assert torch.equal(value.cpu(), expected)
 
 
 def test_an_infinite_bound_releases_the_plain_mean(backend):
@@ -239,7 +249,7 @@ def test_an_infinite_bound_releases_the_plain_mean(backend):
     before = [s.clone() for s in sums]
     released = release(sums, max_grad_norm=[math.inf], expected_batch_size=3.7)
     for total, value in zip(before, released, strict=True):
-        assert torch.equal(value, total / 3.7)
+        assert torch.equal(value.cpu(), total.cpu() / 3.7)
     assert not any(s.any() for s in sums)
 
 
@@ -290,6 +300,16 @@ def test_noise_is_fresh_at_every_call(backend):
         assert state.tolist() == [*STATE.tolist()[:4], STATE[4].item() + call + 1]
         seen.add(tuple(param.tolist()))
     assert len(seen) == 4
+
+
+def test_noise_far_above_its_grid_lies_on_it(backend):
+    # The other bound lifts the first tensor's noise to 2^52 of its own steps, where fp64 still has
+    # halves.
+    sums = [torch.zeros(400, dtype=LONG), torch.zeros(1, dtype=LONG)]
+    release_of_first = release(sums, max_grad_norm=[1e-3, 40.0], noise_multiplier=30.0)[0]
+    steps = release_of_first / grid_of(1e-3)
+    assert ((steps.abs() > 2.0**51) & (steps.abs() < 2.0**52)).sum() > 50
+    assert torch.equal(steps, steps.round())
 
 
 def test_bounds_far_apart_do_not_overflow_the_grid(backend):

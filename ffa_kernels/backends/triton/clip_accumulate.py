@@ -43,6 +43,7 @@ from ffa_kernels.backends.triton.tables import (
     pointer,
     real,
     size,
+    whole,
     word,
 )
 
@@ -316,20 +317,21 @@ def write_norms(plan: Plan, n: int, stats: Tensor, keep: Tensor | None, groups: 
     partials = torch.empty(plan.chunks * n, dtype=torch.float64, device=stats.device)
     slices = -(-n // _NORM_RECORDS)
     kept = factors.view(torch.uint8) if keep is None else keep.view(torch.uint8)
-    for part in plan.launches:
-        launch(
-            norms_kernel,
-            part.chunks * slices,
-            (plan.table, kept, stats, factors, partials),
-            (
-                *(plan.count, n, int(groups == 1), int(keep is not None)),
-                *(kept.stride(0), stats.stride(0), part.first_chunk, plan.chunks * slices),
-            ),
-            (),
-            (TYPES[part.dtype], part.aligned, _NORM_RECORDS, _NORM_TILE),
-            num_warps=_WARPS,
-            num_stages=1,
-        )
+    with whole(plan):
+        for part in plan.launches:
+            launch(
+                norms_kernel,
+                part.chunks * slices,
+                (plan.table, kept, stats, factors, partials),
+                (
+                    *(plan.count, n, int(groups == 1), int(keep is not None)),
+                    *(kept.stride(0), stats.stride(0), part.first_chunk, plan.chunks * slices),
+                ),
+                (),
+                (TYPES[part.dtype], part.aligned, _NORM_RECORDS, _NORM_TILE),
+                num_warps=_WARPS,
+                num_stages=1,
+            )
     return factors
 
 
@@ -342,7 +344,7 @@ def clip_accumulate(
     max_grad_norm: list[float],
 ) -> Tensor:
     """Clips each record and adds it on the grid; see `ffa_kernels.ops.clip_accumulate`."""
-    n, count = grad_samples[0].shape[0], len(grad_samples)
+    n, count, device = grad_samples[0].shape[0], len(grad_samples), grad_samples[0].device
     grads, known = [t.contiguous() for t in grad_samples], [t.contiguous() for t in squares]
     bounds, inverse_grids = bounds_and_grids(max_grad_norm, count)
     content = Content(
@@ -350,11 +352,11 @@ def clip_accumulate(
         dtypes=tuple([t.dtype for t in grads]),
         bounds=bounds,
         inverse_grids=inverse_grids,
-        grad_samples=addresses(grads),
-        squares=addresses(known),
-        sums=addresses(sums),
+        grad_samples=addresses(grads, device),
+        squares=addresses(known, device),
+        sums=addresses(sums, device),
     )
-    plan = plan_of(content, stats.device)
+    plan = plan_of(content, device)
     factors = write_norms(plan, n, stats, keep, len(max_grad_norm))
     if n == 0:
         return factors

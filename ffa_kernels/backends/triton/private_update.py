@@ -51,6 +51,7 @@ from ffa_kernels.backends.triton.tables import (
     pointer,
     real,
     size,
+    whole,
     word,
 )
 from ffa_kernels.errors import ConfigError
@@ -68,9 +69,12 @@ _STEPS = 128
 
 @jit
 def round_half_even(v):
-    """The nearest integer; from 2^51 on, the values used here are integers already."""
-    rounded = (v + 6755399441055744.0) - 6755399441055744.0
-    return tl.where(tl.abs(v) < 2251799813685248.0, rounded, v)
+    """The nearest integer: adding 2^52 leaves fp64 no fraction, and from there on it has none."""
+    size = tl.abs(v)
+    rounded = tl.where(
+        size < 4503599627370496.0, (size + 4503599627370496.0) - 4503599627370496.0, size
+    )
+    return tl.where(v < 0.0, -rounded, rounded)
 
 
 @jit
@@ -260,13 +264,13 @@ def _update(
         dtypes=tuple([t.dtype for t in params]),
         bounds=bounds,
         inverse_grids=inverse_grids,
-        grad_samples=addresses(grads),
-        squares=addresses(squares),
-        sums=addresses(sums),
-        params=addresses(params),
-        exp_avgs=addresses(exp_avgs),
-        exp_avg_sqs=addresses(exp_avg_sqs),
-        steps=addresses(steps),
+        grad_samples=addresses(grads, device),
+        squares=addresses(squares, device),
+        sums=addresses(sums, device),
+        params=addresses(params, device),
+        exp_avgs=addresses(exp_avgs, device),
+        exp_avg_sqs=addresses(exp_avg_sqs, device),
+        steps=addresses(steps, device),
         tensor_ids=tuple(tensor_ids),
         noises=tuple([noise_std * inverse for inverse in inverse_grids]) if noisy else (),
         expected_batch_size=expected_batch_size,
@@ -277,22 +281,23 @@ def _update(
         n = grads[0].shape[0]
         factors = write_norms(plan, n, stats, keep, len(max_grad_norm))
     state, options = rng_state.contiguous(), hyper.contiguous()
-    for part in plan.launches:
-        launch(
-            update_kernel,
-            part.tiles,
-            (plan.table, options if factors is None else factors, state, options),
-            (count, n, int(len(max_grad_norm) == 1), part.first_tile, plan.tiles, flags),
-            (),
-            (
-                *(factors is not None, TYPES[part.dtype], _real(part.dtype), part.aligned),
-                *(_rule(optimizer, bool(exp_avgs)),),
-                *(RECORDS[part.dtype.itemsize], TILE, _STEPS),
-            ),
-            num_warps=_WARPS,
-            num_stages=1,
-            max_registers=_max_registers(part.dtype, part.aligned),
-        )
+    with whole(plan):
+        for part in plan.launches:
+            launch(
+                update_kernel,
+                part.tiles,
+                (plan.table, options if factors is None else factors, state, options),
+                (count, n, int(len(max_grad_norm) == 1), part.first_tile, plan.tiles, flags),
+                (),
+                (
+                    *(factors is not None, TYPES[part.dtype], _real(part.dtype), part.aligned),
+                    *(_rule(optimizer, bool(exp_avgs)),),
+                    *(RECORDS[part.dtype.itemsize], TILE, _STEPS),
+                ),
+                num_warps=_WARPS,
+                num_stages=1,
+                max_registers=_max_registers(part.dtype, part.aligned),
+            )
     if state is not rng_state:
         rng_state.copy_(state)
     return factors

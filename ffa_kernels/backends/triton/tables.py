@@ -13,7 +13,8 @@ from __future__ import annotations
 import itertools
 import struct
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -117,7 +118,16 @@ class Plan:
         return sum(launch.chunks for launch in self.launches)
 
 
-def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+def addresses(tensors: Sequence[Tensor], device: torch.device) -> tuple[int, ...]:
+    """Of tensors on `device`; a kernel would read any other's all the same.
+
+    Raises:
+        ConfigError: one of them is elsewhere.
+    """
+    index = -1 if device.index is None else device.index
+    if any([t.get_device() != index for t in tensors]):
+        others = {str(t.device) for t in tensors} - {str(device)}
+        raise ConfigError(f"a tensor is on {', '.join(others)}; accepted: {device}, as the others")
     return tuple([t.data_ptr() for t in tensors])
 
 
@@ -188,9 +198,8 @@ class _Reserve:
     def fill(self, words: int) -> None:
         """Outside a capture: sees to it that many tables of this size could follow."""
         if self._block is None or self._block.numel() - self._used < 16 * words:
-            self._block = torch.empty(
-                max(_RESERVE // 8, 64 * words), dtype=torch.int64, pin_memory=True
-            )
+            size = max(_RESERVE // 8, 64 * words)
+            self._block = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True)
             self._used = 0
 
     def cut(self, words: int) -> Tensor:
@@ -218,13 +227,13 @@ def plan_of(content: Content, device: torch.device) -> Plan:
     count = len(content.numels)
     if device.type != "cuda":
         words, launches = _lay_out(content)
-        return Plan(torch.tensor(words), count, launches)
+        return Plan(torch.tensor(words, device="cpu"), count, launches)
     with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
             # In the graph's own memory, and copied by it: of no use outside.
             words, launches = _lay_out(content)
             pinned = _reserve.cut(len(words))
-            pinned.copy_(torch.tensor(words))
+            pinned.copy_(torch.tensor(words, device="cpu"))
             table = torch.empty(len(words), dtype=torch.int64, device=device)
             table.copy_(pinned, non_blocking=True)
             return Plan(table, count, launches)
@@ -234,7 +243,7 @@ def plan_of(content: Content, device: torch.device) -> Plan:
         if plan is None:
             words, launches = _lay_out(content)
             _reserve.fill(len(words))
-            pinned = torch.tensor(words).pin_memory()
+            pinned = torch.tensor(words, device="cpu").pin_memory()
             plan = Plan(pinned.to(device, non_blocking=True), count, launches)
             _plans[key] = plan
             if len(_plans) > _KEPT_TABLES:
@@ -242,6 +251,21 @@ def plan_of(content: Content, device: torch.device) -> Plan:
         else:
             _plans.move_to_end(key)
         return plan
+
+
+@contextmanager
+def whole(plan: Plan) -> Iterator[None]:
+    """Around the launches of a plan: where one of them fails, the table is used no more.
+
+    Its counters would stand where the programs that did run have left them, and the next call's
+    last program would not be the last.
+    """
+    try:
+        yield
+    except BaseException:
+        for key in [key for key, kept in _plans.items() if kept is plan]:
+            del _plans[key]
+        raise
 
 
 @jit
