@@ -66,12 +66,12 @@ def make(shape=(4, 6), d_in=13, d_out=11, r=3, bias=True, dtype=torch.float64, s
     )
 
 
-def mask_of(x: Tensor, p: float, state: Tensor = STATE) -> Tensor:
+def mask_of(x: Tensor, p: float) -> Tensor:
     """The dropout factor of each element of x, from the documented layout of the keystream."""
     threshold = round(65536 * p)
     columns = x.shape[-1]
     rows, blocks_a_row = math.prod(x.shape[:-1]), -(-columns // 32)
-    words = ops.chacha20(state, 0, 0, rows * blocks_a_row)
+    words = ops.chacha20(STATE, 0, 0, rows * blocks_a_row)
     halves = torch.stack([words & 0xFFFF, words >> 16 & 0xFFFF], dim=-1)
     keep = (halves.view(rows, 32 * blocks_a_row)[:, :columns] >= threshold).double()
     return (keep / (1 - threshold / 65536)).to(x.dtype).view(x.shape)
