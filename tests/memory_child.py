@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import ffa_kernels as ffa
 from ffa_kernels import memory
+from ffa_kernels.federated.models import build_minilm_classifier
 from ffa_kernels.memory.allocator import give_freed_memory_back
 from ffa_kernels.memory.planning import loss_of
 
@@ -32,6 +33,8 @@ LLAMA_SIZES = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers
                "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 8192}  # fmt: skip
 # (class, its config, modules to adapt, modules to train whole, records, tokens)
 MODELS = {
+    # Of the package's own weights.
+    "minilm": ("", {}, ["query", "key", "value"], ["classifier"], 32, 128),
     "bert": ("BertForSequenceClassification", BERT_SIZES, ["query", "key", "value", "dense"],
              [], 32, 128),
     "roberta": ("RobertaForSequenceClassification",
@@ -56,8 +59,12 @@ def build(name, **smaller):
     import transformers
 
     cls, sizes, targets, saved, _, _ = MODELS[name]
-    made = getattr(transformers, cls)
-    model = made(made.config_class(**{**sizes, **smaller}))
+    if name == "minilm":
+        model, _ = build_minilm_classifier(2)
+        model.config = model.encoder.config
+    else:
+        made = getattr(transformers, cls)
+        model = made(made.config_class(**{**sizes, **smaller}))
     return ffa.convert(model, r=8, target_modules=targets, modules_to_save=saved, init="kaiming")
 
 

@@ -1,8 +1,9 @@
 """Chooses how to train privately within a memory limit, from walks of the step itself.
 
-Ways that cost time come first, in the order of what they cost: a smaller physical batch, a loss
-that never has the logits whole, gradient checkpointing. None of them changes what is released.
-Ways that do (clipping per layer, a base in bfloat16) are taken only where the caller allows them.
+Ways come in the order of the time that they cost: a smaller physical batch, a loss that never has
+the logits whole, clipping per layer, gradient checkpointing, a base in bfloat16. Those that change
+what is released (clipping per layer) or the numbers (bfloat16) are taken only where the caller
+allows them, and only where none of the others would do.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ class MemoryPlan:
             "loss": "chunked_causal_lm_loss" if self.chunked_loss else "on whole logits",
             "frozen weights": self.base_dtype or "as they are",
             "optimizer": self.optimizer,
-            "device": self.device,
+            "device": self.device
+            + (": its allocator's blocks, not measured on one" if self.device == "cuda" else ""),
         }
         return "\n".join(lines + [f"{name:<24}{value}" for name, value in settings.items()])
 
@@ -238,6 +240,8 @@ def fit_to_memory(model: nn.Module, *, memory: int | str, **options: Any) -> Fit
         "max_physical_batch_size": made.max_physical_batch_size,
         "clipping": made.clipping,
         "loss_reduction": "mean",
+        # A draw that exceeds the batch size is cut evenly: padded, it would take twice the time.
+        "pad_physical_batches": False,
     }
     return Fitted(made, arguments, loss)
 
@@ -284,8 +288,8 @@ def _ways(model: nn.Module, allow: Sequence[str], clipping: str, chunked: bool) 
     if "bfloat16" in allow and _castable(model):
         narrow.append(True)
     for bfloat16 in narrow:
-        for per_layer in layered:
-            for checkpointing in checkpoints:
+        for checkpointing in checkpoints:
+            for per_layer in layered:
                 for chunks in (False, True) if chunked else (False,):
                     yield _Way(checkpointing, chunks, per_layer, bfloat16)
 
@@ -360,7 +364,7 @@ def _head(model: Any) -> Tensor | None:
     config = getattr(model, "config", None)
     if any(getattr(config, name, None) not in (None, 1, 1.0) for name in _LOGIT_CHANGES):
         return None
-    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+    if not _is_causal(model):
         return None
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or any(p.requires_grad for p in head.parameters()):
@@ -369,14 +373,27 @@ def _head(model: Any) -> Tensor | None:
     return weight
 
 
+def _is_causal(model: nn.Module) -> bool:
+    # GPT-2's class has another name than its kind.
+    return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+
 def loss_of(chunked: bool) -> Loss:
     """This library's losses on what a transformers model makes of a batch."""
 
     def whole(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         logits: Tensor = model(**inputs).logits
-        loss = causal_lm_loss if logits.dim() == 3 else sequence_classification_loss
-        return loss(logits, batch["labels"])
+        if _is_causal(model):
+            return causal_lm_loss(logits, batch["labels"])
+        if logits.dim() != 2:
+            # Of tokens, say: to shift their labels would train something else.
+            raise ConfigError(
+                f"loss is None, and the logits of {type(model).__name__} are "
+                f"{tuple(logits.shape)}; accepted: a causal language model, logits (records, "
+                "classes), or a loss"
+            )
+        return sequence_classification_loss(logits, batch["labels"])
 
     def in_chunks(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -427,7 +444,7 @@ def example_of(model: nn.Module, tokens: int) -> dict[str, Tensor]:
     longest = getattr(config, "max_position_embeddings", None)
     if isinstance(longest, int) and tokens > longest:
         raise ConfigError(f"tokens is {tokens}; accepted: at most {longest}, the model's positions")
-    causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    causal = _is_causal(model)
     return {
         "input_ids": _integers(1, tokens),
         "attention_mask": _integers(1, tokens),
