@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ffa_kernels.losses import causal_lm_loss
+    from ffa_kernels.losses import causal_lm_loss, chunked_causal_lm_loss
     from ffa_kernels.memory import fit_to_memory, plan
     from ffa_kernels.nn import (
         FFALinear,
@@ -29,6 +29,7 @@ __all__ = [
     "PrivacyEngine",
     "PrivateTrainer",
     "causal_lm_loss",
+    "chunked_causal_lm_loss",
     "convert",
     "fit_to_memory",
     "load_adapter",
@@ -50,6 +51,7 @@ _HOMES = {
     "PrivacyEngine": "ffa_kernels.privacy",
     "PrivateTrainer": "ffa_kernels.trainer",
     "causal_lm_loss": "ffa_kernels.losses",
+    "chunked_causal_lm_loss": "ffa_kernels.losses",
     "fit_to_memory": "ffa_kernels.memory",
     "plan": "ffa_kernels.memory",
 }

@@ -1,0 +1,46 @@
+"""Freed tensors: with glibc their memory stays in the process, until that is told otherwise."""
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MIB = 2**20
+TENSORS = 64
+
+PROGRAM = f"""
+import json
+from pathlib import Path
+import torch
+from ffa_kernels.memory.allocator import give_freed_memory_back
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+def kept():
+    "Bytes that stay of every other tensor of 1 MiB, freed while the others live."
+    tensors = [torch.ones({MIB} // 4) for _ in range({TENSORS})]
+    before = resident()
+    del tensors[::2]
+    return {TENSORS // 2 * MIB} - (before - resident())
+
+torch.ones(24 * {MIB} // 4).sum()
+print(json.dumps([kept(), give_freed_memory_back(), kept()]))
+"""
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or not Path("/proc/self/statm").exists(),
+    reason="needs glibc and Linux's /proc",
+)
+def test_freed_tensors_leave_the_process_once_it_is_told():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, told, after = json.loads(done.stdout)
+    # One freed tensor of 24 MiB, and no smaller one is given back any more.
+    assert before > TENSORS // 2 * MIB * 3 // 4
+    assert told is True
+    assert after < MIB
