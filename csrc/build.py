@@ -12,6 +12,7 @@ number of compiles run at a time.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -170,19 +171,21 @@ def build_serial(out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     target, record = out / "libffa_cuda_serial.so", out / "serial.txt"
     digest = _sources_digest("cuda")
-    if target.exists() and record.exists() and record.read_text() == digest:
-        return target
-    with tempfile.TemporaryDirectory() as work:
+    # Two workers of a test run ask at once: one compiles.
+    with (out / "lock").open("w") as lock, tempfile.TemporaryDirectory() as work:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists() and record.exists() and record.read_text() == digest:
+            return target
         objects, commands = [], []
         for source in sorted((CSRC / "cuda").glob("*.cu"), key=lambda path: -path.stat().st_size):
             objects.append(str(Path(work) / f"{source.stem}.o"))
             commands.append([*compiler, *SERIAL_FLAGS, "-c", str(source), "-o", objects[-1]])
         _compile_all(commands)
-        fresh = target.with_suffix(f".{os.getpid()}")
+        fresh = target.with_suffix(".tmp")
         sanitizers = "-fsanitize=address,undefined"
         _run([*compiler, "-shared", sanitizers, *objects, "-o", str(fresh)])
         fresh.replace(target)
-    record.write_text(digest)
+        record.write_text(digest)
     return target
 
 

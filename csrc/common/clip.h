@@ -33,14 +33,15 @@ FFA_HD double truncate_toward_zero(double v) {
 #endif
 }
 
-// Nearest integer, ties to even. Adding and taking away 1.5 * 2^52 rounds in plain SSE2; beyond
-// 2^51 the values used here are integers already.
+// Nearest integer, ties to even. Plain SSE2 rounds by adding and taking away 2^52, from which on
+// there are integers only.
 FFA_HD double round_half_even(double v) {
 #if defined(__CUDA_ARCH__) || defined(__SSE4_1__) || !defined(__x86_64__)
   return __builtin_rint(v);
 #else
-  const double rounded = (v + 0x1.8p52) - 0x1.8p52;
-  return v < 0x1p51 && v > -0x1p51 ? rounded : v;
+  const double magnitude = __builtin_fabs(v);
+  const double rounded = (magnitude + 0x1p52) - 0x1p52;
+  return magnitude < 0x1p52 ? __builtin_copysign(rounded, v) : v;
 #endif
 }
 
