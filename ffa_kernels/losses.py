@@ -177,12 +177,14 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             logits = F.linear(rows[part], weight, bias).to(wide)
-            log_z = logits.logsumexp(dim=1, keepdim=True)
-            losses[part] = log_z - logits.gather(1, index[part])
+            # In place all along: logsumexp would make a second chunk of its own.
+            logits.sub_(logits.amax(dim=1, keepdim=True))
+            chosen = logits.gather(1, index[part])
+            total = logits.exp_().sum(dim=1, keepdim=True)
+            losses[part] = total.log() - chosen
             if grad is not None:
                 # softmax - onehot, in the place of the logits.
-                logits.sub_(log_z).exp_()
-                logits.scatter_add_(1, index[part], -torch.ones_like(log_z))
+                logits.div_(total).scatter_add_(1, index[part], -torch.ones_like(total))
                 grad[part] = logits.mul_(factor[part]).to(rows.dtype) @ weight
             del logits
         if grad is not None:
