@@ -245,7 +245,7 @@ OPS = [
 ]
 
 
-def run_serial(selection: list[str], order: str, arch: int) -> None:
+def run_serial(files: list[str], order: str, arch: int, which: str = "cuda") -> None:
     """The op tests with the serial library in the place of the CUDA one."""
     library = script("build").build_serial(SERIAL)
     runtime = [
@@ -264,9 +264,9 @@ def run_serial(selection: list[str], order: str, arch: int) -> None:
         "OMP_NUM_THREADS": "1",
     }
     # A sanitizer that ends the process takes with it what pytest has captured of its last words.
-    options = ["-q", "-p", "no:cacheprovider", "--capture=sys", "-k", "cuda"]
+    options = ["-q", "-p", "no:cacheprovider", "--capture=sys", "-k", which]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *selection],
+        [sys.executable, "-m", "pytest", *options, *files],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -284,6 +284,13 @@ def run_serial(selection: list[str], order: str, arch: int) -> None:
 @pytest.mark.parametrize("order, arch", [("forward", 80), ("reversed", 75)])
 def test_kernels_at_their_edges_under_sanitizers(order, arch):
     run_serial(OPS[:1], order, arch)
+
+
+@needs_compiler
+@pytest.mark.timeout(PATIENCE_S)
+def test_the_contract_under_sanitizers():
+    """But for opcheck, which is slow there and sees the same Python code as on any backend."""
+    run_serial(OPS[1:], "forward", 80, "cuda and not opcheck")
 
 
 @pytest.mark.full
