@@ -11,15 +11,17 @@ import ctypes
 import platform
 
 # Of malloc.h.
+_M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-# glibc's own first value; setting it is what stops it from moving.
+# glibc's own first values; setting them is what stops them from moving.
 _THRESHOLD = 128 * 1024
 
 
 def give_freed_memory_back() -> bool:
     """Tensors of 128 KiB or more get pages of their own in this process, freed when they are.
 
-    Costs the faults of fresh pages. What is free in the heap already is given back as well.
+    Costs the faults of fresh pages. What is free in the heap already is given back as well, but a
+    hole between blocks that live is filled again before pages are asked for: call this early.
 
     Returns:
         Whether the C library is one that can be told: glibc. Others are left as they are.
@@ -27,7 +29,7 @@ def give_freed_memory_back() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    if not libc.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD):
+    if not all(libc.mallopt(p, _THRESHOLD) for p in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD)):
         return False
     libc.malloc_trim(0)
     return True
