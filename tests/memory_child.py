@@ -21,8 +21,9 @@ from ffa_kernels.federated.models import build_minilm_classifier
 from ffa_kernels.memory.allocator import give_freed_memory_back
 from ffa_kernels.memory.planning import loss_of
 
+# One thread: two that spin on busy cores take several times as long, for the same memory.
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "2",
+    "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
