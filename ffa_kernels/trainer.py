@@ -475,6 +475,11 @@ class _Privately(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._begin()
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Trainer leaves its last epoch's loader unfinished, which would have checked by itself.
+        if self.trainer._private is not None:
+            self.trainer._private.private_step.check()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._end_if_spent()
 

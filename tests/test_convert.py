@@ -353,7 +353,8 @@ def test_constructor_makes_a_fresh_layer():
     assert trained(layer) == {"lora_B"}
     assert {p.dtype for p in layer.parameters()} == {torch.float64}
     assert repr(layer) == (
-        "FFALinear(in_features=6, out_features=10, r=3, alpha=6, init=kaiming, dropout=0)"
+        "FFALinear(in_features=6, out_features=10, r=3, alpha=6, scaling=2, init=kaiming, "
+        "dropout=0)"
     )
     with pytest.raises(ConfigError, match="r is 0; accepted"):
         ffa.FFALinear(6, 10, 0)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ffa_kernels.backends import dispatch
+from ffa_kernels.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "ffa_kernels" / "_lib" / "libffa_cuda.so"
@@ -232,6 +233,23 @@ def test_cuda_serves_where_triton_does_not(monkeypatch):
         served[name] = False
         chosen.append(dispatch.backend_for("linear", device, (torch.float16,)))
     assert chosen == ["triton", "cuda", "reference"]
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_a_forced_gpu_backend_leaves_cpu_tensors_to_the_cpu(monkeypatch, name):
+    """Keys, draws and A are made on the CPU beside a GPU; with no GPU, forced means forced."""
+    module = importlib.import_module(f"ffa_kernels.backends.{name}")
+    monkeypatch.setattr(module, "supports", lambda op, device, *_: device.type == "cuda")
+    devices = [torch.device("cuda"), torch.device("cpu")]
+    with dispatch.use_backend(name):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        served = [dispatch.backend_for("chacha20", device, (torch.int64,)) for device in devices]
+        assert served == [name, "cpu"]
+        assert dispatch.chosen("chacha20", devices[0], torch.int64) == (name, "forced")
+        assert dispatch.chosen("chacha20", devices[1], torch.int64) == ("cpu", "preferred")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(ConfigError, match=f"{name}' is forced, but does not serve"):
+            dispatch.backend_for("chacha20", devices[1], (torch.int64,))
 
 
 # The kernels on the CPU.

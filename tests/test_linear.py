@@ -462,7 +462,7 @@ def test_inputs_need_not_be_contiguous(backend, p):
 def test_h_is_all_that_is_saved(backend, dropout, private):
     dtype = torch.float32
     n, T, d_in, d_out, r = 6, 31, 96, 80, 4
-    layer = adapted(d_in, d_out, r, dropout=dropout, dtype=dtype)
+    layer = ffa.FFALinear(d_in, d_out, r, dropout=dropout, dtype=dtype)
     if private:
         give_tap(layer, n, dtype)
     parameters = {p.data_ptr() for p in layer.parameters()}
@@ -483,12 +483,6 @@ def test_h_is_all_that_is_saved(backend, dropout, private):
     assert sum(t.untyped_storage().nbytes() for t in floats) == n * T * r * dtype.itemsize
     y.sum().backward()
     assert x.grad is not None
-
-
-def adapted(*sizes: int, **settings) -> ffa.FFALinear:
-    """A new layer; its A is drawn on the CPU, where a GPU's backend, if forced, does not serve."""
-    with use_backend("reference"):
-        return ffa.FFALinear(*sizes, **settings)
 
 
 def give_tap(layer: ffa.FFALinear, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -541,7 +535,7 @@ def test_mask_keeps_the_right_fraction_without_bias(backend, p):
 
 
 def test_module_dropout_changes_by_call_and_repeats_under_a_seed(backend):
-    layer, other = (adapted(64, 32, r=4, dropout=0.3) for _ in range(2))
+    layer, other = (ffa.FFALinear(64, 32, r=4, dropout=0.3) for _ in range(2))
     torch.nn.init.normal_(layer.lora_B)
     x = torch.randn(5, 64)
     torch.manual_seed(3)
@@ -568,7 +562,7 @@ def test_without_dropout_the_generator_is_left_alone():
 @pytest.mark.parametrize("private", [False, True])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_changes_no_gradient(backend, use_reentrant, private):
-    layers = [adapted(24, 24, r=3, dropout=0.05, layer=str(i)) for i in range(2)]
+    layers = [ffa.FFALinear(24, 24, r=3, dropout=0.05, layer=str(i)) for i in range(2)]
     for layer in layers:
         torch.nn.init.normal_(layer.lora_B)
 

@@ -509,6 +509,19 @@ def test_a_saved_model_has_the_adapter_in_it(tmp_path):
 # What is not covered by epsilon, and what nobody may know.
 
 
+def test_what_was_trained_is_checked_at_the_end(tmp_path):
+    trainer = trainer_of(tmp_path)
+    layer = next(m for m in trainer.model.modules() if isinstance(m, ffa.FFALinear))
+
+    def nudge():
+        # Behind the version counter, so that only the values tell.
+        layer.weight.data[0, 0] += 1
+
+    trainer.add_callback(Stop(2, nudge))
+    with pytest.raises(PrivacyError, match="weight is frozen, and moved"):
+        trainer.train()
+
+
 def test_what_epsilon_does_not_cover_is_said_once(tmp_path):
     trainer = trainer_of(tmp_path)
     with pytest.warns(UserWarning, match="epsilon does not cover them"):

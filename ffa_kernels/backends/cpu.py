@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ffa_kernels.backends import native
+from ffa_kernels.backends.compose import by_way_of_G, by_way_of_sums, scaled_product
 from ffa_kernels.backends.dispatch import OPS
-from ffa_kernels.backends.grid import zero_sums
-from ffa_kernels.backends.reference import scaled_product
 
 # enum ffa_dtype and enum ffa_optimizer of csrc/ffa.h
 _DTYPES = {torch.float32: 0, torch.float64: 1}
@@ -239,22 +238,7 @@ def clip_accumulate(
     return factors
 
 
-def per_sample_clip(
-    g: Tensor,
-    h: Tensor,
-    lora_B: Tensor | None,
-    cu_seqlens: Tensor | None,
-    total: Tensor,
-    stats: Tensor,
-    keep: Tensor | None,
-    scaling: float,
-    mean_loss: bool,
-    max_grad_norm: float,
-) -> tuple[Tensor, Tensor]:
-    """By way of G, which lives as long as this call; see `ffa_kernels.ops.per_sample_clip`."""
-    u, G, squares = per_sample_grad(g, h, lora_B, cu_seqlens, scaling, mean_loss)
-    known = torch.stack([squares, torch.ones_like(squares)])
-    return u, clip_accumulate([G], [known], [total], stats, keep, [max_grad_norm])
+per_sample_clip = by_way_of_G(per_sample_grad, clip_accumulate)
 
 
 def private_update(
@@ -299,30 +283,4 @@ def private_update(
     in_place.finish()
 
 
-def private_step(
-    grad_samples: list[Tensor],
-    squares: list[Tensor],
-    stats: Tensor,
-    keep: Tensor | None,
-    params: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    rng_state: Tensor,
-    hyper: Tensor,
-    tensor_ids: list[int],
-    max_grad_norm: list[float],
-    noise_multiplier: float,
-    expected_batch_size: float,
-    optimizer: str,
-    nesterov: bool,
-    maximize: bool,
-) -> Tensor:
-    """`clip_accumulate`, then `private_update`: on a CPU the sums stay in its caches."""
-    sums = zero_sums(params, max_grad_norm)
-    factors = clip_accumulate(grad_samples, squares, sums, stats, keep, max_grad_norm)
-    private_update(
-        *(params, sums, exp_avgs, exp_avg_sqs, steps, rng_state, hyper, tensor_ids, max_grad_norm),
-        *(noise_multiplier, expected_batch_size, optimizer, nesterov, maximize),
-    )
-    return factors
+private_step = by_way_of_sums(clip_accumulate, private_update)

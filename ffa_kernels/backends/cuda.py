@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ffa_kernels.backends import native
+from ffa_kernels.backends.compose import by_way_of_G
 from ffa_kernels.backends.dispatch import OPS
 from ffa_kernels.errors import ConfigError
 
@@ -272,22 +273,7 @@ def clip_accumulate(
     return factors
 
 
-def per_sample_clip(
-    g: Tensor,
-    h: Tensor,
-    lora_B: Tensor | None,
-    cu_seqlens: Tensor | None,
-    total: Tensor,
-    stats: Tensor,
-    keep: Tensor | None,
-    scaling: float,
-    mean_loss: bool,
-    max_grad_norm: float,
-) -> tuple[Tensor, Tensor]:
-    """By way of G, which lives as long as this call; see `ffa_kernels.ops.per_sample_clip`."""
-    u, G, squares = per_sample_grad(g, h, lora_B, cu_seqlens, scaling, mean_loss)
-    known = torch.stack([squares, torch.ones_like(squares)])
-    return u, clip_accumulate([G], [known], [total], stats, keep, [max_grad_norm])
+per_sample_clip = by_way_of_G(per_sample_grad, clip_accumulate)
 
 
 def private_update(

@@ -79,6 +79,9 @@ def backend_for(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) 
     """
     forced = forced_backend()
     names = (forced,) if forced else CANDIDATES.get(device.type, ("reference",))
+    if forced in CANDIDATES["cuda"][:-1] and device.type == "cpu" and torch.cuda.is_available():
+        # Meant for what lies on the GPU: keys, draws and A are made on the CPU beside it.
+        names = (forced, *CANDIDATES["cpu"])
     for name in names:
         if importlib.import_module(f"ffa_kernels.backends.{name}").supports(op, device, *dtypes):
             return name
@@ -91,7 +94,7 @@ def backend_for(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) 
 def chosen(op: str, device: torch.device, *dtypes: torch.dtype) -> tuple[str, str]:
     """The backend that serves `op`, and why it does, for `doctor`."""
     name = backend_for(op, device, dtypes)
-    if forced_backend():
+    if forced_backend() == name:
         return name, "forced"
     candidates = CANDIDATES.get(device.type, ("reference",))
     passed = candidates[: candidates.index(name)]

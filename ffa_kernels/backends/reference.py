@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ffa_kernels.backends.grid import NORM_MARGIN, grid_size, zero_sums
+from ffa_kernels.backends.compose import by_way_of_G, by_way_of_sums, scaled_product
+from ffa_kernels.backends.grid import NORM_MARGIN, grid_size
 
 _MASK32 = 0xFFFFFFFF
 _SIGMA = (0x61707865, 0x3320646E, 0x79622D32, 0x6B206574)
@@ -92,11 +93,6 @@ def dropout_scale(dropout_state: Tensor, like: Tensor, dropout_p: float) -> Tens
 
 def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
-
-
-def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """s left right, rounded once: the rank-r term where the base product is not asked for."""
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
 
 
 def linear(
@@ -213,22 +209,7 @@ def clip_accumulate(
     return factors
 
 
-def per_sample_clip(
-    g: Tensor,
-    h: Tensor,
-    lora_B: Tensor | None,
-    cu_seqlens: Tensor | None,
-    total: Tensor,
-    stats: Tensor,
-    keep: Tensor | None,
-    scaling: float,
-    mean_loss: bool,
-    max_grad_norm: float,
-) -> tuple[Tensor, Tensor]:
-    """By way of G, which lives as long as this call; see `ffa_kernels.ops.per_sample_clip`."""
-    u, G, squares = per_sample_grad(g, h, lora_B, cu_seqlens, scaling, mean_loss)
-    known = torch.stack([squares, torch.ones_like(squares)])
-    return u, clip_accumulate([G], [known], [total], stats, keep, [max_grad_norm])
+per_sample_clip = by_way_of_G(per_sample_grad, clip_accumulate)
 
 
 def private_update(
@@ -296,30 +277,4 @@ def private_update(
     rng_state[4] += 1
 
 
-def private_step(
-    grad_samples: list[Tensor],
-    squares: list[Tensor],
-    stats: Tensor,
-    keep: Tensor | None,
-    params: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    rng_state: Tensor,
-    hyper: Tensor,
-    tensor_ids: list[int],
-    max_grad_norm: list[float],
-    noise_multiplier: float,
-    expected_batch_size: float,
-    optimizer: str,
-    nesterov: bool,
-    maximize: bool,
-) -> Tensor:
-    """`clip_accumulate` and `private_update` in turn; see `ffa_kernels.ops.private_step`."""
-    sums = zero_sums(params, max_grad_norm)
-    factors = clip_accumulate(grad_samples, squares, sums, stats, keep, max_grad_norm)
-    private_update(
-        *(params, sums, exp_avgs, exp_avg_sqs, steps, rng_state, hyper, tensor_ids, max_grad_norm),
-        *(noise_multiplier, expected_batch_size, optimizer, nesterov, maximize),
-    )
-    return factors
+private_step = by_way_of_sums(clip_accumulate, private_update)

@@ -28,7 +28,8 @@ class Adapter(nn.Module):
     """
 
     record_taps: RecordTaps | None = None
-    # 256 secret bits from the engine while training privately; zeros and repeatable otherwise.
+    # 256 secret bits while training privately, on B's device and renewed there by the engine;
+    # zeros and repeatable otherwise.
     _dropout_key: Tensor = _NO_KEY
     takes_packed_rows = True
     in_features: int
@@ -93,7 +94,11 @@ class Adapter(nn.Module):
         # Drawn from PyTorch's generator, which gradient checkpointing restores: the same counter,
         # and so the same mask, when the forward is run again.
         counter = torch.randint(1 << 62, (1,), device=x.device)
-        return torch.cat([self._dropout_key.to(x.device), counter])
+        key = self._dropout_key
+        if key.device != x.device:
+            # Zeros are made there: a copy would wait for the device.
+            key = counter.new_zeros(4) if key is _NO_KEY else key.to(x.device)
+        return torch.cat([key, counter])
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
         """As nn.Module has it. Opacus, which listens here, may have been imported last."""

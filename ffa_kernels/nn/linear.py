@@ -30,13 +30,6 @@ def scaling_of(r: int, alpha: float, rslora: bool) -> float:
     return alpha / math.sqrt(r) if rslora else alpha / r
 
 
-def make_A(init: str, seed: int, layer: str, r: int, weight: Tensor) -> Tensor:
-    """The frozen A (r, d_in) for a layer of weight (d_out, d_in)."""
-    if init == "pissa":
-        return pissa_A(weight, r)
-    return frozen_A(init, seed, layer, r, weight.shape[1])
-
-
 def is_conv1d(layer: nn.Module) -> bool:
     """Whether `layer` is transformers' Conv1D (GPT-2): a linear layer with weight (d_in, d_out)."""
     # By name: a model that has one has imported it, and nobody else needs transformers.
@@ -46,7 +39,65 @@ def is_conv1d(layer: nn.Module) -> bool:
     )
 
 
-class FFALinear(Adapter):
+class OwnAdapter(Adapter):
+    """An adapter that holds `lora_A` and `lora_B` itself; another base's, PEFT's lie elsewhere."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def _make(
+        self,
+        weight: Tensor,
+        dtype: torch.dtype,
+        r: int,
+        alpha: float,
+        init: str,
+        seed: int,
+        layer: str,
+        dropout: float,
+        rslora: bool,
+    ) -> None:
+        """A from its recipe and B of zeros, for a layer of weight (d_out, d_in)."""
+        self.out_features, self.in_features = weight.shape
+        self.r, self.alpha, self.rslora = r, float(alpha), rslora
+        self.scaling = scaling_of(r, alpha, rslora)
+        self.init, self.dropout = init, float(dropout)
+        if init == "pissa":
+            A = pissa_A(weight, r)
+        else:
+            A = frozen_A(init, seed, layer, r, self.in_features)
+        like: dict[str, Any] = {"device": weight.device, "dtype": dtype}
+        self.lora_A = nn.Parameter(A.to(**like), requires_grad=False)
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **like))
+
+    def frozen_A(self) -> Tensor:
+        return self.lora_A
+
+    def trained_B(self) -> nn.Parameter:
+        return self.lora_B
+
+    def adapter_settings(self) -> tuple[int, float, bool]:
+        return self.r, self.alpha, self.rslora
+
+    def adapter_scaling(self) -> float:
+        return self.scaling
+
+    def adapter_dropout(self) -> float:
+        return self.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (n, ..., d_in) to y (n, ..., d_out)."""
+        return self.adapted_forward(x)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
+            f"alpha={self.alpha:g}, scaling={self.scaling:g}, init={self.init}, "
+            f"dropout={self.dropout:g}"
+        )
+
+
+class FFALinear(OwnAdapter):
     """y = x W^T + b + s dropout(x) A^T B^T, of which only B is trained.
 
     Parameters: `weight` (d_out, d_in), or (d_in, d_out) where a Conv1D was adapted, `bias`
@@ -134,25 +185,11 @@ class FFALinear(Adapter):
     ) -> None:
         self.fan_in_fan_out = is_conv1d(linear)
         weight = linear.weight.t() if self.fan_in_fan_out else linear.weight
-        self.out_features, self.in_features = weight.shape
-        A = make_A(init, seed, layer, r, weight)
-        self.r, self.alpha, self.rslora = r, float(alpha), rslora
-        self.scaling = scaling_of(r, alpha, rslora)
-        self.init, self.dropout = init, float(dropout)
         self.weight = linear.weight
-        self.weight.requires_grad_(False)
         self.bias = linear.bias
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
-        like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-        self.lora_A = nn.Parameter(A.to(**like), requires_grad=False)
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **like))
-
-    def frozen_A(self) -> Tensor:
-        return self.lora_A
-
-    def trained_B(self) -> nn.Parameter:
-        return self.lora_B
+        self._make(weight, weight.dtype, r, alpha, init, seed, layer, dropout, rslora)
+        # Last: what was refused is left as it was.
+        linear.requires_grad_(False)
 
     def frozen_weight(self) -> Tensor:
         weight: Tensor = self.weight.t() if self.fan_in_fan_out else self.weight
@@ -161,19 +198,6 @@ class FFALinear(Adapter):
     def frozen_bias(self) -> Tensor | None:
         bias: Tensor | None = self.bias
         return bias
-
-    def adapter_settings(self) -> tuple[int, float, bool]:
-        return self.r, self.alpha, self.rslora
-
-    def adapter_scaling(self) -> float:
-        return self.scaling
-
-    def adapter_dropout(self) -> float:
-        return self.dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (n, ..., d_in) to y (n, ..., d_out)."""
-        return self.adapted_forward(x)
 
     def merged_layer(self) -> nn.Module:
         """A plain layer of the kind that was adapted, with weight W + s B A and this bias."""
@@ -191,9 +215,3 @@ class FFALinear(Adapter):
         plain.bias = self.bias
         result: nn.Module = plain.train(self.training)
         return result
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
-            f"alpha={self.alpha:g}, init={self.init}, dropout={self.dropout:g}"
-        )

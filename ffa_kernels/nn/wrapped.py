@@ -8,15 +8,13 @@ Linear4bit and Linear8bitLt and torchao's weight-only tensors are known here and
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ffa_kernels.errors import ConfigError
-from ffa_kernels.nn.adapter import Adapter
-from ffa_kernels.nn.linear import check_adapter, make_A, scaling_of
+from ffa_kernels.nn.linear import OwnAdapter, check_adapter
 
 # After torch.nn.Linear, in what an error accepts.
 WRAPPED = (
@@ -178,11 +176,11 @@ def plain_linear(weight: Tensor, base_layer: Any, training: bool) -> nn.Linear:
     return plain.train(training)
 
 
-class FFAWrapped(Adapter):
+class FFAWrapped(OwnAdapter):
     """y = base_layer(x) + s dropout(x) A^T B^T, of which only B is trained.
 
     Parameters: those of `base_layer`, frozen; `lora_A` (r, d_in), frozen; `lora_B` (d_out, r),
-    zero at the start. A and B are fp32, or of the layer's own type where its weight is a float.
+    zero at the start. A and B are fp32, whatever the layer's own type.
 
     Args:
         base_layer: a layer that `dequantized` knows, or a `FrozenBase`.
@@ -214,15 +212,9 @@ class FFAWrapped(Adapter):
         weight = dequantized(base_layer)
         super().__init__()
         self.base_layer = base
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.r, self.alpha, self.rslora = r, float(alpha), rslora
-        self.scaling = scaling_of(r, alpha, rslora)
-        self.init, self.dropout = init, float(dropout)
+        self._make(weight, torch.float32, r, alpha, init, seed, layer, dropout, rslora)
+        # Last: what was refused is left as it was.
         base_layer.requires_grad_(False)
-        A = make_A(init, seed, layer, r, weight)
-        like: dict[str, Any] = {"device": weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Parameter(A.to(**like), requires_grad=False)
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **like))
         self.train(base_layer.training)
 
     @property
@@ -234,12 +226,6 @@ class FFAWrapped(Adapter):
     def bias(self) -> Any:
         """The base layer's."""
         return self.base_layer.bias
-
-    def frozen_A(self) -> Tensor:
-        return self.lora_A
-
-    def trained_B(self) -> nn.Parameter:
-        return self.lora_B
 
     def frozen_weight(self) -> None:
         return None
@@ -254,28 +240,6 @@ class FFAWrapped(Adapter):
     def base_weight(self) -> Tensor:
         return dequantized(self.base_layer)
 
-    def adapter_settings(self) -> tuple[int, float, bool]:
-        return self.r, self.alpha, self.rslora
-
-    def adapter_scaling(self) -> float:
-        return self.scaling
-
-    def adapter_dropout(self) -> float:
-        return self.dropout
-
-    def inner_modules(self) -> Iterator[nn.Module]:
-        return iter(())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (n, ..., d_in) to y (n, ..., d_out)."""
-        return self.adapted_forward(x)
-
     def merged_layer(self) -> nn.Linear:
         """A plain nn.Linear, no longer quantised, with weight W + s B A and the layer's bias."""
         return plain_linear(self.merged_weight(), self.base_layer, self.training)
-
-    def extra_repr(self) -> str:
-        return (
-            f"r={self.r}, alpha={self.alpha:g}, scaling={self.scaling:g}, init={self.init}, "
-            f"dropout={self.dropout:g}"
-        )

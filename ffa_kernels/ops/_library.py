@@ -17,7 +17,7 @@ LIBRARY: Any = torch.library.Library("ffa", "DEF")  # type: ignore[no-untyped-ca
 
 def define(
     schema: str,
-    check: Callable[..., None],
+    check: Callable[..., object],
     chosen_by: Callable[..., Sequence[torch.Tensor]],
     fake: Callable[..., Any],
 ) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ffa_kernels.ops._library import by_first, check_offsets, define, require
+from ffa_kernels.ops._library import by_first, define, require
 from ffa_kernels.ops.clip_accumulate import check_records, check_sums
+from ffa_kernels.ops.per_sample_grad import check_products
 
 
 def _check(
@@ -22,55 +23,28 @@ def _check(
     scaling: float,
     mean_loss: bool,
     max_grad_norm: float,
-) -> None:
-    require(
-        g.dim() >= 2
-        and g.shape[:-1] == h.shape[:-1]
-        and g.dtype == h.dtype
-        and g.is_floating_point(),
-        lambda: (
-            f"per_sample_clip: g is {g.dtype} {tuple(g.shape)}, h is {h.dtype} {tuple(h.shape)}; "
-            "accepted: (n, ..., d_out) and (n, ..., r) with the same leading sizes and float type"
-        ),
-    )
+) -> int:
+    n = check_products("per_sample_clip", g, h, lora_B, cu_seqlens)
     shape = (g.shape[-1], h.shape[-1])
-    require(
-        lora_B is None or (tuple(lora_B.shape) == shape and lora_B.dtype == g.dtype),
-        lambda: (
-            f"per_sample_clip: lora_B is {lora_B.dtype} {tuple(lora_B.shape)}; accepted: "  # type: ignore[union-attr]
-            f"{g.dtype} {shape}, (d_out, r) of g and h"
-        ),
-    )
-    if cu_seqlens is not None:
-        check_offsets("per_sample_clip", cu_seqlens, math.prod(g.shape[:-1]), g.device)
     require(
         tuple(total.shape) == shape,
         lambda: f"per_sample_clip: total is {tuple(total.shape)}; accepted: {shape}, (d_out, r)",
     )
     check_sums("per_sample_clip", [total], [max_grad_norm], 1)
-    n = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     # A view of no memory stands for the G that is nowhere.
-    check_records("per_sample_clip", [g.new_empty(()).expand(n, *shape)], [], [total], stats, keep)
+    nowhere = g.new_empty(()).expand(n, *shape)
+    check_records("per_sample_clip", [nowhere], [], [total], stats, keep)
     require(
         stats.is_contiguous(),
         lambda: f"per_sample_clip: stats has strides {stats.stride()}; accepted: contiguous",
     )
+    return n
 
 
 def _fake(
-    g: Tensor,
-    h: Tensor,
-    lora_B: Tensor | None,
-    cu_seqlens: Tensor | None,
-    total: Tensor,
-    stats: Tensor,
-    keep: Tensor | None,
-    scaling: float,
-    mean_loss: bool,
-    max_grad_norm: float,
+    g: Tensor, h: Tensor, lora_B: Tensor | None, cu_seqlens: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    _check(g, h, lora_B, cu_seqlens, total, stats, keep, scaling, mean_loss, max_grad_norm)
-    n = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    n = _check(g, h, lora_B, cu_seqlens, *rest)
     u = g.new_empty(0) if lora_B is None else g.new_empty(*g.shape[:-1], h.shape[-1])
     return u, g.new_empty(1, n, dtype=torch.float64)
 

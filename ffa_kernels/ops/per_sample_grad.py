@@ -10,16 +10,17 @@ from torch import Tensor
 from ffa_kernels.ops._library import by_first, check_offsets, define, require
 
 
-def _check(
-    g: Tensor, h: Tensor, lora_B: Tensor | None, cu_seqlens: Tensor | None, *_: object
-) -> None:
+def check_products(
+    op: str, g: Tensor, h: Tensor, lora_B: Tensor | None, cu_seqlens: Tensor | None
+) -> int:
+    """What the products of g are made with; the number of records."""
     require(
         g.dim() >= 2
         and g.shape[:-1] == h.shape[:-1]
         and g.dtype == h.dtype
         and g.is_floating_point(),
         lambda: (
-            f"per_sample_grad: g is {g.dtype} {tuple(g.shape)}, h is {h.dtype} {tuple(h.shape)}; "
+            f"{op}: g is {g.dtype} {tuple(g.shape)}, h is {h.dtype} {tuple(h.shape)}; "
             "accepted: (n, ..., d_out) and (n, ..., r) with the same leading sizes and float type"
         ),
     )
@@ -27,12 +28,20 @@ def _check(
         require(
             tuple(lora_B.shape) == (g.shape[-1], h.shape[-1]) and lora_B.dtype == g.dtype,
             lambda: (
-                f"per_sample_grad: lora_B is {lora_B.dtype} {tuple(lora_B.shape)}; accepted: "
+                f"{op}: lora_B is {lora_B.dtype} {tuple(lora_B.shape)}; accepted: "
                 f"{g.dtype} {(g.shape[-1], h.shape[-1])}, (d_out, r) of g and h"
             ),
         )
-    if cu_seqlens is not None:
-        check_offsets("per_sample_grad", cu_seqlens, math.prod(g.shape[:-1]), g.device)
+    if cu_seqlens is None:
+        return g.shape[0]
+    check_offsets(op, cu_seqlens, math.prod(g.shape[:-1]), g.device)
+    return cu_seqlens.shape[0] - 1
+
+
+def _check(
+    g: Tensor, h: Tensor, lora_B: Tensor | None, cu_seqlens: Tensor | None, *_: object
+) -> None:
+    check_products("per_sample_grad", g, h, lora_B, cu_seqlens)
 
 
 def _fake(
@@ -43,8 +52,7 @@ def _fake(
     scaling: float,
     mean_loss: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(g, h, lora_B, cu_seqlens)
-    n = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    n = check_products("per_sample_grad", g, h, lora_B, cu_seqlens)
     r = h.shape[-1]
     u = g.new_empty(0) if lora_B is None else g.new_empty(*g.shape[:-1], r)
     return u, g.new_empty(n, g.shape[-1], r), g.new_empty(n, dtype=torch.float64)

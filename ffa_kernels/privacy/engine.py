@@ -320,14 +320,22 @@ class PrivacyEngine:
         adapters = [
             m for m in module.modules() if isinstance(m, Adapter) and m.adapter_dropout() > 0
         ]
+        keys = {
+            device: torch.zeros(4, dtype=torch.int64, device=device)
+            for device in {layer.trained_B().device for layer in adapters}
+        }
+        for layer in adapters:
+            layer._dropout_key = keys[layer.trained_B().device]
 
         def announce(piece: Piece) -> None:
             step.begin(piece)
-            # A key for each batch: a mask never depends on who else was drawn before.
-            key = self._dropout_key() if adapters else None
-            for layer in adapters:
-                assert key is not None
-                layer._dropout_key = key
+            if not keys:
+                return
+            # A key for each batch: a mask never depends on who else was drawn before. Renewed in
+            # its place, where a captured forward reads it again.
+            key = self._dropout_key()
+            for place in keys.values():
+                place.copy_(key)
 
         private_loader = PrivateDataLoader(
             loader,

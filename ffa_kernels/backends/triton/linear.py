@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ffa_kernels.backends.reference import scaled_product
+from ffa_kernels.backends.compose import scaled_product
 from ffa_kernels.backends.triton import choices
 from ffa_kernels.backends.triton.aot import Build, jit
 from ffa_kernels.backends.triton.choices import Choice, Config

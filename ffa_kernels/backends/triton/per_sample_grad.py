@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ffa_kernels.backends import reference
+from ffa_kernels.backends.compose import by_way_of_G
 from ffa_kernels.backends.grid import grid_size
 from ffa_kernels.backends.triton.aot import Build, jit
 from ffa_kernels.backends.triton.clip_accumulate import clip_accumulate, settle
@@ -602,6 +603,9 @@ def per_sample_grad(
     return u.view(u_shape), G, squares
 
 
+_with_G = by_way_of_G(per_sample_grad, clip_accumulate)
+
+
 def per_sample_clip(
     g: Tensor,
     h: Tensor,
@@ -618,9 +622,8 @@ def per_sample_clip(
     by way of G."""
     (n, rows), d_out, r = _records(g, cu_seqlens), g.shape[-1], h.shape[-1]
     if r > _LARGEST_CLIPPED_RANK or min(n, rows, d_out, r) == 0:
-        u, G, squares = per_sample_grad(g, h, lora_B, cu_seqlens, scaling, mean_loss)
-        known = torch.stack([squares, torch.ones_like(squares)])
-        return u, clip_accumulate([G], [known], [total], stats, keep, [max_grad_norm])
+        settings = (scaling, mean_loss, max_grad_norm)
+        return _with_G(g, h, lora_B, cu_seqlens, total, stats, keep, *settings)
     p = _problem(g, h, lora_B is not None, cu_seqlens, scaling, mean_loss, clip=True)
     factors = g.new_empty((1, n), dtype=torch.float64)
     kept = None if keep is None else keep.contiguous().view(torch.uint8)

@@ -15,7 +15,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ffa_kernels.backends.grid import zero_sums
+from ffa_kernels.backends.compose import by_way_of_sums
 from ffa_kernels.backends.triton.aot import Build, jit
 from ffa_kernels.backends.triton.clip_accumulate import (
     RECORDS,
@@ -344,6 +344,9 @@ def private_update(
     )
 
 
+_with_sums = by_way_of_sums(clip_accumulate, private_update)
+
+
 def private_step(
     grad_samples: list[Tensor],
     squares: list[Tensor],
@@ -367,11 +370,8 @@ def private_step(
     update = (exp_avgs, exp_avg_sqs, steps, rng_state, hyper, tensor_ids, max_grad_norm)
     settings = (noise_multiplier, expected_batch_size, optimizer, nesterov, maximize)
     if any(g.dtype != p.dtype for g, p in zip(grad_samples, params, strict=True)):
-        # A launch has one type: by way of sums in memory.
-        sums = zero_sums(params, max_grad_norm)
-        factors = clip_accumulate(grad_samples, squares, sums, stats, keep, max_grad_norm)
-        private_update(params, sums, *update, *settings)
-        return factors
+        # A launch has one type.
+        return _with_sums(grad_samples, squares, stats, keep, params, *update, *settings)
     grads, known = [t.contiguous() for t in grad_samples], [t.contiguous() for t in squares]
     found = _update(
         *("private_step", grads, known, stats, keep, [], params),

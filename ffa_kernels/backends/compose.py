@@ -1,0 +1,70 @@
+"""Ops made of a backend's other ops, where it has no kernel of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ffa_kernels.backends.grid import zero_sums
+
+
+def by_way_of_G(
+    per_sample_grad: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    clip_accumulate: Callable[..., Tensor],
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`per_sample_clip` from the two ops that it stands for: G lives as long as the call."""
+
+    def per_sample_clip(
+        g: Tensor,
+        h: Tensor,
+        lora_B: Tensor | None,
+        cu_seqlens: Tensor | None,
+        total: Tensor,
+        stats: Tensor,
+        keep: Tensor | None,
+        scaling: float,
+        mean_loss: bool,
+        max_grad_norm: float,
+    ) -> tuple[Tensor, Tensor]:
+        u, G, squares = per_sample_grad(g, h, lora_B, cu_seqlens, scaling, mean_loss)
+        known = torch.stack([squares, torch.ones_like(squares)])
+        return u, clip_accumulate([G], [known], [total], stats, keep, [max_grad_norm])
+
+    return per_sample_clip
+
+
+def by_way_of_sums(
+    clip_accumulate: Callable[..., Tensor], private_update: Callable[..., None]
+) -> Callable[..., Tensor]:
+    """`private_step` from the two ops that it stands for: the sums live as long as the call."""
+
+    def private_step(
+        grad_samples: list[Tensor],
+        squares: list[Tensor],
+        stats: Tensor,
+        keep: Tensor | None,
+        params: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        steps: list[Tensor],
+        rng_state: Tensor,
+        hyper: Tensor,
+        tensor_ids: list[int],
+        max_grad_norm: list[float],
+        *settings: Any,
+    ) -> Tensor:
+        sums = zero_sums(params, max_grad_norm)
+        factors = clip_accumulate(grad_samples, squares, sums, stats, keep, max_grad_norm)
+        buffers = (exp_avgs, exp_avg_sqs, steps, rng_state, hyper)
+        private_update(params, sums, *buffers, tensor_ids, max_grad_norm, *settings)
+        return factors
+
+    return private_step
+
+
+def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """s left right, rounded once: the rank-r term where the base product is not asked for."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
