@@ -49,6 +49,7 @@ trainer = ffa.PrivateTrainer(
     target_epsilon=8.0,
     target_delta=1e-5,
     max_grad_norm=1.0,
+    new_ledger=True,  # public sentences: each run may begin anew; a site must not
 )
 trainer.train()
 print(trainer.evaluate())

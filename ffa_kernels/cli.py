@@ -1,4 +1,4 @@
-"""The command line: `ffa-kernels doctor`, `ffa-kernels federate` and `ffa-kernels plan`.
+"""The command line: `ffa-kernels doctor | federate | plan | ledger`.
 
 A mistake of the user's is one line on stderr and exit code 2.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ffa_kernels.errors import FFAError
+from ffa_kernels.errors import FFAError, LedgerError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +64,19 @@ def _parser() -> argparse.ArgumentParser:
                       default=["checkpointing", "chunked_loss"],
                       help="of checkpointing, chunked_loss, per_layer, bfloat16")  # fmt: skip
     plan.set_defaults(command=_plan)
+    ledger = commands.add_parser("ledger", help="what was ever released of a site's records")
+    actions = ledger.add_subparsers(required=True, metavar="ACTION")
+    show = actions.add_parser("show", help="the account, in words or as JSON")
+    show.add_argument("file", type=Path, metavar="FILE")
+    show.add_argument("--delta", type=float, help="default: what the ledger is bound to")
+    show.add_argument("--accountant", choices=("prv", "rdp"))
+    show.add_argument("--json", action="store_true", help="as JSON")
+    show.set_defaults(command=_ledger_show)
+    verify = actions.add_parser("verify", help="check every line; exit code 2 if one is damaged")
+    verify.add_argument("file", type=Path, metavar="FILE")
+    verify.add_argument("--extends", metavar="CHECKSUM", help="an earlier answer of this command: "
+                        "the file must go on from there")  # fmt: skip
+    verify.set_defaults(command=_ledger_verify)
     return parser
 
 
@@ -112,6 +126,49 @@ def _plan(arguments: argparse.Namespace) -> int:
         allow=arguments.allow,
     )
     print(made)
+    return 0
+
+
+def _ledger_show(arguments: argparse.Namespace) -> int:
+    from ffa_kernels.privacy.ledger import read_account
+
+    account = read_account(arguments.file)
+    delta = account.bound.get("delta") if arguments.delta is None else arguments.delta
+    accountant = arguments.accountant or account.bound.get("accountant", "prv")
+    spent = None if delta is None else account.epsilon(delta, accountant)
+    if arguments.json:
+        charges = [dict(zip(("noise_multiplier", "sample_rate", "steps"), entry, strict=True))
+                   for entry in account.history]  # fmt: skip
+        print(json.dumps({
+            "epsilon": spent if spent is None or math.isfinite(spent) else "inf",
+            "delta": delta, "accountant": accountant, "steps": account.steps,
+            "private": account.private, "bound": account.bound, "charges": charges,
+        }, indent=1))  # fmt: skip
+        return 0
+    print(f"{account.steps} steps")
+    for noise, rate, steps in account.history:
+        print(f"  {steps} of noise multiplier {noise:.6g} at sample rate {rate:.6g}")
+    if not account.private:
+        print("not private: some steps' noise was seeded")
+    if spent is None:
+        print("bound to no delta: --delta says at which epsilon is wanted")
+    else:
+        print(f"epsilon {spent:.6g} at delta {delta:g}, by {accountant}")
+    return 0
+
+
+def _ledger_verify(arguments: argparse.Namespace) -> int:
+    from ffa_kernels.privacy.ledger import read_account
+
+    account = read_account(arguments.file)
+    if not account.checksums:
+        raise LedgerError(f"ledger {arguments.file}: holds no whole line")
+    if arguments.extends is not None and arguments.extends not in account.checksums:
+        raise LedgerError(
+            f"ledger {arguments.file}: no line has the checksum {arguments.extends!r}: lines were "
+            "taken off its end, or it is another ledger"
+        )
+    print(f"whole: {account.steps} steps; last checksum {account.checksums[-1]}")
     return 0
 
 

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from ffa_kernels.errors import ConfigError, PrivacyError
 from ffa_kernels.losses import causal_lm_loss, sequence_classification_loss
 from ffa_kernels.privacy import Ledger, PrivacyEngine, epsilon, noise_multiplier_for
+from ffa_kernels.privacy.accounting import check_delta
 from ffa_kernels.privacy.optimizer import PrivateOptimizer
 from ffa_kernels.privacy.sampling import PrivateDataLoader, check_loader
 from ffa_kernels.privacy.step import Plan, PrivateStep
@@ -72,7 +73,8 @@ class PrivateTrainer(Trainer):
             where none is given here.
         engine: the `PrivacyEngine` that keeps the account. Without one it is made from
         ledger: the account's file, by default `ledger.jsonl` in the output folder; it goes on from
-            what the file holds, and
+            what the file holds, from
+        new_ledger: begin another account for records that have one elsewhere, and from
         accountant: "prv" or "rdp".
         target_epsilon: for all the ledger holds when training ends. Alone, the noise is the least
             with which all steps fit; beside `noise_multiplier`, training stops before the step
@@ -105,6 +107,7 @@ class PrivateTrainer(Trainer):
         pad_physical_batches: bool = False,
         engine: PrivacyEngine | None = None,
         ledger: str | os.PathLike[str] | Ledger | None = None,
+        new_ledger: bool = False,
         accountant: str | None = None,
         compute_loss_func: Callable[..., Tensor] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -116,10 +119,10 @@ class PrivateTrainer(Trainer):
             raise ConfigError(
                 "target_epsilon and noise_multiplier are None; accepted: either, or both"
             )
-        if engine is not None and (ledger is not None or accountant is not None):
+        if engine is not None and (ledger is not None or accountant is not None or new_ledger):
             raise ConfigError(
-                "engine is given together with ledger or accountant; accepted: one of them, since "
-                "an engine has its own"
+                "engine is given together with ledger, new_ledger or accountant; accepted: one of "
+                "them, since an engine has its own"
             )
         super().__init__(
             model,
@@ -142,6 +145,7 @@ class PrivateTrainer(Trainer):
             engine = PrivacyEngine(
                 accountant=accountant or "prv",
                 ledger=Path(str(args.output_dir), "ledger.jsonl") if ledger is None else ledger,
+                new_ledger=new_ledger,
             )
         self.engine = engine
         self._draws: _Draws | None = None
@@ -188,11 +192,7 @@ class PrivateTrainer(Trainer):
         model: Any = self.model
         assert draws is not None
         records = len(draws.dataset)
-        if not isinstance(delta, float) or not 0 < delta < 1 / records:
-            raise ConfigError(
-                f"target_delta is {delta!r}; accepted: above 0 and below 1 / {records}, the number "
-                "of records"
-            )
+        check_delta(delta, records)
         done: int = self.state.global_step
         if ledger.steps < done:
             raise PrivacyError(
@@ -223,6 +223,7 @@ class PrivateTrainer(Trainer):
             noise_multiplier=noise,
             max_grad_norm=self.max_grad_norm,
             clipping=self.clipping,
+            target_delta=delta,
             max_physical_batch_size=int(self._train_batch_size),
             pad_physical_batches=self.pad_physical_batches,
         )

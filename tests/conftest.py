@@ -43,6 +43,12 @@ def poisoned_memory():
 
 
 @pytest.fixture(autouse=True)
+def own_ledgers(tmp_path, monkeypatch):
+    """No test meets another's ledgers, or the user's."""
+    monkeypatch.setenv("FFA_LEDGERS", str(tmp_path.with_name(f"{tmp_path.name}-ledgers")))
+
+
+@pytest.fixture(autouse=True)
 def few_threads():
     torch.set_num_threads(THREADS)
 

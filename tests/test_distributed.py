@@ -115,7 +115,7 @@ def train(model, optimizer, loader, epochs=1):
 
 def private(rank, model=None, engine=None, make="make_private", optimizer=None, **options):
     model = net() if model is None else model
-    engine = engine or PrivacyEngine()
+    engine = engine or PrivacyEngine(new_ledger=True)
     optimizer = optimizer or torch.optim.SGD(trained(model).values(), lr=0.5)
     data = DataLoader(records(rank), batch_size=2)
     options = {**COMMON, "max_grad_norm": 0.5, "process_group": dist.group.WORLD, **options}
@@ -131,7 +131,9 @@ def private(rank, model=None, engine=None, make="make_private", optimizer=None, 
 def same_as_one(rank, folder, name):
     """Several epochs; ranks begin with different trained tensors."""
     model = net(seed=rank)
-    engine = PrivacyEngine(seed=5, ledger=folder / f"{name}.jsonl" if rank == 0 else None)
+    engine = PrivacyEngine(
+        seed=5, ledger=folder / f"{name}.jsonl" if rank == 0 else None, new_ledger=True
+    )
     optimizer = OPTIMIZERS[name](trained(model).values())
     _, model, optimizer, loader = private(
         rank, model, engine, optimizer=optimizer, **SETTINGS[name]
@@ -155,7 +157,7 @@ def failure(action):
 
 
 def a_charge_fails(rank, folder):
-    engine = PrivacyEngine(ledger=folder / "fails.jsonl" if rank == 0 else None)
+    engine = PrivacyEngine(ledger=folder / "fails.jsonl" if rank == 0 else None, new_ledger=True)
     _, model, optimizer, loader = private(rank, engine=engine)
     before = [p.detach().clone() for p in model.parameters()]
     if rank == 0:
@@ -188,11 +190,11 @@ def refusals(rank, folder):
         with torch.no_grad():
             other_base.body.weight[0, 0] += 1.0
     loaders = {"data_loader": DataLoader(records(rank), batch_size=2 + 2 * rank)}
-    engine = PrivacyEngine(ledger=folder / f"refused-{rank}.jsonl")
+    engine = PrivacyEngine(ledger=folder / f"refused-{rank}.jsonl", new_ledger=True)
 
     def uneven():
         model = net()
-        PrivacyEngine().make_private(
+        PrivacyEngine(new_ledger=True).make_private(
             module=model,
             optimizer=torch.optim.SGD(trained(model).values(), lr=0.5),
             poisson_sampling=False,
@@ -215,7 +217,7 @@ def refusals(rank, folder):
 
 def to_a_target(rank, folder):
     path = folder / "target.jsonl" if rank == 0 else None
-    engine = PrivacyEngine(accountant="rdp", ledger=path)
+    engine = PrivacyEngine(accountant="rdp", ledger=path, new_ledger=True)
     # Spent before, where only rank 0 knows of it.
     if rank == 0:
         engine.ledger.charge(3.0, 0.3)
@@ -343,14 +345,14 @@ def test_the_bits_of_one_process_with_all_the_records(pair, name):
     assert engine.stats == {"steps": steps, **both} and both["clipped"] > 0
 
     lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-    assert [line.get("steps") for line in lines] == [None] + [1] * steps
-    assert {line["sample_rate"] for line in lines[1:]} == {4 / sum(SHARDS)}
+    assert [line.get("steps") for line in lines] == [None, None] + [1] * steps
+    assert {line["sample_rate"] for line in lines[2:]} == {4 / sum(SHARDS)}
     assert all(rank["history"] == [(0.7, 4 / sum(SHARDS), steps)] for rank in ranks)
 
 
 def test_no_rank_releases_what_could_not_be_charged(pair):
     first, second = pair[1]["a_charge_fails"]
-    assert "closed file" in first["error"]
+    assert "closed; open it anew" in first["error"]
     assert second["error"].startswith("PrivacyError") and "could not charge" in second["error"]
     for rank in (first, second):
         assert rank["unchanged"] and rank["steps"] == 0

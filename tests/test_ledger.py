@@ -12,14 +12,17 @@ import textwrap
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from ffa_kernels import cli
 from ffa_kernels.backends.dispatch import use_backend
-from ffa_kernels.errors import LedgerError, PrivacyError
-from ffa_kernels.privacy import Ledger, PrivacyEngine
+from ffa_kernels.errors import ConfigError, LedgerError, PrivacyError
+from ffa_kernels.privacy import Ledger, PrivacyEngine, registry
+from ffa_kernels.privacy import ledger as ledger_module
 
 ROOT = Path(__file__).parents[1]
 DELTA = 1e-5
@@ -81,7 +84,7 @@ def test_a_reopened_ledger_goes_on_counting(tmp_path):
         train(*prepared(engine))
         assert engine.ledger.history == [(2.0, 0.25, 4 * run)]
         engine.ledger.close()
-    assert len(path.read_bytes().splitlines()) == 1 + 12
+    assert len(path.read_bytes().splitlines()) == 2 + 12
 
 
 def train_to(target, path):
@@ -155,10 +158,18 @@ def sizes_at_update(path, monkeypatch):
     """The ledger's size on disk at each moment that an op which releases is entered."""
     from ffa_kernels.privacy import step as step_module
 
-    sizes = []
+    sizes, synced, fsync = [], [], os.fsync
+
+    def noted(file):
+        fsync(file)
+        synced.append(os.fstat(file).st_size)
+
+    monkeypatch.setattr(os, "fsync", noted)
 
     def watch(op):
         def watched(*arguments, **options):
+            # Not in the system's memory alone.
+            assert synced[-1] == path.stat().st_size
             sizes.append(len(path.read_bytes().splitlines()))
             return op(*arguments, **options)
 
@@ -175,7 +186,7 @@ def test_the_charge_is_on_disk_when_the_update_begins(tmp_path, monkeypatch):
     sizes = sizes_at_update(path, monkeypatch)
     engine = PrivacyEngine(ledger=path)
     train(*prepared(engine))
-    assert sizes == [2, 3, 4, 5]
+    assert sizes == [3, 4, 5, 6]
     engine.ledger.close()
 
 
@@ -200,7 +211,7 @@ def test_a_failed_update_is_charged_and_draws_other_noise_after(tmp_path, backen
             drawn = int(engine._noise.state[4])
             with pytest.raises((ValueError, RuntimeError)):
                 optimizer.step()
-            assert len(path.read_bytes().splitlines()) == 2
+            assert len(path.read_bytes().splitlines()) == 3
             # What it may have shown must not be drawn again for another sum.
             assert int(engine._noise.state[4]) == drawn + 1
             with pytest.raises(PrivacyError, match="without a batch"):
@@ -362,13 +373,256 @@ def test_charges_that_make_no_sense_are_refused(tmp_path, charge):
 def test_lines_are_plain_json(tmp_path):
     path = tmp_path / "ledger.jsonl"
     lines = [json.loads(line) for line in written(path, (1.0, 0.5, 3)).splitlines()]
-    assert lines[0]["format"] == 1
+    assert lines[0]["format"] == 2
     assert {k: v for k, v in lines[1].items() if k != "checksum"} == {
         "noise_multiplier": 1.0,
         "sample_rate": 0.5,
         "steps": 3,
         "private": True,
     }
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"noise_multiplier": "1", "sample_rate": 0.5, "steps": 1, "private": True},
+        {"noise_multiplier": 1.0, "sample_rate": 0.5, "steps": -3, "private": True},
+        {"noise_multiplier": 1.0, "sample_rate": 0.5, "private": True},
+        {"steps": 1},
+        {"delta": "small"},
+        {"format": 2},
+        {},
+    ],
+)
+def test_a_line_with_a_right_checksum_must_still_make_sense(tmp_path, record):
+    path = tmp_path / "ledger.jsonl"
+    whole = written(path, (1.0, 0.5))
+    last = json.loads(whole.splitlines()[-1])["checksum"]
+    line = json.dumps({**record, "checksum": ledger_module._checksum(last, record)})
+    path.write_bytes(whole + line.encode() + b"\n")
+    with pytest.raises(LedgerError, match=r"line 3: .*; accepted"):
+        Ledger(path)
+
+
+# A file that is not as it was left.
+
+
+@pytest.mark.parametrize("change", ["deleted", "replaced", "cut", "appended"])
+def test_nothing_is_charged_to_a_file_that_changed_under_the_ledger(tmp_path, change):
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.charge(1.0, 0.5)
+    content = path.read_bytes()
+    if change == "deleted":
+        path.unlink()
+    elif change == "replaced":
+        other = tmp_path / "other"
+        other.write_bytes(content)
+        other.replace(path)
+    elif change == "cut":
+        os.truncate(path, len(content) - len(content.splitlines(keepends=True)[-1]))
+    else:
+        with path.open("ab") as file:
+            file.write(b" ")
+    with pytest.raises(LedgerError, match=r"moved, deleted or replaced|something else has written"):
+        ledger.charge(1.0, 0.5)
+    assert ledger.steps == 1
+    ledger.close()
+
+
+def test_a_write_that_fails_halfway_ends_the_ledger_and_is_repaired(tmp_path, monkeypatch):
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.charge(1.0, 0.5)
+    write, room = os.write, [10]
+
+    def disk_full(file, octets):
+        if not room:
+            raise OSError(28, "No space left on device")
+        return write(file, octets[: room.pop()])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", disk_full)
+        with pytest.raises(OSError, match="No space"):
+            ledger.charge(1.0, 0.5)
+    assert ledger.steps == 1
+    # There is space again, but after half a line no whole one may follow.
+    with pytest.raises(LedgerError, match="a write to it failed; open it anew"):
+        ledger.charge(1.0, 0.5)
+    ledger.close()
+    assert history_of(path) == ([(1.0, 0.5, 2)], True)
+
+
+# What an account is of.
+
+
+def loader_of(seed=0, records=40):
+    data = torch.randn(records, 3, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(TensorDataset(data), batch_size=10)
+
+
+def engine_on(path, loader, target_delta=DELTA, **settings):
+    engine = PrivacyEngine(**{"accountant": "rdp", "ledger": path, **settings})
+    model = nn.Linear(3, 2)
+    try:
+        engine.make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=loader,
+            noise_multiplier=2.0,
+            max_grad_norm=1.0,
+            target_delta=target_delta,
+        )
+    finally:
+        if isinstance(path, Path):
+            engine.ledger.close()
+    return engine
+
+
+def test_an_account_is_of_one_data_set_one_delta_and_one_accountant(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    bound = engine_on(path, loader_of()).ledger.bound
+    assert bound["delta"] == DELTA and bound["accountant"] == "rdp"
+    before = path.read_bytes()
+    with pytest.raises(LedgerError, match=r"its data is 'sha256:.*data_id= if they come"):
+        engine_on(path, loader_of(seed=1))
+    with pytest.raises(LedgerError, match="its data is"):
+        engine_on(path, loader_of(records=41))
+    with pytest.raises(LedgerError, match="its delta is 1e-05, but 1e-06 was given"):
+        engine_on(path, loader_of(), target_delta=1e-6)
+    with pytest.raises(LedgerError, match="its accountant is 'rdp', but 'prv' was given"):
+        engine_on(path, loader_of(), accountant="prv")
+    # The same records go on, whoever loads them; a delta may be left out.
+    assert engine_on(path, loader_of(), target_delta=None).ledger.bound == bound
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("target_delta", [1 / 40, 0.5, 0.0, 1])
+def test_a_delta_that_promises_nothing_is_refused(tmp_path, target_delta):
+    with pytest.raises(ConfigError, match=r"target_delta is .*below 1 / 40"):
+        engine_on(tmp_path / "ledger.jsonl", loader_of(), target_delta=target_delta)
+
+
+def test_another_budget_for_the_same_records_takes_a_word(tmp_path):
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    engine_on(first, loader_of())
+    for path in (second, None):
+        with pytest.raises(LedgerError, match=r"have the ledger .*first\.jsonl.*new_ledger=True"):
+            engine_on(path, loader_of())
+    # Nor is it forgotten with the file.
+    first.unlink()
+    with pytest.raises(LedgerError, match="have the ledger"):
+        engine_on(second, loader_of())
+    engine_on(second, loader_of(), new_ledger=True)
+    # Said once: this ledger is theirs by now, and may be moved.
+    engine_on(second, loader_of())
+    second.rename(tmp_path / "third.jsonl")
+    engine_on(tmp_path / "third.jsonl", loader_of())
+    # Other records need no word.
+    engine_on(tmp_path / "other.jsonl", loader_of(seed=2))
+
+
+def test_records_in_another_form_are_named(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    engine_on(path, loader_of(), data_id="visits of 2025")
+    engine_on(path, loader_of(seed=3, records=20), data_id="visits of 2025", target_delta=None)
+    with pytest.raises(LedgerError, match="its data is 'visits of 2025'"):
+        engine_on(path, loader_of())
+    with pytest.raises(ConfigError, match="data_id is ''"):
+        PrivacyEngine(data_id="")
+
+
+class Odd:
+    """No value that a digest knows."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+class Rows:
+    """Records of one kind each; `noisy` ones differ at each reading."""
+
+    def __init__(self, change=0, noisy=False):
+        self.change, self.noisy = change, noisy
+        array = np.arange(6.0).reshape(2, 3)
+        self.rows = [
+            {"text": "a\ud800", "label": 1 + change},
+            ("pair", [b"octets", array + change]),
+            {"odd": Odd(change), "none": None, "nested": {"t": torch.ones(2) * change}},
+        ]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return (self.rows[index], torch.rand(1)) if self.noisy else self.rows[index]
+
+
+def test_a_fingerprint_is_of_what_the_records_hold():
+    def of(rows, **settings):
+        return registry.fingerprint(DataLoader(rows, batch_size=1, **settings))
+
+    assert of(Rows()) == of(Rows()) == of(Rows(), num_workers=1)
+    changed = Rows()
+    prints = {of(changed)}
+    for k, row in enumerate(Rows(change=1).rows):
+        changed.rows[k] = row
+        prints.add(of(changed))
+    assert len(prints) == 4
+    # Reading draws from no generator of the user's, and augmented records still have one.
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert of(Rows(noisy=True)) == of(Rows(noisy=True))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_state_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FFA_LEDGERS", str(tmp_path / "file" / "ledgers"))
+    with pytest.warns(UserWarning, match="second ledger for these records will not be noticed"):
+        engine_on(tmp_path / "ledger.jsonl", loader_of())
+
+
+# From the command line.
+
+
+def command(capsys, *arguments):
+    status = cli.main(["ledger", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return status, out + err
+
+
+def test_show_and_verify_read_a_ledger_in_use(tmp_path, capsys):
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.bind(data="these", delta=DELTA, accountant="rdp")
+    ledger.charge(2.0, 0.25, 3)
+    spent = ledger.epsilon()
+    status, text = command(capsys, "show", path)
+    assert status == 0 and f"epsilon {spent:.6g} at delta 1e-05, by rdp" in text
+    assert "3 of noise multiplier 2 at sample rate 0.25" in text and "not private" not in text
+    status, text = command(capsys, "show", path, "--json", "--delta", "1e-6")
+    shown = json.loads(text)
+    assert shown["epsilon"] == ledger.epsilon(1e-6) > spent and shown["steps"] == 3
+    assert shown["bound"]["data"] == "these"
+    status, text = command(capsys, "verify", path)
+    mark = text.split()[-1]
+    assert status == 0 and text.startswith("whole: 3 steps")
+    ledger.charge(2.0, 0.25, private=False)
+    ledger.close()
+    assert command(capsys, "verify", path, "--extends", mark)[0] == 0
+    assert "not private" in command(capsys, "show", path)[1]
+    # A line cut off at its end leaves a whole file: only who has noted more knows.
+    mark = command(capsys, "verify", path)[1].split()[-1]
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]))
+    assert command(capsys, "verify", path)[0] == 0
+    status, text = command(capsys, "verify", path, "--extends", mark)
+    assert status == 2 and "taken off its end" in text
+    path.write_bytes(lines[0] + lines[2])
+    status, text = command(capsys, "verify", path)
+    assert status == 2 and "line 2: its checksum does not fit" in text
+    assert command(capsys, "show", tmp_path / "none")[0] == 2
 
 
 # One process at a time.

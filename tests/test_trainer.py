@@ -343,7 +343,11 @@ def test_a_loss_of_ones_own_for_each_record(tmp_path):
         torch.manual_seed(0)
         return ffa.convert(Pooled(), r=2, target_modules=["body"], modules_to_save=["head"])
 
-    options = {"changed_args": {"label_names": ["labels"]}, "eval_dataset": classified_records(6)}
+    options = {
+        "changed_args": {"label_names": ["labels"]},
+        "eval_dataset": classified_records(6),
+        "new_ledger": True,
+    }
     trainer = trainer_of(
         tmp_path / "a", pooled(), classified_records(), compute_loss_func=losses, **options
     )

@@ -120,6 +120,8 @@ class Privacy:
         max_grad_norm: bound C of one record's gradient.
         clipping: "flat" (one norm) or "per_layer" (C / sqrt(K) for each of K tensors).
         accountant: Opacus' "prv" or "rdp".
+        new_ledger: begin another account for records that have one on this machine: for public
+            ones, say.
     """
 
     target_epsilon: float = _key("a number above 0, or inf", lambda value: value > 0.0)
@@ -127,6 +129,7 @@ class Privacy:
     max_grad_norm: float = _positive(1.0)
     clipping: str = _one_of("flat", "per_layer", default="flat")
     accountant: str = _one_of("prv", "rdp", default="prv")
+    new_ledger: bool = _key("true or false", lambda value: True, False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,9 @@ class Site:
         self.batch_size = batch_size(train, len(records))
         self.sample_rate = self.batch_size / len(records)
         self._engine = PrivacyEngine(
-            accountant=privacy.accountant, ledger=ledger or folder / "ledger.jsonl"
+            accountant=privacy.accountant,
+            ledger=ledger or folder / "ledger.jsonl",
+            new_ledger=privacy.new_ledger,
         )
         try:
             self.noise_multiplier = self._solve_noise()
@@ -88,6 +90,7 @@ class Site:
                 noise_multiplier=self.noise_multiplier,
                 max_grad_norm=privacy.max_grad_norm,
                 clipping=privacy.clipping,
+                target_delta=privacy.target_delta,
                 max_physical_batch_size=train.max_physical_batch_size,
                 pad_physical_batches=False,
             )

@@ -33,6 +33,15 @@ def check_accountant(name: object) -> str:
     return str(name)
 
 
+def check_delta(target_delta: object, records: int) -> None:
+    """Raises ConfigError unless `target_delta` promises something to each of so many records."""
+    if not isinstance(target_delta, float) or not 0 < target_delta < 1 / records:
+        raise ConfigError(
+            f"target_delta is {target_delta!r}; accepted: above 0 and below 1 / {records}, the "
+            "number of records"
+        )
+
+
 def merged(history: Iterable[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
     """The history with steps of equal noise and rate added together."""
     steps: dict[tuple[float, float], int] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import warnings
@@ -17,17 +18,18 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from ffa_kernels.backends.grid import grid_size
-from ffa_kernels.errors import ConfigError, PrivacyError
+from ffa_kernels.errors import ConfigError, LedgerError, PrivacyError
 from ffa_kernels.nn.adapter import Adapter, owned_parameters
 from ffa_kernels.nn.record_taps import RecordTaps
 from ffa_kernels.nn.recorded import RECORDED, is_recorded
 from ffa_kernels.nn.wrapped import mixes_records
-from ffa_kernels.privacy.accounting import check_accountant, noise_multiplier_for
+from ffa_kernels.privacy.accounting import check_accountant, check_delta, noise_multiplier_for
 from ffa_kernels.privacy.guard import Guard
 from ffa_kernels.privacy.keys import SecretStream
 from ffa_kernels.privacy.ledger import Ledger
 from ffa_kernels.privacy.optimizer import PrivateOptimizer
 from ffa_kernels.privacy.ranks import Ranks, agree
+from ffa_kernels.privacy.registry import fingerprint, ledgers_of, note_ledger, registry_path
 from ffa_kernels.privacy.sampling import (
     Piece,
     PoissonSampler,
@@ -54,6 +56,10 @@ class PrivacyEngine:
         accountant: "prv" or "rdp".
         ledger: a file that keeps this data set's account over all runs, a `Ledger`, or None for
             an account in memory, which forgets.
+        data_id: the data set's name in its ledger, if its records may come in another form or
+            order; by default a fingerprint of them.
+        new_ledger: begin another account for records that have one on this machine: for public
+            ones, say. What is released of private records is the two together.
         seed: for tests: makes noise and sampling repeatable, and the ledger "not private".
 
     Raises:
@@ -66,9 +72,14 @@ class PrivacyEngine:
         *,
         accountant: str = "prv",
         ledger: str | os.PathLike[str] | Ledger | None = None,
+        data_id: str | None = None,
+        new_ledger: bool = False,
         seed: int | None = None,
     ) -> None:
         self.accountant = check_accountant(accountant)
+        if data_id is not None and (not isinstance(data_id, str) or not data_id):
+            raise ConfigError(f"data_id is {data_id!r}; accepted: None or a name")
+        self._data_id, self._new_ledger = data_id, new_ledger
         self.seed = seed
         if seed is not None:
             warnings.warn(
@@ -149,11 +160,7 @@ class PrivacyEngine:
         data = _all_data(ranks, [local()] if ranks is None else ranks.together(local), poisson)
 
         def solved() -> float:
-            if not isinstance(target_delta, float) or not 0 < target_delta < 1 / data.records:
-                raise ConfigError(
-                    f"target_delta is {target_delta!r}; accepted: above 0 and below "
-                    f"1 / {data.records}, the number of records"
-                )
+            check_delta(target_delta, data.records)
             if not self.ledger.private:
                 raise PrivacyError(
                     "the ledger holds steps whose noise was seeded: its total is not "
@@ -175,6 +182,7 @@ class PrivacyEngine:
             data_loader=data_loader,
             noise_multiplier=charged_noise if poisson else charged_noise / _FIXED_BATCH_SHARE,
             max_grad_norm=max_grad_norm,
+            target_delta=target_delta,
             **options,
         )
         private[1].private_step.plan = Plan(self.ledger, epochs * data.steps, target_epsilon)
@@ -195,6 +203,7 @@ class PrivacyEngine:
         pad_physical_batches: bool = True,
         keep_grad_sample: bool = False,
         loss_scale: float = 1.0,
+        target_delta: float | None = None,
         process_group: Any = None,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
         """Prepares a model, its optimizer and its data for private training.
@@ -224,6 +233,8 @@ class PrivacyEngine:
                 (`optimizer.scale(loss).backward()`). It is divided out before clipping, so that
                 nothing but underflow depends on it; `.grad_sample` holds it still. A record whose
                 gradient overflows is left out, and counted in `stats` as dropped.
+            target_delta: of the promise for these records, below 1 / their number: a ledger on
+                disk is bound to it from then on.
             process_group: a torch.distributed group whose processes make each step together, as
                 one process with all their records would; None for this process alone. Each gives
                 a `data_loader` of its own records; batch sizes and numbers of records add up, and
@@ -238,6 +249,8 @@ class PrivacyEngine:
             ConfigError: an argument that is not accepted; nothing has been changed then.
             PrivacyError: a model that cannot be trained privately, with the module named;
                 nothing has been changed then.
+            LedgerError: the ledger is of other records, another delta or accountant, or these
+                records have another ledger; nothing has been changed then.
         """
         ranks = None if process_group is None else Ranks(process_group)
         per_layer, poisson = clipping == "per_layer", bool(poisson_sampling)
@@ -284,6 +297,10 @@ class PrivacyEngine:
             facts = ranks.together(told)
             agree(ranks, [fact for _, fact in facts])
             mine, data = made[0], _all_data(ranks, [d for d, _ in facts], poisson)
+        if target_delta is not None:
+            check_delta(target_delta, data.records)
+        self._bind(ranks, mine.data.loader, target_delta)
+        if ranks is not None:
             self._follow(ranks, mine.names)
 
         mechanism = Mechanism(
@@ -347,6 +364,40 @@ class PrivacyEngine:
             step.end_epoch,
         )
         return module, PrivateOptimizer(optimizer, step), private_loader
+
+    def _bind(self, ranks: Ranks | None, loader: Any, delta: float | None) -> None:
+        """Sees to it that these records have one account, of one promise."""
+        data = self._data_id
+        if ranks is not None:
+            each = ranks.together(lambda: fingerprint(loader))
+            if data is None:
+                data = hashlib.sha256(" ".join(sorted(each)).encode()).hexdigest()[:32]
+        elif data is None and (self.ledger.path is not None or registry_path().exists()):
+            data = fingerprint(loader)
+
+        def bind() -> None:
+            if data is None:
+                return
+            path, known = self.ledger.path, self.ledger.bound.get("data") == data
+            others = [
+                other for other in ledgers_of(data) if path is None or other != path.absolute()
+            ]
+            if others and not known and not self._new_ledger:
+                raise LedgerError(
+                    f"ledger is {path}, but these records have the ledger {others[0]}: what is "
+                    "released of them is the two together; accepted: that ledger, or "
+                    "new_ledger=True if the records are public or the other is accounted for"
+                )
+            if path is None:
+                return
+            if not known:
+                note_ledger(data, path)
+            self.ledger.bind(data=data, delta=delta, accountant=self.accountant)
+
+        if ranks is None:
+            bind()
+        else:
+            ranks.led(bind)
 
     def _follow(self, ranks: Ranks, trained: dict[str, nn.Parameter]) -> None:
         """Takes rank 0's trained tensors, and on the other ranks a copy of its account."""
