@@ -1,4 +1,4 @@
-"""The command line: `ffa-kernels doctor | federate | plan | ledger`.
+"""The command line: `ffa-kernels doctor | federate | plan | ledger | audit`.
 
 A mistake of the user's is one line on stderr and exit code 2.
 """
@@ -77,6 +77,19 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--extends", metavar="CHECKSUM", help="an earlier answer of this command: "
                         "the file must go on from there")  # fmt: skip
     verify.set_defaults(command=_ledger_verify)
+    audit = commands.add_parser("audit", help="what a private run loses for sure, beside its claim")
+    audit.add_argument("--epsilon", type=float, default=3.0, metavar="E", help="of the whole run")
+    audit.add_argument("--delta", type=float, default=1e-6, metavar="D")
+    audit.add_argument("--steps", type=int, default=1, metavar="T")
+    audit.add_argument("--sample-rate", type=float, default=1.0, metavar="Q",
+                       help="of Poisson sampling")  # fmt: skip
+    audit.add_argument("--canaries", type=int, metavar="M",
+                       help="default: 131072, or 16384 with per_layer")  # fmt: skip
+    audit.add_argument("--clipping", choices=("flat", "per_layer"), default="flat")
+    audit.add_argument("--device", default="cpu", help="such as cpu or cuda")
+    audit.add_argument("--confidence", type=float, default=0.999, metavar="P", help="of each bound")
+    audit.add_argument("--json", action="store_true", help="as JSON")
+    audit.set_defaults(command=_audit)
     return parser
 
 
@@ -170,6 +183,23 @@ def _ledger_verify(arguments: argparse.Namespace) -> int:
         )
     print(f"whole: {account.steps} steps; last checksum {account.checksums[-1]}")
     return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from ffa_kernels.privacy.auditing import audit
+
+    report = audit(
+        target_epsilon=arguments.epsilon,
+        target_delta=arguments.delta,
+        steps=arguments.steps,
+        sample_rate=arguments.sample_rate,
+        canaries=arguments.canaries,
+        clipping=arguments.clipping,
+        device=arguments.device,
+        confidence=arguments.confidence,
+    )
+    print(json.dumps(report.as_dict(), indent=1) if arguments.json else report)
+    return int(report.violated)
 
 
 def _fail(message: str) -> int:

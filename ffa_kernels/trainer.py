@@ -25,7 +25,7 @@ from ffa_kernels.losses import causal_lm_loss, sequence_classification_loss
 from ffa_kernels.privacy import Ledger, PrivacyEngine, epsilon, noise_multiplier_for
 from ffa_kernels.privacy.accounting import check_delta
 from ffa_kernels.privacy.optimizer import PrivateOptimizer
-from ffa_kernels.privacy.sampling import PrivateDataLoader, check_loader
+from ffa_kernels.privacy.sampling import Piece, PrivateDataLoader, check_loader
 from ffa_kernels.privacy.step import Plan, PrivateStep
 
 try:
@@ -328,6 +328,8 @@ class PrivateTrainer(Trainer):
         total, rows, kept = torch.zeros((), device=self.args.device), 0, 0
         for batch, piece in inputs:
             prepared = self._prepare_inputs(batch)
+            if piece.kept > 1:
+                self._probe(model, prepared, piece)
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, prepared)
             if loss.dim() != 0:
@@ -341,6 +343,19 @@ class PrivateTrainer(Trainer):
             if not piece.last:
                 private.step()
         return total / rows if kept else torch.full_like(total, math.nan)
+
+    def _probe(self, model: nn.Module, inputs: Any, piece: Piece) -> None:
+        """Raises PrivacyError if compute_loss couples records; see privacy.probe."""
+        assert self._private is not None
+        probe = self._private.private_step.probe
+        assert probe is not None
+
+        def loss_of(batch: Any) -> Tensor:
+            with self.compute_loss_context_manager():
+                loss: Tensor = self.compute_loss(model, batch)
+                return loss
+
+        probe.attempt(loss_of, inputs, piece.records, "compute_loss")
 
     def compute_loss(
         self,

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import ffa_kernels as ffa
 from ffa_kernels.errors import ConfigError, PrivacyError
 from ffa_kernels.privacy import Ledger, PrivacyEngine, epsilon
+from ffa_kernels.privacy.probe import Probe
 
 transformers = pytest.importorskip("transformers")
 from transformers import TrainerCallback, TrainingArguments  # noqa: E402
@@ -223,8 +224,10 @@ def test_one_step_is_that_of_the_plain_loop(tmp_path):
     assert all(torch.equal(ours[n], theirs[n]) and (ours[n] != 0).any() for n in theirs)
 
 
-def test_accumulation_cuts_a_draw_and_changes_nothing_else(tmp_path):
+def test_accumulation_cuts_a_draw_and_changes_nothing_else(tmp_path, monkeypatch):
     """Expected batch 8 as 8 x 1 and as 2 x 4: the same draws, the same sums."""
+    # Its forwards are none of the draws' records.
+    monkeypatch.setattr(Probe, "done", True)
     results, sizes = [], []
     for physical, accumulation in ((8, 1), (2, 4)):
         model = causal_model().double()
@@ -368,6 +371,18 @@ def test_a_loss_of_ones_own_for_each_record(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"compute_loss_func returned \(\)"):
         trainer.train()
+
+
+def test_a_loss_that_couples_records_is_found(tmp_path):
+    def over_all_tokens(outputs, labels, num_items_in_batch=None):
+        losses = ffa.causal_lm_loss(outputs["logits"], labels, reduction="none")
+        count = (labels[:, 1:] != -100).sum(dim=1)
+        return losses * count * len(labels) / count.sum()
+
+    trainer = trainer_of(tmp_path, compute_loss_func=over_all_tokens)
+    with pytest.raises(PrivacyError, match="compute_loss couples records"):
+        trainer.train()
+    assert trainer.engine.ledger.steps == 0
 
 
 # The budget.

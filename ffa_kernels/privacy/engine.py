@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from ffa_kernels.privacy.guard import Guard
 from ffa_kernels.privacy.keys import SecretStream
 from ffa_kernels.privacy.ledger import Ledger
 from ffa_kernels.privacy.optimizer import PrivateOptimizer
+from ffa_kernels.privacy.probe import Probe, rows_of
 from ffa_kernels.privacy.ranks import Ranks, agree
 from ffa_kernels.privacy.registry import fingerprint, ledgers_of, note_ledger, registry_path
 from ffa_kernels.privacy.sampling import (
@@ -109,6 +110,33 @@ class PrivacyEngine:
         """
         for step in self._steps:
             step.check()
+
+    def check_loss(self, module: nn.Module, loss_of: Callable[[Any], Tensor], batch: Any) -> None:
+        """Probes whether a loss of one's own, outside the model, keeps records apart.
+
+        What couples them inside the model, or in the loss that the model itself returns, is found
+        without being asked, at the first batch of two records or more; so is it in PrivateTrainer.
+
+        Args:
+            module: the private model.
+            loss_of: a batch to the loss that is trained on, a mean or sum over its records.
+            batch: tensors (n, ...), n >= 2, in tuples, lists and mappings; rows are exchanged, and
+                `loss_of` is called with two of them. Labels under the key "labels" are in part
+                replaced by -100.
+
+        Raises:
+            PrivacyError: one record's gradient moves when another record is changed.
+            ConfigError: `module` is not private, or the batch has no two records with a gradient.
+        """
+        reference = getattr(module, "_private_step", None)
+        step = None if reference is None else reference.step
+        if step is None or step.probe is None:
+            raise ConfigError("module is not private; accepted: one that make_private returned")
+        records = rows_of(batch)
+        if records < 2 or not step.probe.check(loss_of, batch, records, "the loss"):
+            raise ConfigError(
+                f"batch has {records} records, or the first has no gradient; accepted: two or more"
+            )
 
     @property
     def stats(self) -> dict[str, int]:
@@ -326,6 +354,7 @@ class PrivacyEngine:
             ranks,
         )
         _retire(module, step)
+        step.probe = Probe(module, [(t.parameter, t.holders) for t in trained], float(loss_scale))
         self._steps.append(step)
         loader = mine.data.loader
         logical: Any = loader.batch_sampler

@@ -17,6 +17,7 @@ from ffa_kernels.errors import PrivacyError
 from ffa_kernels.nn.record_taps import RecordTaps
 from ffa_kernels.privacy.guard import Guard
 from ffa_kernels.privacy.ledger import Ledger
+from ffa_kernels.privacy.probe import Probe
 from ffa_kernels.privacy.ranks import Ranks
 from ffa_kernels.privacy.sampling import Piece
 
@@ -119,6 +120,7 @@ class PrivateStep:
         self.detached = False
         self.steps = 0
         self.plan: Plan | None = None
+        self.probe: Probe | None = None
         self._noise_state, self._charge = noise_state, charge
         self._sums = [
             torch.zeros(
@@ -345,6 +347,12 @@ class PrivateStep:
                 "optimizer.step() without gradients: call loss.backward() first, on a forward "
                 "made in training mode (model.train())"
             )
+        if self.probe is not None:
+            try:
+                self.probe.run()
+            except PrivacyError:
+                self.abandon()
+                raise
         piece = self._piece
         self._reached.update(present)
         grads = [grad for k in present if (grad := self._taps[k].grad) is not None]
