@@ -1,9 +1,6 @@
 """Poisson draws, physical batches, and where their randomness comes from."""
 
-import copy
 import math
-import os
-import pickle
 import warnings
 
 import pytest
@@ -323,61 +320,3 @@ def test_dropout_has_a_new_key_each_batch():
         keys.add(tuple(model[0]._dropout_key.tolist()))
         optimizer.zero_grad()
     assert len(keys) == 4 and (0, 0, 0, 0) not in keys
-
-
-def in_child(function):
-    """What `function` returns in a forked child, as bytes."""
-    read, write = os.pipe()
-    with warnings.catch_warnings():
-        # Python 3.12 warns of forks in a process with threads; that is what is being tried.
-        warnings.simplefilter("ignore")
-        child = os.fork()
-    if child == 0:
-        try:
-            os.write(write, pickle.dumps(function()))
-        finally:
-            os._exit(0)
-    os.close(write)
-    with os.fdopen(read, "rb") as pipe:
-        result = pickle.loads(pipe.read())
-    assert os.waitpid(child, 0)[1] == 0
-    return result
-
-
-def test_a_forked_child_draws_with_keys_of_its_own():
-    engine = PrivacyEngine()
-    sampler = PoissonSampler(200, 0.5, 4, engine._sampling)
-
-    def draw():
-        keys = [
-            stream.state.tolist() for stream in (engine._noise, engine._sampling, engine._dropout)
-        ]
-        return keys, list(sampler)
-
-    list(sampler)
-    before = engine._sampling.state.clone()
-    children = [in_child(draw) for _ in range(2)]
-    assert torch.equal(engine._sampling.state, before)
-    results = [*children, draw()]
-    for i in range(3):
-        for j in range(i):
-            for a, b in zip(results[i][0], results[j][0], strict=True):
-                assert a[:4] != b[:4]
-            assert all(a != b for a, b in zip(results[i][1], results[j][1], strict=True))
-
-
-def test_the_private_steps_own_key_is_renewed_after_a_fork():
-    engine = PrivacyEngine()
-    _, optimizer, _ = private(engine)
-    state = optimizer.private_step._noise_state
-    child = in_child(lambda: optimizer.private_step._noise_state.tolist())
-    assert child[:4] != state[:4].tolist()
-
-
-def test_streams_are_renewed_by_copies_and_pickles():
-    stream = SecretStream("noise")
-    key = bytes(stream.state.numpy())
-    file = pickle.dumps(stream)
-    assert key[:8] not in file and key[8:16] not in file
-    others = [pickle.loads(file), copy.deepcopy(stream), SecretStream("noise")]
-    assert len({tuple(s.state.tolist()) for s in [stream, *others]}) == 4
