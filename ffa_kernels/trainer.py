@@ -9,13 +9,11 @@ from __future__ import annotations
 import copy
 import math
 import os
-import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -237,12 +235,6 @@ class PrivateTrainer(Trainer):
             private.private_step.plan = Plan(ledger, allowed, self.target_epsilon)
             self._last_step = (allowed, ledger.steps)
         draws.begin(loader, private.private_step)
-        if self.engine.seed is None:
-            # Trainer's seed is public and its masks (dropout, masked tokens) follow the order of
-            # the records: with one more, all after it would get others. Unless nobody knows them.
-            random.seed()
-            np.random.seed()
-            torch.seed()
         if not self._warned:
             warnings.warn(_NOT_COVERED, stacklevel=2)
             self._warned = True

@@ -62,16 +62,20 @@ def train(model, optimizer, loader, loss_of=lambda y: y.square().mean()):
         optimizer.step()
 
 
+def attend(x):
+    flat = x.flatten(1)
+    return torch.einsum("nm,mtd->ntd", (flat @ flat.T / flat.shape[1]).softmax(dim=1), x)
+
+
 def route(x):
-    """A capacity for the whole batch: who comes late is left out."""
-    return x * (torch.arange(len(x)) < x.sum((1, 2)).relu().sum())[:, None, None]
+    """A capacity for the whole batch: the better half."""
+    sums = x.sum((1, 2))
+    return x * (0.1 + 0.9 * (sums >= sums.mean()))[:, None, None]
 
 
 COUPLED = {
     "centred over the batch": lambda: Net(after=Do(lambda x: x - x.mean(0))),
-    "attention over the batch": lambda: Net(
-        before=Do(lambda x: torch.einsum("nm,mtd->ntd", x.flatten(1).matmul(x.flatten(1).T), x))
-    ),
+    "attention over the batch": lambda: Net(before=Do(attend)),
     "scaled by the batch's largest": lambda: Net(before=Do(lambda x: x / x.abs().max())),
     "a router with a capacity": lambda: Net(after=Do(route)),
 }
@@ -80,6 +84,7 @@ COUPLED = {
 @pytest.mark.parametrize("name", COUPLED)
 @pytest.mark.parametrize("clipping", ["flat", "per_layer"])
 def test_layers_that_mix_records_are_found(name, clipping):
+    torch.manual_seed(2)
     engine, model, optimizer, loader = private(COUPLED[name](), clipping=clipping)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(PrivacyError, match="one of the model's layers couples records"):

@@ -16,7 +16,8 @@ ACCOUNTANTS = ("prv", "rdp")
 # (noise multiplier, sample rate, steps), as Opacus' accountants keep it.
 History = Sequence[tuple[float, float, int]]
 
-_MAX_NOISE = 1e6
+# More than this is no training: what is left of a target is as good as spent.
+_MAX_NOISE = 1e3
 # The PRV's memory grows with epsilon * sqrt(steps): some 2 GB at this bound, without limit beyond.
 _MAX_PRV_WORK = 1e4
 _MAX_PRV_EPSILON = 200.0

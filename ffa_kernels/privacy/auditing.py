@@ -25,6 +25,7 @@ from ffa_kernels.errors import ConfigError
 from ffa_kernels.nn.linear import FFALinear
 from ffa_kernels.privacy.accounting import epsilon, noise_multiplier_for
 from ffa_kernels.privacy.engine import PrivacyEngine
+from ffa_kernels.privacy.keys import generators_kept
 from ffa_kernels.privacy.optimizer import PrivateOptimizer
 
 _Array = npt.NDArray[np.float64]
@@ -185,8 +186,8 @@ def audit(
         )
     assert noise_multiplier is not None
     engine = PrivacyEngine(accountant=accountant, seed=seed)
-    # Frozen weights and loaders draw from PyTorch's generator, which is the user's.
-    with torch.random.fork_rng(devices=[]):
+    # Frozen weights, loaders and the engine draw from generators that are the user's.
+    with generators_kept():
         model = _Canaries(canaries, clipping == "per_layer", _RAW_NORM * max_grad_norm).to(device)
         # With lr = L a step moves B by the noised sum itself.
         _, optimizer, loader = engine.make_private(

@@ -25,7 +25,7 @@ from ffa_kernels.nn.recorded import RECORDED, is_recorded
 from ffa_kernels.nn.wrapped import mixes_records
 from ffa_kernels.privacy.accounting import check_accountant, check_delta, noise_multiplier_for
 from ffa_kernels.privacy.guard import Guard
-from ffa_kernels.privacy.keys import SecretStream
+from ffa_kernels.privacy.keys import SecretStream, forget_seeds
 from ffa_kernels.privacy.ledger import Ledger
 from ffa_kernels.privacy.optimizer import PrivateOptimizer
 from ffa_kernels.privacy.probe import Probe, rows_of
@@ -238,6 +238,8 @@ class PrivacyEngine:
 
         Use the three that are returned in an ordinary loop. After `loss.backward()` each trained
         parameter has `.grad_sample` (n, *shape), the gradients of the records' own losses.
+        Unless the engine has a seed, the generators of Python, NumPy and PyTorch get new ones from
+        the operating system: what is drawn for private records must not be repeatable.
 
         Args:
             module: the model; the same object is returned, its state_dict names unchanged.
@@ -392,6 +394,10 @@ class PrivacyEngine:
             step.restart,
             step.end_epoch,
         )
+        if self.seed is None:
+            # Masks and augmentations follow the order of the records: under a public seed one
+            # record more would give all after it others. Unless nobody knows them.
+            forget_seeds()
         return module, PrivateOptimizer(optimizer, step), private_loader
 
     def _bind(self, ranks: Ranks | None, loader: Any, delta: float | None) -> None:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,3 +64,22 @@ def _renew_after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_after_fork)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Whatever is drawn inside, the CPU generators of Python, NumPy and PyTorch go on as before."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def forget_seeds() -> None:
+    """Seeds the generators of Python, NumPy and PyTorch from the operating system."""
+    random.seed()
+    np.random.seed()
+    torch.seed()

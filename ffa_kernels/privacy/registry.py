@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+
+from ffa_kernels.privacy.keys import generators_kept
 
 # Records that are read for a fingerprint: in all of a small set, evenly spaced in a large one.
 _READ = 256
@@ -97,13 +98,8 @@ def fingerprint(loader: DataLoader[Any]) -> str:
         generator=torch.Generator(),
         **workers,
     )
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            again, *digests = list(reader)
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
+    with generators_kept():
+        again, *digests = list(reader)
     if again != digests[0]:
         digests = [type(dataset).__qualname__]
     text = json.dumps([count, digests])
