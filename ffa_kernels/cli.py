@@ -45,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     federate = commands.add_parser("federate", help="run a federation in this process")
     federate.add_argument("config", type=Path, metavar="CONFIG.toml")
     federate.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the results")
+    federate.add_argument("--resume", action="store_true",
+                          help="go on with the run that was begun in DIR")  # fmt: skip
     federate.set_defaults(command=_federate)
     plan = commands.add_parser("plan", help="settings with which a model's training fits a limit")
     plan.add_argument("model", type=Path, metavar="MODEL",
@@ -111,7 +113,7 @@ def _federate(arguments: argparse.Namespace) -> int:
 
     settings = config.load(arguments.config)
     console = Console()
-    result = driver.run(settings, arguments.out, console)
+    result = driver.run(settings, arguments.out, console, resume=arguments.resume)
     console.print(
         f"accuracy {result['accuracy']:.4f} "
         f"({result['accuracy_without_adapters']:.4f} without adapters, "

@@ -14,12 +14,12 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from ffa_kernels.errors import ConfigError, FFAError, PrivacyError, WireError
+from ffa_kernels.errors import ConfigError, FederationError, FFAError, PrivacyError, WireError
 from ffa_kernels.federated import driver, wire
 from ffa_kernels.federated.build import build
 from ffa_kernels.federated.config import Config, parse
 from ffa_kernels.federated.data import Records
-from ffa_kernels.federated.server import Server
+from ffa_kernels.federated.server import Rules, Server
 from ffa_kernels.federated.site import Site, copy_sharing_frozen
 from ffa_kernels.federated.wire import Fingerprint, Header
 from ffa_kernels.privacy import Ledger, epsilon
@@ -148,7 +148,7 @@ def test_the_average_is_equal_and_in_fp64(server: Server) -> None:
 
 
 def test_weights_count_over_the_sites_that_answered(server: Server) -> None:
-    weighted = Server(server.tensors, PRINTS, "5e", weights={"a": 1.0, "b": 5.0, "c": 3.0})
+    weighted = Server(server.tensors, PRINTS, "5e", Rules(weights={"a": 1.0, "b": 5.0, "c": 3.0}))
     weighted.aggregate(1, SITES, [(s, update(filled(v), s)) for s, v in (("a", 4.0), ("c", 8.0))])
     assert torch.equal(weighted.tensors["head.bias"], torch.full((3,), 7.0))
 
@@ -224,12 +224,77 @@ def test_a_vanished_site_costs_its_share_of_one_round(server: Server) -> None:
 
 
 def test_too_few_valid_updates_keep_the_old_model(server: Server) -> None:
-    strict = Server(server.tensors, PRINTS, "5e", min_updates=2)
+    strict = Server(server.tensors, PRINTS, "5e", Rules(min_updates=2))
     outcome = strict.aggregate(1, SITES, [("a", update(filled(2.0), "a")), ("b", b"")])
     assert not outcome.averaged and outcome.norms.keys() == {"a"}
     assert not server.aggregate(1, SITES, []).averaged
     for name, tensor in server.tensors.items():
         assert torch.equal(strict.tensors[name], tensor)
+
+
+def test_an_update_that_goes_too_far_is_refused(server: Server) -> None:
+    bound = Server(server.tensors, PRINTS, "5e", Rules(max_update_norm=7.0))
+    # From l.lora_B = 0 and head.bias = 1, of 8 and 3 numbers.
+    outcome = bound.aggregate(
+        1, SITES, [(s, update(filled(v), s)) for s, v in (("a", 2), ("b", 4))]
+    )
+    assert list(outcome.norms) == ["a"]
+    ((site, reason),) = outcome.refused
+    assert site == "b" and reason == "norm: got 12.45, accepted: at most 7"
+
+
+@pytest.mark.parametrize("aggregation", ["median", "trimmed_mean"])
+def test_robust_averages_shrug_off_a_liar(server: Server, aggregation: str) -> None:
+    pytest.importorskip("flwr")
+    robust = Server(server.tensors, PRINTS, "5e", Rules(aggregation=aggregation))
+    values = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0, "e": 1e6}
+    robust.aggregate(1, values, [(s, update(filled(v), s)) for s, v in values.items()])
+    for tensor in robust.tensors.values():
+        assert torch.equal(tensor, torch.full_like(tensor, 3.0))
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_server_optimizers_take_the_averages_change_for_a_gradient(
+    server: Server, optimizer: str
+) -> None:
+    rules = Rules(optimizer=optimizer, lr=0.5, momentum=0.8, tau=1e-2)
+    moved = Server(server.tensors, PRINTS, "5e", rules)
+    x, first, second = 1.0, 0.0, 0.0
+    for round_, average in enumerate((3.0, 5.0, -2.0), start=1):
+        moved.aggregate(round_, ["a"], [("a", update(filled(average), "a", round_))])
+        change = average - x
+        if optimizer == "momentum":
+            first = 0.8 * first + change
+            x += 0.5 * first
+        else:
+            first = 0.8 * first + 0.2 * change
+            second = 0.99 * second + 0.01 * change**2
+            root = (second / (1 - 0.99**round_)) ** 0.5
+            x += 0.5 * first / (1 - 0.8**round_) / (root + 1e-2)
+        assert float(moved.tensors["head.bias"][0]) == pytest.approx(x, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["none", "momentum", "adam"])
+def test_a_restarted_server_goes_on_where_it_was(server: Server, optimizer: str) -> None:
+    rules = Rules(optimizer=optimizer)
+    first = Server(server.tensors, PRINTS, "5e", rules)
+    first.aggregate(1, ["a"], [("a", update(filled(3.0), "a"))])
+    state = first.state({"rounds": [1, {"x": None}]})
+    again = Server(filled(0.0), PRINTS, "other", rules)
+    assert again.restore(state) == {"rounds": [1, {"x": None}]} and again.run == "5e"
+    for each in (first, again):
+        each.aggregate(2, ["a"], [("a", update(filled(5.0), "a", 2))])
+    for name, tensor in first.tensors.items():
+        assert torch.equal(tensor, again.tensors[name])
+    for damaged in (b"", state[:-1], state[:100], b"{}" + state):
+        with pytest.raises(ConfigError, match="state of the server"):
+            again.restore(damaged)
+    for other in (
+        Server(filled(0.0), Fingerprint("c" * 64, PRINTS.recipe), "5e", rules),
+        Server({"l.lora_B": torch.zeros(4, 2)}, PRINTS, "5e", rules),
+    ):
+        with pytest.raises(ConfigError, match=r"of another base|has other tensors"):
+            other.restore(state)
 
 
 @pytest.mark.parametrize("method", ["ffa", "lora"])
@@ -340,7 +405,7 @@ def test_a_new_run_on_a_used_ledger_gets_what_is_left(bench: Bench) -> None:
         noise, spent = site.noise_multiplier, site.epsilon()
     with closing(bench.site(run="other")) as again:
         assert again.noise_multiplier > noise and again.epsilon() == spent
-        bench.server._run = "other"
+        bench.server.run = "other"
         for round_ in (1, 2):
             again.run_round(round_, bench.server.message(round_, "north"))
         assert again.epsilon() <= bench.config.privacy.target_epsilon
@@ -486,7 +551,7 @@ def test_a_run_writes_a_report_that_adds_up(config: Config, tmp_path: Path) -> N
     assert sum(s["bytes_up"] for s in per_site) == report["bytes_up"]
     assert sum(s["bytes_down"] for s in per_site) == report["bytes_down"] > 0
     for entry in report["rounds"]:
-        assert entry["averaged"] and not entry["refused"]
+        assert entry["attempts"] == 1 and not entry["refused"] and not entry["absent"]
         for of_site in entry["sites"].values():
             assert 0 <= of_site["accuracy"] <= 1 and of_site["update_norm"] > 0
     spent = [entry["sites"]["north"]["epsilon"] for entry in report["rounds"]]
@@ -573,7 +638,7 @@ def test_a_lying_site_is_reported_and_the_run_goes_on(
         assert [(r["site"], "NaN" in r["reason"]) for r in entry["refused"]] == [("north", True)]
         assert entry["sites"]["north"]["update_norm"] is None
         assert entry["sites"]["south"]["update_norm"] > 0
-    assert "Refused" in (tmp_path / "out" / "report.md").read_text()
+    assert "round 2: north refused" in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -611,3 +676,87 @@ def test_more_sites_asked_for_than_there_are(document: dict[str, Any], tmp_path:
         with pytest.raises(ConfigError, match=f"{key}: got 4 for 3 sites"):
             driver.run(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# Rounds that fail, and runs that are cut off.
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, when: Any) -> list[tuple[str, int]]:
+    """Sites raise where `when` (site, round, how often it was asked) says; who was asked."""
+    honest, asked = Site.run_round, []
+
+    def run_round(self: Site, round_: int, *arguments: Any) -> bytes:
+        asked.append((self.name, round_))
+        if when(self.name, round_, asked.count((self.name, round_))):
+            raise RuntimeError("no power")
+        return honest(self, round_, *arguments)
+
+    monkeypatch.setattr(Site, "run_round", run_round)
+    return asked
+
+
+def test_an_absent_site_is_reported_and_the_run_goes_on(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, lambda name, round_, _: (name, round_) == ("east", 1))
+    report = driver.run(config, tmp_path / "out")
+    assert report["rounds"][0]["absent"] == [{"site": "east", "reason": "RuntimeError: no power"}]
+    assert report["rounds"][0]["sites"]["east"]["update_norm"] is None
+    assert report["rounds"][1]["absent"] == []
+    assert report["rounds"][1]["sites"]["east"]["update_norm"] > 0
+    assert "round 1: east absent: RuntimeError" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_round_with_too_few_sites_is_tried_again_without_those_that_answered(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settled(document, tmp_path, federation={"min_updates": 3})
+    asked = failing(monkeypatch, lambda name, round_, times: name == "east" and times < 3)
+    report = driver.run(config, tmp_path / "out")
+    assert [entry["attempts"] for entry in report["rounds"]] == [3, 3]
+    assert asked == [
+        (name, round_) for round_ in (1, 2) for name in ("east", "north", "south", "east", "east")
+    ]
+    assert all(site["epsilon"] <= 8.0 for site in report["sites"].values())
+
+
+def test_a_run_that_was_cut_off_goes_on(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settled(document, tmp_path, federation={"rounds": 3, "min_updates": 3, "attempts": 2})
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match=r"--resume: .* is not there"):
+        driver.run(config, out, resume=True)
+    with monkeypatch.context() as patch:
+        failing(patch, lambda name, round_, _: (name, round_) == ("south", 2))
+        with pytest.raises(FederationError, match="round 2: got 2 valid updates in 2 attempts"):
+            driver.run(config, out)
+    kept = {path: path.read_bytes() for path in out.glob("sites/*/update-*.safetensors")}
+    assert len(kept) == 3 + 2
+    with monkeypatch.context() as patch:
+        asked = failing(patch, lambda *_: False)
+        report = driver.run(config, out, resume=True)
+    # Round 1 is done; in round 2 those who have answered send the very bytes again.
+    assert asked == [(name, round_) for round_ in (2, 3) for name in ("east", "north", "south")]
+    assert all(path.read_bytes() == data for path, data in kept.items())
+    assert len(list(out.glob("sites/*/update-*.safetensors"))) == 9
+    assert [entry["round"] for entry in report["rounds"]] == [1, 2, 3]
+    per_site = [s for entry in report["rounds"] for s in entry["sites"].values()]
+    assert sum(s["bytes_up"] for s in per_site) == report["bytes_up"]
+    for of_site in config.sites:
+        ledger = Ledger(of_site.ledger)
+        # Each round was trained once, by each.
+        assert ledger.steps == 3 * 2 and ledger.epsilon(1e-3, "rdp") <= 8.0
+        ledger.close()
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_a_run_with_each_codec(document: dict[str, Any], tmp_path: Path, codec: str) -> None:
+    whole = driver.run(settled(document, tmp_path), tmp_path / "fp32")
+    document["privacy"]["new_ledger"] = True
+    document["site"] = [{**s, "ledger": f"{s['name']}.{codec}"} for s in document["site"]]
+    coded = driver.run(settled(document, tmp_path, federation={"codec": codec}), tmp_path / codec)
+    share = coded["adapter_bytes_up"] / whole["adapter_bytes_up"]
+    assert share == 0.5 if codec == "bf16" else 0.25 < share < 0.3
+    assert coded["bytes_up"] < whole["bytes_up"]
+    assert all(site["update_norm"] > 0 for site in coded["rounds"][-1]["sites"].values())

@@ -15,6 +15,7 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from ffa_kernels.errors import WireError
+from ffa_kernels.federated.codecs import CODECS
 from ffa_kernels.federated.wire import (
     PROTOCOL,
     Header,
@@ -26,6 +27,7 @@ from ffa_kernels.federated.wire import (
     trained_tensors,
 )
 from ffa_kernels.nn import convert
+from ffa_kernels.privacy.keys import SecretStream
 
 HEADER = Header("update", run="1f", round=3, site="north", base="b" * 64, recipe="a" * 64)
 TENSORS = {
@@ -265,3 +267,96 @@ def test_the_fingerprint_knows_names_shapes_and_dtypes() -> None:
         Holder("a", zeros.to(torch.bfloat16)),
     ]
     assert len({fingerprint(model).base for model in models}) == len(models)
+
+
+# Codecs.
+
+
+def coded(codec: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    header = replace(HEADER, codec=codec)
+    data = encode(header, tensors)
+    assert measure(data).total == len(data)
+    return decode(data, header, tensors), len(data)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_each_codec_keeps_values_as_well_as_it_can(codec: str) -> None:
+    tensors = {
+        **TENSORS,
+        "zeros.lora_B": torch.zeros(6, 2),
+        "large.lora_B": torch.tensor([[3e38, -1e-40], [-3e38, 1e-40]]),
+        "one.lora_A": torch.randn(1, 40, generator=torch.Generator().manual_seed(1)),
+        "empty.lora_B": torch.zeros(0, 3),
+    }
+    received, _ = coded(codec, tensors)
+    assert list(received) == list(tensors)
+    for name, tensor in tensors.items():
+        found = received[name]
+        assert found.dtype == torch.float32 and found.shape == tensor.shape
+        if codec == "fp32" or (codec == "int8" and tensor.dim() == 1):
+            assert torch.equal(found, tensor)
+        elif codec == "bf16":
+            assert torch.equal(found, tensor.bfloat16().float())
+        elif tensor.numel():
+            axis = 1 if tensor.shape[0] < tensor.shape[1] else 0
+            step = tensor.abs().amax(dim=axis, keepdim=True) / 127
+            assert ((found - tensor).abs() <= step * (1 + 1e-5)).all()
+            assert not (found.bool() & ~step.bool()).any()
+
+
+def test_int8_rounds_at_random_and_keeps_the_mean() -> None:
+    column = torch.linspace(-1, 1, 2001)[:, None]
+    rounds = torch.stack([coded("int8", {"a.lora_B": column})[0]["a.lora_B"] for _ in range(400)])
+    assert not torch.equal(rounds[0], rounds[1])
+    error = rounds.mean(dim=0) - column
+    # Of a step between two neighbours at most half in standard deviation, over 400 rounds.
+    assert error.abs().max() < 5 * (1 / 127) * 0.5 / 20
+    assert abs(float(error.mean())) < 5 * (1 / 127) * 0.5 / (20 * 2001**0.5)
+
+
+def test_a_stream_of_ones_own_counts_on() -> None:
+    header, stream = replace(HEADER, codec="int8"), SecretStream("rounding", seed=1)
+    first = [safetensors.load(encode(header, TENSORS, stream)) for _ in range(2)]
+    again = SecretStream("rounding", seed=1)
+    name = "classifier.weight"
+    assert not torch.equal(first[0][name], first[1][name])
+    for held in first:
+        assert torch.equal(safetensors.load(encode(header, TENSORS, again))[name], held[name])
+
+
+def test_bytes_of_each_codec() -> None:
+    B = {"a.lora_B": torch.randn(384, 8), "b.lora_B": torch.randn(1536, 8)}
+    both = {**B, "a.lora_A": torch.randn(8, 384), "b.lora_A": torch.randn(8, 384)}
+
+    def payload(codec: str, tensors: dict[str, Tensor]) -> int:
+        return measure(encode(replace(HEADER, codec=codec), tensors)).adapter
+
+    whole = payload("fp32", B)
+    assert whole == 4 * 8 * (384 + 1536)
+    assert payload("bf16", B) == whole // 2
+    assert payload("int8", B) == whole // 4 + 2 * 8 * 4
+    # Beside LoRA, which sends A as well.
+    square = {"a.lora_B": B["a.lora_B"]}
+    lora = payload("fp32", {**square, "a.lora_A": both["a.lora_A"]})
+    assert payload("int8", square) <= 0.14 * lora
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_one_codec_is_not_taken_for_another(codec: str) -> None:
+    data = encode(replace(HEADER, codec=codec), TENSORS)
+    with pytest.raises(WireError, match=f"codec: got '{codec}', expected 'fp32'"):
+        decode(data, HEADER, TENSORS)
+    header, payload = parts(encode(HEADER, TENSORS))
+    header["__metadata__"]["codec"] = codec
+    with pytest.raises(WireError, match=r"got dtype 'F32', expected|scale is missing"):
+        decode(joined(header, payload), replace(HEADER, codec=codec), TENSORS)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38])
+def test_scales_that_make_no_number_are_refused(bad: float) -> None:
+    header = replace(HEADER, codec="int8")
+    held = safetensors.load(encode(header, TENSORS))
+    held["layer.0.query.lora_B.scale"][1] = bad
+    data = safetensors.save(held, metadata=metadata(codec="int8"))
+    with pytest.raises(WireError, match="holds NaN or infinity"):
+        decode(data, header, TENSORS)

@@ -8,18 +8,24 @@ was given and what is accepted.
 from __future__ import annotations
 
 import math
+import os
 import re
+import sys
 import tomllib
 import types
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from ffa_kernels.errors import ConfigError
+from ffa_kernels.errors import ConfigError, shown
+from ffa_kernels.federated.codecs import CODECS
 
 _T = TypeVar("_T")
+# A hundred sites take 10 KB.
+_MOST_BYTES = 512 << 10
 _SITE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 
@@ -48,6 +54,10 @@ def _names(default: tuple[str, ...]) -> Any:
     return _key("a list of names, at least one", lambda value: bool(value) and all(value), default)
 
 
+def _path(default: Any = MISSING) -> Any:
+    return _key("a file", lambda value: bool(value) and "\0" not in value, default)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Federation:
     """[federation]: who trains how long.
@@ -59,9 +69,17 @@ class Federation:
         local_steps: optimizer steps of a site in a round.
         sites_per_round: sites drawn for each round; all of them by default. No privacy
             amplification is claimed.
-        weights: of the average: "equal", or "records" (each site's number, which is taken as
-            public).
-        min_updates: valid updates below which a round keeps the model it began with.
+        weights: of the average: "equal", "declared" (each site's `weight`), or "records" (each
+            site's number, which is taken as public). A count that a site would not publish must
+            not be its weight: every site is told the policy, and averages tell the weights.
+        min_updates: valid updates below which a round is tried again, with those sites that have
+            given none; a site sends the very bytes that it has made for the round.
+        attempts: tries of a round, after which the run stops; `--resume` goes on.
+        codec: of messages: "fp32", "bf16" or "int8".
+        max_update_norm: an update whose change is longer is refused; none by default.
+        aggregation: "mean", or Flower's "median" or "trimmed_mean" of each number, against liars.
+        server_optimizer: "none", "momentum" (FedAvgM) or "adam" (FedAdam), with `server_lr`,
+            `server_momentum` and, for Adam, `server_tau`.
         seed: of what is public: A's recipe, the head's start, splits and the draw of sites. Never
             of noise.
         eval_records_per_site: held-out records scored after each round; the end scores all.
@@ -72,8 +90,16 @@ class Federation:
     rounds: int = _whole(1)
     local_steps: int = _whole(1)
     sites_per_round: int | None = _whole(1, None)
-    weights: str = _one_of("equal", "records", default="equal")
+    weights: str = _one_of("equal", "declared", "records", default="equal")
     min_updates: int = _whole(1, 1)
+    attempts: int = _whole(1, 3)
+    codec: str = _one_of(*CODECS, default="fp32")
+    max_update_norm: float | None = _positive(None)
+    aggregation: str = _one_of("mean", "median", "trimmed_mean", default="mean")
+    server_optimizer: str = _one_of("none", "momentum", "adam", default="none")
+    server_lr: float = _positive(1.0)
+    server_momentum: float = _fraction(0.9)
+    server_tau: float = _positive(1e-3)
     seed: int = _whole(0, 0)
     eval_records_per_site: int = _whole(1, 100)
 
@@ -176,7 +202,7 @@ class Data:
     """
 
     source: str = _one_of("demo", "files", default="demo")
-    path: str | None = _key("a file", bool, None)
+    path: str | None = _path(None)
     split: str = _one_of("natural", "iid", "dirichlet", default="natural")
     sites: int | None = _whole(1, None)
     dirichlet_alpha: float | None = _positive(None)
@@ -194,15 +220,17 @@ class SiteFiles:
         test: file of held-out records; without one, data.test_fraction of `train` is held out.
         ledger: the account of what was ever released of these records, made if missing; by default
             the train file's name with ".ledger.jsonl" added, so that another run goes on counting.
+        weight: in the average, with federation.weights "declared".
     """
 
     name: str = _key(
         "1 to 64 letters, digits, '_', '-' or '.', not opening with '-' or '.'",
         lambda value: _SITE_NAME.fullmatch(value) is not None,
     )
-    train: str = _key("a file", bool)
-    test: str | None = _key("a file", bool, None)
-    ledger: str | None = _key("a file", bool, None)
+    train: str = _path()
+    test: str | None = _path(None)
+    ledger: str | None = _path(None)
+    weight: float | None = _positive(None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,14 +262,36 @@ def load(path: str | Path) -> Config:
     """
     path = Path(path)
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
     except OSError as error:
         raise ConfigError(
             f"config: {path} cannot be read ({error.strerror}); accepted: a readable TOML file"
         ) from error
-    except ValueError as error:
-        raise ConfigError(f"config: {path} is not TOML in UTF-8: {error}") from error
+    if len(content) > _MOST_BYTES:
+        raise ConfigError(f"config: {path} is too long; accepted: {_MOST_BYTES >> 10} KiB")
+    try:
+        raw = _toml(content)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"config: {path} is not TOML in UTF-8: {shown(error, str)}") from error
     return parse(raw, path.parent)
+
+
+# Texts and comments, those that do not end included.
+_TEXTS = re.compile(
+    r'''"""(?:[^\\]|\\.?)*?(?:"""|\Z)|"(?:[^"\\\n]|\\.)*+"?|'''
+    r"'''.*?(?:'''|\Z)|'[^'\n]*+'?|#[^\n]*+",
+    re.DOTALL,
+)
+_DOTTED = re.compile(r'(?<![\w"-])(?:(?:[\w-]++|"")[ \t]*+\.[ \t]*+){8}')
+
+
+def _toml(content: bytes) -> dict[str, Any]:
+    """The document; a key of many parts, on which tomllib would spend their square, is refused."""
+    text = content.decode()
+    if found := _DOTTED.search(_TEXTS.sub('""', text)):
+        raise ValueError(f"key {found[0]}... has many parts; accepted: two at most")
+    return tomllib.loads(text)
 
 
 def parse(raw: Mapping[str, Any], folder: Path) -> Config:
@@ -263,7 +313,7 @@ def parse(raw: Mapping[str, Any], folder: Path) -> Config:
 
 def _table(cls: type[_T], raw: object, where: str) -> _T:
     if not isinstance(raw, dict):
-        raise ConfigError(f"{where}: got {raw!r}; accepted: a table")
+        raise ConfigError(f"{where}: got {shown(raw)}; accepted: a table")
     keys: dict[str, Field[Any]] = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     _check_names(raw, list(keys), where, "key")
     hints = get_type_hints(cls)
@@ -282,7 +332,7 @@ def _check_names(raw: Mapping[str, Any], accepted: list[str], where: str, noun: 
         if name not in accepted:
             near = get_close_matches(name, accepted, n=1, cutoff=0.0)[0]
             raise ConfigError(
-                f"{where}: unknown {noun} {name!r}; did you mean {near!r}? "
+                f"{where}: unknown {noun} {shown(name)}; did you mean {near!r}? "
                 f"accepted: {', '.join(accepted)}"
             )
 
@@ -291,7 +341,7 @@ def _value(given: object, hint: Any, key: Field[Any], where: str) -> Any:
     if get_origin(hint) is types.UnionType:
         hint = next(arg for arg in get_args(hint) if arg is not type(None))
     value: Any = given
-    if hint is float and type(given) is int:
+    if hint is float and type(given) is int and abs(given) <= sys.float_info.max:
         value = float(given)
     elif get_origin(hint) is tuple and isinstance(given, list):
         value = tuple(tuple(item) if isinstance(item, list) else item for item in given)
@@ -301,7 +351,7 @@ def _value(given: object, hint: Any, key: Field[Any], where: str) -> Any:
         fits = all(_is_text(item, get_args(hint)[0]) for item in value)
     if not fits or not key.metadata["ok"](value):
         raise ConfigError(
-            f"{where} {key.name}: got {given!r}; accepted: {key.metadata['accepted']}"
+            f"{where} {key.name}: got {shown(given)}; accepted: {key.metadata['accepted']}"
         )
     return value
 
@@ -316,7 +366,7 @@ def _is_text(item: object, hint: Any) -> bool:
 def _check_together(config: Config) -> None:
     """What no single key decides."""
     data, train, names = config.data, config.train, [site.name for site in config.sites]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
+    if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
         raise ConfigError(
             f"[[site]] name: {repeated[0]!r} is given twice; accepted: each name once"
         )
@@ -358,6 +408,24 @@ def _check_together(config: Config) -> None:
             f"[train] batch_size, sample_rate: got {train.batch_size} and {train.sample_rate}; "
             "accepted: one of the two"
         )
+    federation = config.federation
+    lacking = [site.name for site in config.sites if site.weight is None]
+    declared = federation.weights == "declared"
+    if declared and (lacking or not names):
+        raise ConfigError(
+            f"[federation] weights: got 'declared' without a weight for {lacking or 'any site'}; "
+            "accepted: a weight in every [[site]]"
+        )
+    if not declared and len(lacking) < len(names):
+        raise ConfigError(
+            f"[[site]] weight: got one with weights = {federation.weights!r}; accepted: none, or "
+            "weights = 'declared'"
+        )
+    if federation.weights != "equal" and federation.aggregation != "mean":
+        raise ConfigError(
+            f"[federation] aggregation: got {federation.aggregation!r} with weights = "
+            f"{federation.weights!r}; accepted: weights = 'equal', or aggregation = 'mean'"
+        )
     if train.momentum and train.optimizer != "sgd":
         raise ConfigError(
             f"[train] momentum: got {train.momentum} with optimizer = {train.optimizer!r}; "
@@ -369,9 +437,9 @@ def _with_paths(config: Config, folder: Path) -> Config:
     model, data = config.model, config.data
     if model.kind != "minilm":
         path = folder / model.kind
-        if not (path / "config.json").is_file():
+        if not os.path.isfile(path / "config.json"):
             raise ConfigError(
-                f"[model] kind: got {model.kind!r}; accepted: 'minilm' or a folder with a "
+                f"[model] kind: got {shown(model.kind)}; accepted: 'minilm' or a folder with a "
                 "transformers config.json"
             )
         model = replace(model, kind=str(path.resolve()))
@@ -382,7 +450,7 @@ def _with_paths(config: Config, folder: Path) -> Config:
             site,
             train=_file(folder, site.train, f"[[site]] {site.name}: train"),
             test=site.test and _file(folder, site.test, f"[[site]] {site.name}: test"),
-            ledger=str((folder / (site.ledger or f"{site.train}.ledger.jsonl")).resolve()),
+            ledger=os.path.realpath(folder / (site.ledger or f"{site.train}.ledger.jsonl")),
         )
         for site in config.sites
     )
@@ -391,8 +459,9 @@ def _with_paths(config: Config, folder: Path) -> Config:
 
 def _file(folder: Path, given: str, where: str) -> str:
     path = folder / given
-    if not path.is_file():
+    # Unlike pathlib's, this takes a name that is too long for one of no file.
+    if not os.path.isfile(path):
         raise ConfigError(
-            f"{where}: got {given!r}, which is no file; accepted: a file that is there"
+            f"{where}: got {shown(given)}, which is no file; accepted: a file that is there"
         )
     return str(path.resolve())

@@ -285,7 +285,7 @@ def _jsonl_rows(path: Path, content: str) -> Iterator[tuple[str, dict[str, Any]]
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f'{where}: not JSON ({error}), accepted is {{"text": ..., "label": ...}}'
             ) from None

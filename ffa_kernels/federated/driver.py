@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +18,32 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from ffa_kernels.errors import ConfigError
+from ffa_kernels.errors import ConfigError, FederationError
 from ffa_kernels.federated import data, report, wire
 from ffa_kernels.federated.build import build
 from ffa_kernels.federated.config import Config
 from ffa_kernels.federated.data import Records
-from ffa_kernels.federated.server import Server
+from ffa_kernels.federated.server import Rules, Server
 from ffa_kernels.federated.site import Site, check_records, load_trained, tokenize
 from ffa_kernels.files import write_atomic
 
+_log = logging.getLogger(__name__)
 _EVAL_BATCH = 64
+_STATE = "server.safetensors"
 
 
-def run(config: Config, out: Path, console: Console | None = None) -> dict[str, Any]:
+def run(
+    config: Config, out: Path, console: Console | None = None, resume: bool = False
+) -> dict[str, Any]:
     """Run the federation and write its report, its final tensors and each site's files into `out`.
+
+    A site that fails is absent from the round, with its reason in the report.
 
     Args:
         config: a checked configuration.
         out: made if missing. A ledger that is there already goes on counting.
         console: where progress is shown; nowhere by default.
+        resume: go on after the last whole round of the run that was begun in `out`.
 
     Returns:
         The content of report.json.
@@ -42,15 +51,18 @@ def run(config: Config, out: Path, console: Console | None = None) -> dict[str, 
     Raises:
         ConfigError: data, model and configuration do not fit together; nothing has been trained
             then.
-        PrivacyError: a site's budget is spent, or a privacy rule was about to be broken.
+        PrivacyError: a site's budget is spent.
+        FederationError: a round had too few valid updates in all its attempts.
     """
     began = time.monotonic()
     console = console or Console(quiet=True)
     records = load_records(config)
     _check_counts(config, len(records))
     model, tokenizer = build(config)
-    run_id = secrets.token_hex(8)
     out.mkdir(parents=True, exist_ok=True)
+    counts = {name: len(train) for name, (train, _) in records.items()}
+    server = make_server(config, model, secrets.token_hex(8), counts)
+    notes = restored(server, out) if resume else {}
     # Records dealt out anew have no ledger of their own; those of a file keep one beside it.
     natural = config.data.split == "natural"
     ledgers = {site.name: site.ledger for site in config.sites if natural}
@@ -58,15 +70,14 @@ def run(config: Config, out: Path, console: Console | None = None) -> dict[str, 
         sites = {}
         for name in sorted(records):
             site = Site(
-                *(name, records[name][0], model, tokenizer, config, run_id),
+                *(name, records[name][0], model, tokenizer, config, server.run),
                 folder=out / "sites" / name,
                 ledger=ledgers.get(name),
             )
             sites[name] = open_sites.enter_context(closing(site))
         tests = {name: records[name][1] for name in sites}
-        run_ = _Run(config, model, tokenizer, sites, tests, run_id, console)
-        result = run_.go(began)
-    write_atomic(out / "trained.safetensors", run_.server.message(config.federation.rounds, "any"))
+        result = _Run(config, model, tokenizer, sites, tests, server, out, notes, console).go(began)
+    write_atomic(out / "trained.safetensors", trained_file(server, config.federation.rounds))
     report.write(out, config.federation.name, result)
     return result
 
@@ -81,35 +92,40 @@ class _Run:
         tokenizer: Any,
         sites: Mapping[str, Site],
         tests: Mapping[str, Records],
-        run_id: str,
+        server: Server,
+        out: Path,
+        notes: Mapping[str, Any],
         console: Console,
     ) -> None:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.sites, self.tests, self.console = sites, tests, console
+        self.server, self.out = server, out
         self.samples = {name: _sample(config, name, test) for name, test in tests.items()}
-        by_records = config.federation.weights == "records"
-        self.server = Server(
-            wire.trained_tensors(model),
-            wire.fingerprint(model),
-            run_id,
-            config.federation.min_updates,
-            {name: float(site.records) for name, site in sites.items()} if by_records else None,
+        self.rounds: list[dict[str, Any]] = list(notes.get("rounds", []))
+        sizes = notes.get("sizes", {})
+        self.up, self.down = (
+            {name: wire.Size(**sizes.get(way, {}).get(name, {})) for name in sites}
+            for way in ("up", "down")
         )
-        self.up = dict.fromkeys(sites, wire.Size())
-        self.down = dict.fromkeys(sites, wire.Size())
 
     def go(self, began: float) -> dict[str, Any]:
-        """All rounds and the final evaluation; the content of report.json.
+        """All rounds that are left and the final evaluation; the content of report.json.
 
         Args:
             began: what time.monotonic() said at the start of the whole run.
         """
         self.console.print(_plan(self.config, self.sites), highlight=False, markup=False)
-        with _progress(self.config, len(self.sites), self.console) as (step, note):
-            rounds = [
-                self._round(round_, step, note)
-                for round_ in range(1, self.config.federation.rounds + 1)
-            ]
+        load_trained(self.model, self.server.tensors)
+        with _progress(self.config, len(self.sites), len(self.rounds), self.console) as show:
+            step, note = show
+            for round_ in range(len(self.rounds) + 1, self.config.federation.rounds + 1):
+                self.rounds.append(self._round(round_, step, note))
+                sizes = {
+                    way: {name: asdict(size) for name, size in of_sites.items()}
+                    for way, of_sites in (("up", self.up), ("down", self.down))
+                }
+                state = self.server.state({"rounds": self.rounds, "sizes": sizes})
+                write_atomic(self.out / _STATE, state)
             note("final evaluation")
             right = self._correct(self.tests)
             with adapters_off(self.model):
@@ -129,7 +145,7 @@ class _Run:
             "adapter_bytes_up": up.adapter,
             "head_bytes_up": up.head,
             "header_bytes_up": up.header,
-            "rounds": rounds,
+            "rounds": self.rounds,
             "sites": {
                 name: {
                     "accuracy": right[name] / len(self.tests[name]),
@@ -159,14 +175,35 @@ class _Run:
         sent = dict.fromkeys(self.sites, wire.Size())
         got = dict.fromkeys(self.sites, wire.Size())
         asked = draw_sites(self.config, round_, sorted(self.sites))
-        updates = []
-        for name in asked:
-            note(f"round {round_}, {name}")
-            message = self.server.message(round_, name)
-            update = self.sites[name].run_round(round_, message, step)
-            sent[name], got[name] = wire.measure(message), wire.measure(update)
-            updates.append((name, update))
-        outcome = self.server.aggregate(round_, asked, updates)
+        attempts, federation = 0, self.config.federation
+        updates: dict[str, bytes] = {}
+        absent: list[dict[str, str]] = []
+        while True:
+            attempts += 1
+            for name in asked:
+                if name in updates:
+                    continue
+                note(f"round {round_}, {name}")
+                message = self.server.message(round_, name)
+                sent[name] += wire.measure(message)
+                try:
+                    updates[name] = self.sites[name].run_round(round_, message, step)
+                except Exception as error:
+                    reason = f"{type(error).__name__}: {error}"
+                    absent.append({"site": name, "reason": reason})
+                    _log.warning("round %d: site %r is absent: %s", round_, name, reason)
+                else:
+                    got[name] += wire.measure(updates[name])
+            outcome = self.server.aggregate(round_, asked, updates.items())
+            if outcome.averaged:
+                break
+            if attempts == federation.attempts:
+                raise FederationError(
+                    f"round {round_}: got {len(outcome.norms)} valid updates in {attempts} "
+                    f"attempts; accepted: {federation.min_updates} or more. What was done is kept, "
+                    "and --resume goes on"
+                )
+            updates = {name: updates[name] for name in outcome.norms}
         note(f"round {round_}, evaluation")
         load_trained(self.model, self.server.tensors)
         right = self._correct(self.samples)
@@ -176,7 +213,8 @@ class _Run:
         entry = {
             "round": round_,
             "accuracy": sum(right.values()) / _total(self.samples),
-            "averaged": outcome.averaged,
+            "attempts": attempts,
+            "absent": absent,
             "refused": [{"site": site, "reason": why} for site, why in outcome.refused],
             "seconds": time.monotonic() - began,
             "sites": {
@@ -198,6 +236,63 @@ class _Run:
             name: count_correct(self.model, self.tokenizer, of_site, self.config)
             for name, of_site in records.items()
         }
+
+
+def make_server(
+    config: Config, model: nn.Module, run_id: str, counts: Mapping[str, int] | None = None
+) -> Server:
+    """The configuration's server for the model that all sites begin with.
+
+    Args:
+        run_id: the run's identifier.
+        counts: training records of each site, for weights = "records".
+
+    Raises:
+        ConfigError: weights from counts that are not known here.
+    """
+    federation = config.federation
+    weights: dict[str, float] | None = None
+    if federation.weights == "records":
+        if counts is None:
+            raise ConfigError(
+                "[federation] weights: got 'records', which a server does not know; accepted: "
+                "'equal' or 'declared'"
+            )
+        weights = {name: float(count) for name, count in counts.items()}
+    elif federation.weights == "declared":
+        weights = {site.name: float(site.weight or 0.0) for site in config.sites}
+    rules = Rules(
+        min_updates=federation.min_updates,
+        policy=federation.weights,
+        weights=weights,
+        codec=federation.codec,
+        max_update_norm=federation.max_update_norm,
+        aggregation=federation.aggregation,
+        optimizer=federation.server_optimizer,
+        lr=federation.server_lr,
+        momentum=federation.server_momentum,
+        tau=federation.server_tau,
+    )
+    return Server(wire.trained_tensors(model), wire.fingerprint(model), run_id, rules)
+
+
+def restored(server: Server, out: Path) -> dict[str, Any]:
+    """Gives `server` the state that a run has left in `out`; its notes.
+
+    Raises:
+        ConfigError: there is none, or one of another model.
+    """
+    path = out / _STATE
+    if not path.is_file():
+        raise ConfigError(f"--resume: {path} is not there; accepted: the folder of a run begun")
+    return server.restore(path.read_bytes())
+
+
+def trained_file(server: Server, rounds: int) -> bytes:
+    """The trained tensors in full precision, as a message to any site after the last round."""
+    return wire.encode(
+        replace(server.header("global", rounds, "any"), codec="fp32"), server.tensors
+    )
 
 
 def load_records(config: Config) -> dict[str, tuple[Records, Records]]:
@@ -328,13 +423,14 @@ def _line(entry: dict[str, Any]) -> str:
     return (
         f"round {entry['round']}: accuracy {entry['accuracy']:.3f}, epsilon {spent}, "
         f"{sum(site['bytes_up'] for site in entry['sites'].values()) / 1000:.1f} kB up, "
-        f"{entry['seconds']:.1f} s" + "".join(f", refused {r['site']}" for r in entry["refused"])
+        f"{entry['seconds']:.1f} s"
+        + "".join(f", {how} {r['site']}" for how in ("refused", "absent") for r in entry[how])
     )
 
 
 @contextmanager
 def _progress(
-    config: Config, sites: int, console: Console
+    config: Config, sites: int, done: int, console: Console
 ) -> Iterator[tuple[Callable[[], None], Callable[[str], None]]]:
     """(advance by a step, show a note)."""
     federation = config.federation
@@ -345,7 +441,8 @@ def _progress(
     with Progress(*columns, console=console) as progress:
         per_round = federation.sites_per_round or sites
         total = federation.rounds * per_round * federation.local_steps
-        task = progress.add_task("starting", total=total)
+        completed = done * per_round * federation.local_steps
+        task = progress.add_task("starting", total=total, completed=completed)
         yield (
             lambda: progress.advance(task),
             lambda text: progress.update(task, description=text),

@@ -79,10 +79,11 @@ def markdown(name: str, result: dict[str, Any]) -> str:
         for entry in result["rounds"]
         for site, of_site in entry["sites"].items()
     ]
-    refused = [
-        f"- round {entry['round']}: {refusal['site']}: {refusal['reason']}"
+    missing = [
+        f"- round {entry['round']}: {what['site']} {how}: {what['reason']}"
         for entry in result["rounds"]
-        for refusal in entry["refused"]
+        for how in ("refused", "absent")
+        for what in entry[how]
     ]
     env = result["environment"]
     parts = [
@@ -98,7 +99,7 @@ def markdown(name: str, result: dict[str, Any]) -> str:
             ("round", "site", "accuracy", "update norm", "epsilon", "bytes up", "bytes down"),
             rounds,
         ),
-        *(["## Refused updates", "\n".join(refused)] if refused else []),
+        *(["## Updates that were refused or did not come", "\n".join(missing)] if missing else []),
         "Epsilon covers a site's training records. Accuracies are computed on held-out records, "
         "which it does not cover.",
         f"Python {env['python']}, torch {env['torch']}, {env['threads']} threads, {env['cpu']}.",

@@ -2,17 +2,55 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Collection, Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from torch import Tensor, nn
 
-from ffa_kernels.errors import WireError
+from ffa_kernels.errors import ConfigError, WireError
 from ffa_kernels.federated.wire import Fingerprint, Header, decode, encode
+from ffa_kernels.privacy.keys import SecretStream
 
 _log = logging.getLogger(__name__)
+
+_STATE = "ffa-kernels server/1"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a server takes updates.
+
+    Attributes:
+        min_updates: valid updates below which a round changes nothing.
+        policy: what sites are told of the weights, in every message: "equal", or another.
+        weights: by site, positive, of any sum; equal by default. Weights taken from what sites say
+            of their records would publish that.
+        codec: how values are stored in messages, as `codecs` has it.
+        max_update_norm: an update whose change is longer is refused; none by default.
+        aggregation: "mean", or against liars "median" or "trimmed_mean" of each number (Flower's;
+            a fifth of the sites is cut at each end), which take no weights.
+        optimizer: "none" (the average is the new model), "momentum" (FedAvgM) or "adam" (FedAdam,
+            Reddi et al. 2021), on the average's change as a gradient.
+        lr, momentum, tau: of that optimizer; tau is Adam's epsilon.
+    """
+
+    min_updates: int = 1
+    policy: str = "equal"
+    weights: Mapping[str, float] | None = None
+    codec: str = "fp32"
+    max_update_norm: float | None = None
+    aggregation: str = "mean"
+    optimizer: str = "none"
+    lr: float = 1.0
+    momentum: float = 0.9
+    tau: float = 1e-3
 
 
 @dataclass(frozen=True)
@@ -31,15 +69,16 @@ class Outcome:
 
 
 class Server:
-    """Plain federated averaging.
+    """Federated averaging.
 
     Args:
         tensors: the trained tensors at the start, any float dtype.
         fingerprint: of the frozen rest of the model.
         run: the run's identifier.
-        min_updates: valid updates below which a round changes nothing.
-        weights: by site, positive, of any sum; equal by default. Weights taken from what sites say
-            of their records would publish that.
+        rules: how it takes updates.
+
+    Raises:
+        ConfigError: rules that ask for Flower, which is not installed.
     """
 
     def __init__(
@@ -47,20 +86,23 @@ class Server:
         tensors: Mapping[str, Tensor],
         fingerprint: Fingerprint,
         run: str,
-        min_updates: int = 1,
-        weights: Mapping[str, float] | None = None,
+        rules: Rules | None = None,
     ) -> None:
         self.tensors = {
             name: t.detach().to("cpu", torch.float32, copy=True) for name, t in tensors.items()
         }
+        self.run, self.rules = run, rules or Rules()
         self._fingerprint = fingerprint
-        self._run = run
-        self._min_updates = min_updates
-        self._weights = weights
+        self._rounding = SecretStream("rounding")
+        # Their values are the tensors' own memory.
+        self._params = [nn.Parameter(t, requires_grad=False) for t in self.tensors.values()]
+        self._optimizer = _optimizer(self._params, self.rules)
+        if self.rules.aggregation != "mean":
+            _robust(self.rules.aggregation)
 
     def message(self, round_: int, site: str) -> bytes:
         """The encoded global tensors with which `site` begins round `round_`."""
-        return encode(self._header("global", round_, site), self.tensors)
+        return encode(self.header("global", round_, site), self.tensors, self._rounding)
 
     def aggregate(
         self, round_: int, asked: Collection[str], updates: Iterable[tuple[str, bytes]]
@@ -73,6 +115,7 @@ class Server:
             updates: (sender, message), in any order; the average does not depend on it.
         """
         accepted: dict[str, dict[str, Tensor]] = {}
+        norms: dict[str, float] = {}
         refused: list[tuple[str, str]] = []
         for site, data in updates:
             try:
@@ -80,37 +123,144 @@ class Server:
                     raise WireError("site: was not asked in this round")
                 if site in accepted:
                     raise WireError("site: has answered already")
-                accepted[site] = decode(data, self._header("update", round_, site), self.tensors)
+                tensors = decode(data, self.header("update", round_, site), self.tensors)
+                norm, most = self._distance(tensors), self.rules.max_update_norm
+                if most is not None and norm > most:
+                    raise WireError(f"norm: got {norm:.4g}, accepted: at most {most:g}")
+                accepted[site], norms[site] = tensors, norm
             except WireError as error:
                 refused.append((site, str(error)))
                 _log.warning("round %d: update of %r refused: %s", round_, site, error)
-        norms = {site: self._distance(accepted[site]) for site in sorted(accepted)}
-        averaged = len(accepted) >= self._min_updates
+        averaged = len(accepted) >= self.rules.min_updates
         if averaged:
-            self.tensors = {name: self._mean(name, accepted) for name in self.tensors}
+            self._move({name: self._combined(name, accepted) for name in self.tensors})
         else:
             _log.warning(
                 "round %d: %d valid updates, %d needed: the model stays as it was",
-                *(round_, len(accepted), self._min_updates),
+                *(round_, len(accepted), self.rules.min_updates),
             )
-        return Outcome(norms, refused, averaged)
+        return Outcome(dict(sorted(norms.items())), refused, averaged)
 
-    def _header(self, kind: str, round_: int, site: str) -> Header:
-        prints = self._fingerprint
-        return Header(kind, self._run, round_, site, prints.base, prints.recipe)
+    def state(self, notes: Mapping[str, Any]) -> bytes:
+        """All that the server must know after a restart, and `notes`, which JSON can hold."""
+        held = {f"tensor.{name}": t for name, t in self.tensors.items()}
+        if self._optimizer is not None:
+            for k, values in self._optimizer.state_dict()["state"].items():
+                held |= {f"optimizer.{k}.{key}": value for key, value in values.items()}
+        told = {"format": _STATE, "run": self.run, "notes": json.dumps(notes)}
+        told |= {"base": self._fingerprint.base, "recipe": self._fingerprint.recipe}
+        return safetensors.save({key: t.clone() for key, t in held.items()}, metadata=told)
+
+    def restore(self, data: bytes) -> dict[str, Any]:
+        """Takes over what `state` gave, the run's identifier included.
+
+        Returns:
+            The notes.
+
+        Raises:
+            ConfigError: it is no such state, or one of another model; nothing is changed then.
+        """
+        try:
+            held = safetensors.load(data)
+            told = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+            notes = json.loads(told["notes"])
+        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ConfigError(f"state of the server is damaged: {error}") from error
+        prints = (told.get("base"), told.get("recipe"))
+        if told.get("format") != _STATE or prints != _prints(self._fingerprint):
+            raise ConfigError(
+                f"state of the server is of format {told.get('format')!r} and of another base or "
+                f"A; accepted: {_STATE!r}, of this configuration's model"
+            )
+        tensors = {
+            key.removeprefix("tensor."): t for key, t in held.items() if key.startswith("tensor.")
+        }
+        shapes = {name: t.shape for name, t in self.tensors.items()}
+        if {name: t.shape for name, t in tensors.items()} != shapes:
+            raise ConfigError(
+                "state of the server has other tensors; accepted: those of this configuration"
+            )
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in held.items():
+            if key.startswith("optimizer."):
+                _, k, name = key.split(".", 2)
+                moments.setdefault(int(k), {})[name] = tensor
+        for name, tensor in tensors.items():
+            self.tensors[name].copy_(tensor)
+        if self._optimizer is not None and moments:
+            groups = self._optimizer.state_dict()["param_groups"]
+            self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.run = told["run"]
+        return dict(notes)
+
+    def header(self, kind: str, round_: int, site: str) -> Header:
+        """What a message of this kind, to or from `site`, must say of itself."""
+        prints, rules = self._fingerprint, self.rules
+        return Header(
+            *(kind, self.run, round_, site, prints.base, prints.recipe), rules.policy, rules.codec
+        )
 
     def _distance(self, tensors: Mapping[str, Tensor]) -> float:
         squares = [
             float((tensors[name].double() - old.double()).square().sum())
             for name, old in self.tensors.items()
         ]
-        return float(sum(squares) ** 0.5)
+        return math.sqrt(sum(squares))
 
-    def _mean(self, name: str, updates: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-        """In fp64, added up in the order of the sites' names, rounded once."""
-        total, mass = torch.zeros_like(self.tensors[name], dtype=torch.float64), 0.0
-        for site in sorted(updates):
-            weight = 1.0 if self._weights is None else self._weights[site]
-            total += weight * updates[site][name].double()
-            mass += weight
-        return (total / mass).float()
+    def _combined(self, name: str, updates: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+        """Of all sites one tensor; in the order of their names, whoever came first."""
+        tensors = [updates[site][name] for site in sorted(updates)]
+        if self.rules.aggregation != "mean":
+            combined: Tensor = _robust(self.rules.aggregation)(tensors)
+            return combined
+        weights = self.rules.weights
+        shares = [1.0 if weights is None else weights[site] for site in sorted(updates)]
+        total = torch.zeros_like(self.tensors[name], dtype=torch.float64)
+        # In fp64, rounded once.
+        for share, tensor in zip(shares, tensors, strict=True):
+            total += share * tensor.double()
+        return (total / sum(shares)).float()
+
+    def _move(self, average: Mapping[str, Tensor]) -> None:
+        if self._optimizer is None:
+            for name, tensor in average.items():
+                self.tensors[name].copy_(tensor)
+            return
+        for param, (name, old) in zip(self._params, self.tensors.items(), strict=True):
+            param.grad = old - average[name]
+        self._optimizer.step()
+
+
+def _prints(fingerprint: Fingerprint) -> tuple[str, str]:
+    """(base, recipe)."""
+    return fingerprint.base, fingerprint.recipe
+
+
+def _optimizer(params: Sequence[nn.Parameter], rules: Rules) -> torch.optim.Optimizer | None:
+    if rules.optimizer == "momentum":
+        return torch.optim.SGD(params, lr=rules.lr, momentum=rules.momentum)
+    if rules.optimizer == "adam":
+        betas = (rules.momentum, 0.99)
+        return torch.optim.Adam(params, lr=rules.lr, betas=betas, eps=rules.tau)
+    return None
+
+
+def _robust(aggregation: str) -> Any:
+    """Flower's function of that name, on a list of tensors."""
+    try:
+        from flwr.server.strategy import aggregate as flower
+    except ImportError as error:
+        raise ConfigError(
+            f"[federation] aggregation: got {aggregation!r}, which is Flower's, and Flower is not "
+            "installed; accepted: 'mean', or `pip install 'ffa-kernels[flower]'`"
+        ) from error
+
+    def combined(tensors: Sequence[Tensor]) -> Tensor:
+        results: Any = [([t.numpy()], 1) for t in tensors]
+        if aggregation == "median":
+            found = flower.aggregate_median(results)
+        else:
+            found = flower.aggregate_trimmed_avg(results, 0.2)
+        return torch.from_numpy(found[0]).float()
+
+    return combined

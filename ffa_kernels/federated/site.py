@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import io
 import json
 import math
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +24,7 @@ from ffa_kernels.federated.config import Config, Train
 from ffa_kernels.federated.data import Records
 from ffa_kernels.federated.wire import Header
 from ffa_kernels.files import write_atomic
-from ffa_kernels.privacy import PrivacyEngine, noise_multiplier_for
+from ffa_kernels.privacy import PrivacyEngine, epsilon, noise_multiplier_for
 from ffa_kernels.privacy.step import Plan
 
 Batch = tuple[dict[str, Tensor], Tensor]
@@ -41,10 +44,15 @@ class Site:
         folder: the site's own; updates and local log live there.
         ledger: the account of all that was ever released of these records; in `folder` by
             default, which suits data that are made for the run or public.
+        seed: for tests: the noise and draws of a round follow from it, the site's name and the
+            round; nothing is private then, and the ledger says so.
+
+    A site that is opened again for the same run goes on with the noise and the optimizer's state
+    that it had: it may live in one process for all rounds, or in a new one for each.
 
     Raises:
-        ConfigError: too few records, or a delta too large for them; nothing has been trained or
-            charged then.
+        ConfigError: too few records, a delta too large for them, or a damaged state; nothing has
+            been trained or charged then.
         PrivacyError: the ledger leaves no budget under the target.
     """
 
@@ -58,6 +66,7 @@ class Site:
         run: str,
         folder: Path,
         ledger: str | Path | None = None,
+        seed: int | None = None,
     ) -> None:
         check_records(name, len(records), config)
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,9 +84,11 @@ class Site:
             accountant=privacy.accountant,
             ledger=ledger or folder / "ledger.jsonl",
             new_ledger=privacy.new_ledger,
+            seed=seed,
         )
         try:
-            self.noise_multiplier = self._solve_noise()
+            self._state, left = self._begin()
+            self.noise_multiplier: float = self._state["noise_multiplier"]
             own = copy_sharing_frozen(model)
             self._model, self._optimizer, self._loader = self._engine.make_private(
                 module=own.train(),
@@ -94,12 +105,12 @@ class Site:
                 max_physical_batch_size=train.max_physical_batch_size,
                 pad_physical_batches=False,
             )
+            if self._state["optimizer"] is not None:
+                self._optimizer.load_state_dict(self._state["optimizer"])
             if self.noise_multiplier > 0.0:
                 # A round that is tried again is charged again, and cannot overspend.
                 self._optimizer.private_step.plan = Plan(
-                    self._engine.ledger,
-                    config.federation.rounds * config.federation.local_steps,
-                    privacy.target_epsilon,
+                    self._engine.ledger, left, privacy.target_epsilon
                 )
         except BaseException:
             self.close()
@@ -114,27 +125,91 @@ class Site:
         """Spent so far, over all that the site's ledger holds, at the configured delta."""
         return self._engine.get_epsilon(self._config.privacy.target_delta)
 
-    def _solve_noise(self) -> float:
-        privacy, federation = self._config.privacy, self._config.federation
-        if math.isinf(privacy.target_epsilon):
-            return 0.0
-        ledger = self._engine.ledger
-        if not ledger.private:
+    def _begin(self) -> tuple[dict[str, Any], int]:
+        """(the run's state at this site, steps that are left of the run)."""
+        steps = self._config.federation.rounds * self._config.federation.local_steps
+        ledger, state = self._engine.ledger, self._read_state()
+        if not math.isinf(self._config.privacy.target_epsilon) and not (
+            ledger.private or self._engine.seed is not None
+        ):
             raise PrivacyError(
                 f"site {self.name!r}: its ledger holds steps that were not private; no "
                 "target_epsilon can be kept"
             )
+        if state is None:
+            state = {
+                "noise_multiplier": self._solve_noise(steps),
+                "charged": ledger.steps,
+                "optimizer": None,
+            }
+            self._write_state(state)
+            return state, steps
+        left = max(steps - (ledger.steps - state["charged"]), 0)
+        self._check_budget(state["noise_multiplier"], left)
+        return state, left
+
+    def _solve_noise(self, steps: int) -> float:
+        privacy = self._config.privacy
+        if math.isinf(privacy.target_epsilon):
+            return 0.0
         try:
             return noise_multiplier_for(
                 privacy.target_epsilon,
                 privacy.target_delta,
                 self.sample_rate,
-                federation.rounds * federation.local_steps,
+                steps,
                 accountant=privacy.accountant,
-                history=ledger.history,
+                history=self._engine.ledger.history,
             )
         except PrivacyError as error:
             raise PrivacyError(f"site {self.name!r}: {error}") from error
+
+    def _check_budget(self, noise_multiplier: float, left: int) -> None:
+        """Raises PrivacyError unless `left` more steps with this noise keep the target."""
+        privacy = self._config.privacy
+        if math.isinf(privacy.target_epsilon):
+            return
+        more = [(noise_multiplier, self.sample_rate, left)] if left else []
+        total = epsilon(
+            [*self._engine.ledger.history, *more], privacy.target_delta, privacy.accountant
+        )
+        if not total <= privacy.target_epsilon:
+            raise PrivacyError(
+                f"site {self.name!r}: its ledger was charged for something else since the run "
+                f"began: the {left} steps that are left would end at epsilon {total:.4g}, beyond "
+                f"target_epsilon {privacy.target_epsilon:g}; accepted: a new run"
+            )
+
+    def _state_file(self) -> Path:
+        return self._folder / f"state-{self._run}.pt"
+
+    def _read_state(self) -> dict[str, Any] | None:
+        path = self._state_file()
+        if not path.exists():
+            return None
+        try:
+            state = torch.load(path, weights_only=True)
+            return {
+                "noise_multiplier": float(state["noise_multiplier"]),
+                "charged": int(state["charged"]),
+                "optimizer": state["optimizer"],
+            }
+        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"site {self.name!r}: its state of run {self._run} is damaged; accepted: the file "
+                "as it was written, or a new run"
+            ) from error
+
+    def _write_state(self, state: dict[str, Any]) -> None:
+        # Moments and buffers come from noised gradients alone: keeping them costs no privacy.
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomic(self._state_file(), buffer.getvalue())
+
+    def _repeat_noise(self, round_: int) -> None:
+        """For tests: the streams begin where (seed, site, round) says, in whatever process."""
+        text = f"{self._engine.seed} {self.name} {round_}"
+        self._engine.reseed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
 
     def run_round(
         self, round_: int, message: bytes, on_step: Callable[[], None] = lambda: None
@@ -163,12 +238,16 @@ class Site:
         load_trained(self._model, received)
         # The guard's: what moves from here on has moved in this round.
         self._engine.check()
+        if self._engine.seed is not None:
+            self._repeat_noise(round_)
         began = time.monotonic()
         before = dict(self._engine.stats)
         self._set_learning_rates(1.0 - self._config.train.lr_decay * (round_ - 1) / rounds)
         loss, seen = self._train(self._config.federation.local_steps, on_step)
         self._check_moved()
         update = wire.encode(self._header("update", round_), trained)
+        self._state["optimizer"] = self._optimizer.original_optimizer.state_dict()
+        self._write_state(self._state)
         write_atomic(kept, update)
         after = self._engine.stats
         groups = len(trained) if self._config.privacy.clipping == "per_layer" else 1
@@ -217,7 +296,11 @@ class Site:
 
     def _header(self, kind: str, round_: int) -> Header:
         prints = self._fingerprint
-        return Header(kind, self._run, round_, self.name, prints.base, prints.recipe)
+        told = self._config.federation
+        return Header(
+            *(kind, self._run, round_, self.name, prints.base, prints.recipe),
+            *(told.weights, told.codec),
+        )
 
     def _endless(self) -> Iterator[Batch]:
         while True:

@@ -1,7 +1,8 @@
 """The messages between server and sites: the trained tensors, with a header that must match.
 
 A message is a plain safetensors file. Its metadata is the header: protocol, kind, run, round, site,
-the fingerprints of the frozen base and of the frozen A, and the codec of the values. A reader says
+the fingerprints of the frozen base and of the frozen A, how the average is weighted, and the codec
+of the values. A reader says
 beforehand what it expects and gets tensors that fit, or a WireError; nothing of an unexpected
 message is handed on.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,15 +20,17 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-from ffa_kernels.errors import WireError
+from ffa_kernels.errors import WireError, shown
+from ffa_kernels.federated import codecs
+from ffa_kernels.federated.codecs import CODECS
+from ffa_kernels.privacy.keys import SecretStream
 
 PROTOCOL = "ffa-kernels/1"
-CODECS = ("fp32",)
 
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8"}  # as safetensors' header
 _LENGTH_BYTES = 8  # a safetensors file opens with the length of its JSON header, little-endian
 _HEADER_FIXED = 4096  # allowance for the metadata; each tensor's entry is allowed for apart
 _HEADER_PER_TENSOR = 256
-_SHORT = 80
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Header:
         round: counted from 1; 0 is the state before the first.
         site: the addressee of a "global", the sender of an "update".
         base, recipe: see Fingerprint.
-        codec: how values are stored; "fp32".
+        weights: how the server weights sites, so that each knows: "equal", or another policy.
+        codec: how values are stored, as `codecs` has it.
     """
 
     kind: str
@@ -56,6 +61,7 @@ class Header:
     site: str
     base: str
     recipe: str
+    weights: str = "equal"
     codec: str = "fp32"
 
 
@@ -110,21 +116,30 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     return Fingerprint(base.hexdigest(), recipe.hexdigest())
 
 
-def encode(header: Header, tensors: Mapping[str, Tensor]) -> bytes:
+def encode(
+    header: Header, tensors: Mapping[str, Tensor], stream: SecretStream | None = None
+) -> bytes:
     """The message that carries `tensors` under `header`.
+
+    Args:
+        stream: of the random rounding that "int8" does; a new one by default.
 
     Raises:
         WireError: the codec is unknown, or a tensor holds NaN or infinity once stored.
     """
     if header.codec not in CODECS:
         raise WireError(f"codec: got {header.codec!r}, accepted: {', '.join(CODECS)}")
-    stored = {}
+    stream = stream or SecretStream("rounding")
+    held = {}
     for name, tensor in tensors.items():
         # A copy: safetensors refuses tensors that share storage.
-        stored[name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-        _check_finite(name, stored[name])
+        values = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        _check_finite(name, values)
+        for key, part in codecs.stored(header.codec, name, values, stream).items():
+            _check_finite(name, part)
+            held[key] = part
     metadata = {key: str(value) for key, value in asdict(header).items()}
-    return safetensors.save(stored, metadata={"protocol": PROTOCOL, **metadata})
+    return safetensors.save(held, metadata={"protocol": PROTOCOL, **metadata})
 
 
 def decode(data: bytes, expected: Header, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -137,8 +152,14 @@ def decode(data: bytes, expected: Header, like: Mapping[str, Tensor]) -> dict[st
         WireError: naming the first thing that does not fit. Size is judged before anything is
             parsed, and the tensors only after their names, shapes and dtypes.
     """
-    header_limit = _HEADER_FIXED + _HEADER_PER_TENSOR * len(like) + sum(map(len, like))
-    limit = _LENGTH_BYTES + header_limit + sum(4 * tensor.numel() for tensor in like.values())
+    if expected.codec not in CODECS:
+        raise WireError(f"codec: got {expected.codec!r}, accepted: {', '.join(CODECS)}")
+    due: dict[str, tuple[torch.dtype, list[int]]] = {}
+    for name, tensor in like.items():
+        due |= codecs.layout(expected.codec, name, tensor.shape)
+    header_limit = _HEADER_FIXED + _HEADER_PER_TENSOR * len(due) + sum(map(len, due))
+    payload = sum(dtype.itemsize * math.prod(shape) for dtype, shape in due.values())
+    limit = _LENGTH_BYTES + header_limit + payload
     if len(data) > limit:
         raise WireError(f"size: got {len(data)} bytes, accepted are at most {limit}")
     entries, metadata = _parse(data, header_limit)
@@ -150,25 +171,29 @@ def decode(data: bytes, expected: Header, like: Mapping[str, Tensor]) -> dict[st
             raise WireError(f"{key}: got {_shown(metadata.get(key))}, expected {value!r}")
     if unknown := set(metadata) - set(wanted) - {"protocol"}:
         raise WireError(f"header: unknown entry {_shown(min(unknown))}")
-    if unknown := set(entries) - set(like):
+    if unknown := set(entries) - set(due):
         raise WireError(f"tensors: unknown {_shown(min(unknown))}")
-    for name, tensor in like.items():
+    for name, (dtype, shape) in due.items():
         entry = entries.get(name)
         if entry is None:
             raise WireError(f"tensors: {name} is missing")
-        if entry.get("dtype") != "F32":
-            raise WireError(f"{name}: got dtype {_shown(entry.get('dtype'))}, expected 'F32'")
-        if entry.get("shape") != list(tensor.shape):
+        if entry.get("dtype") != _NAMES[dtype]:
             raise WireError(
-                f"{name}: got shape {_shown(entry.get('shape'))}, expected {list(tensor.shape)}"
+                f"{name}: got dtype {_shown(entry.get('dtype'))}, expected {_NAMES[dtype]!r}"
             )
+        if entry.get("shape") != shape:
+            raise WireError(f"{name}: got shape {_shown(entry.get('shape'))}, expected {shape}")
     try:
         loaded = safetensors.load(data)
     except Exception as error:  # the parser's own exception is not a documented type
         raise WireError(f"message: not valid safetensors ({_shown(str(error))})") from error
     for name, tensor in loaded.items():
         _check_finite(name, tensor)
-    return {name: loaded[name].clone() for name in like}
+    tensors = {name: codecs.restored(expected.codec, name, loaded) for name in like}
+    for name, tensor in tensors.items():
+        # Finite scales may still give what is not.
+        _check_finite(name, tensor)
+    return tensors
 
 
 def measure(data: bytes) -> Size:
@@ -180,16 +205,19 @@ def measure(data: bytes) -> Size:
     entries, _ = _parse(data, len(data))
     adapter = head = 0
     for name, entry in entries.items():
-        try:
-            start, end = entry["data_offsets"]
-            count = int(end) - int(start)
-        except (KeyError, TypeError, ValueError) as error:
-            raise WireError(f"{_shown(name)}: has no data_offsets") from error
+        match entry.get("data_offsets"):
+            case [int(start), int(end)] if 0 <= start <= end:
+                count = end - start
+            case _:
+                raise WireError(f"{_shown(name)}: has no data_offsets")
         if is_adapter(name):
             adapter += count
         else:
             head += count
-    return Size(adapter, head, len(data) - adapter - head)
+    header = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
+    if header + adapter + head != len(data):
+        raise WireError(f"message: {adapter + head} bytes of tensors in {len(data) - header}")
+    return Size(adapter, head, header)
 
 
 def _parse(data: bytes, header_limit: int) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
@@ -226,5 +254,4 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 
 def _shown(value: object) -> str:
     """A stranger's value, made safe for a log line."""
-    shown = ascii(value)
-    return shown if len(shown) <= _SHORT else shown[:_SHORT] + "..."
+    return shown(value, ascii)

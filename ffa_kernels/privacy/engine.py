@@ -94,6 +94,18 @@ class PrivacyEngine:
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
         self._steps: list[PrivateStep] = []
 
+    def reseed(self, seed: int) -> None:
+        """For tests: noise (on a CPU), sampling and dropout begin again, as with this `seed`.
+
+        Raises:
+            PrivacyError: the engine was made without a seed: its noise is secret, and stays so.
+        """
+        if self.seed is None:
+            raise PrivacyError("reseed: the engine has no seed; accepted: one made with seed=")
+        for stream in (self._noise, self._sampling, self._dropout):
+            stream.seed = seed
+            stream.renew()
+
     def get_epsilon(self, delta: float) -> float:
         """Epsilon at `delta` of everything the ledger holds; infinity if any step had no noise."""
         return self.ledger.epsilon(delta, self.accountant)
