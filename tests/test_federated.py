@@ -17,11 +17,12 @@ from torch import Tensor
 from ffa_kernels.errors import ConfigError, FederationError, FFAError, PrivacyError, WireError
 from ffa_kernels.federated import driver, wire
 from ffa_kernels.federated.build import build
-from ffa_kernels.federated.config import Config, parse
+from ffa_kernels.federated.config import Config, parse, site_of
 from ffa_kernels.federated.data import Records
-from ffa_kernels.federated.server import Rules, Server
+from ffa_kernels.federated.server import Rules, Server, Share
 from ffa_kernels.federated.site import Site, copy_sharing_frozen
 from ffa_kernels.federated.wire import Fingerprint, Header
+from ffa_kernels.nn import FFALinear
 from ffa_kernels.privacy import Ledger, epsilon
 
 GOOD = ("fine", "great", "lovely", "superb")
@@ -760,3 +761,104 @@ def test_a_run_with_each_codec(document: dict[str, Any], tmp_path: Path, codec: 
     assert share == 0.5 if codec == "bf16" else 0.25 < share < 0.3
     assert coded["bytes_up"] < whole["bytes_up"]
     assert all(site["update_norm"] > 0 for site in coded["rounds"][-1]["sites"].values())
+
+
+# Sites that have less.
+
+
+def test_a_column_is_averaged_over_the_sites_that_have_it() -> None:
+    """Padded ranks and missing layers: exact to the rounding of fp32."""
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    start = {"k.lora_B": random(5, 4), "l.lora_B": random(6, 4), "head.bias": random(3)}
+    ranks = {"a": {"k.lora_B": 4, "l.lora_B": 4}, "b": {"k.lora_B": 2}, "c": {"k.lora_B": 3}}
+    prints = {name: Fingerprint(PRINTS.base, name * 64) for name in ranks}
+    weights = {"a": 1.0, "b": 2.0, "c": 4.0}
+    server = Server(
+        *(start, PRINTS, "5e", Rules(weights=weights)),
+        shares={name: Share(ranks[name], prints[name]) for name in ("b", "c")},
+    )
+    sent, messages = {}, []
+    for name, of_site in ranks.items():
+        like = {B: torch.zeros(start[B].shape[0], r) for B, r in of_site.items()}
+        like["head.bias"] = torch.zeros(3)
+        own = PRINTS if name == "a" else prints[name]
+        header = Header("global", "5e", 1, name, own.base, own.recipe)
+        got = wire.decode(server.message(1, name), header, like)
+        for key, tensor in got.items():
+            assert torch.equal(tensor, start[key][..., : tensor.shape[-1]])
+        sent[name] = {key: random(*tensor.shape) for key, tensor in like.items()}
+        messages.append((name, update(sent[name], name, prints=own)))
+    outcome = server.aggregate(1, ranks, messages)
+    assert list(outcome.norms) == ["a", "b", "c"] and not outcome.refused
+    for key in ("k.lora_B", "l.lora_B"):
+        for column in range(4):
+            who = [name for name in ranks if ranks[name].get(key, 0) > column]
+            mass = sum(weights[name] for name in who)
+            mean = sum(weights[n] * sent[n][key][:, column].double() for n in who) / mass
+            assert torch.equal(server.tensors[key][:, column], mean.float())
+    # A column that none of those who answered has stays as it is.
+    before = server.tensors["l.lora_B"].clone()
+    prints_b = update(sent["b"], "b", 2, prints["b"])
+    assert server.aggregate(2, ranks, [("b", prints_b)]).averaged
+    assert torch.equal(server.tensors["l.lora_B"], before)
+    # A site that has less cannot send more, nor speak for another A.
+    for prints_, tensors in ((prints["b"], sent["c"]), (PRINTS, sent["b"])):
+        wrong = update(tensors, "b", 3, prints_)
+        assert server.aggregate(3, ranks, [("b", wrong)]).refused
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "kaiming", "gaussian"])
+def test_weak_sites_join_the_same_federation(
+    document: dict[str, Any], tmp_path: Path, init: str
+) -> None:
+    document["model"]["init"] = init
+    south, east, _ = document["site"]
+    south |= {"r": 1, "max_physical_batch_size": 3}
+    east |= {"target_modules": ["value"], "r": 3}
+    config = settled(document, tmp_path)
+    whole, _ = build(config)
+    small, _ = build(config, site_of(config, "south"))
+    for name, layer in small.named_modules():
+        if isinstance(layer, FFALinear):
+            full = whole.get_submodule(name)
+            assert torch.equal(layer.lora_A, full.lora_A[:1])
+            assert layer.scaling == full.scaling
+    report = driver.run(config, tmp_path / "out")
+    assert not any(entry["refused"] or entry["absent"] for entry in report["rounds"])
+    sizes = {name: of_site["bytes_up"] for name, of_site in report["sites"].items()}
+    assert sizes["south"] < sizes["east"] < sizes["north"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 5}, r"r: got 5; accepted: up to \[model\] r = 4"),
+        ({"target_modules": ["key"]}, "target_modules: got 'key'; accepted: some of query, value"),
+        ({"weight": 2.0}, "weight: got one with weights = 'equal'"),
+    ],
+)
+def test_what_a_weak_site_may_not_have(
+    document: dict[str, Any], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    document["site"][0] |= changes
+    with pytest.raises(ConfigError, match=message):
+        settled(document, tmp_path)
+
+
+def test_declared_weights(document: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'declared' without a weight for \['south', 'east'"):
+        settled(document, tmp_path, federation={"weights": "declared"})
+    for entry, weight in zip(document["site"], (1, 2, 3), strict=True):
+        entry["weight"] = weight
+    config = settled(document, tmp_path, federation={"weights": "declared"})
+    model, _ = build(config)
+    server = driver.make_server(config, model, "5e")
+    assert server.rules.weights == {"south": 1.0, "east": 2.0, "north": 3.0}
+    header = header_of(server.message(1, "south"))
+    assert header["weights"] == "declared"
+    with pytest.raises(ConfigError, match="accepted: weights = 'equal', or aggregation = 'mean'"):
+        settled(document, tmp_path, federation={"weights": "declared", "aggregation": "median"})

@@ -9,12 +9,16 @@ import torch
 from torch import nn
 
 from ffa_kernels.errors import ConfigError
-from ffa_kernels.federated.config import Config, Model
-from ffa_kernels.nn import convert
+from ffa_kernels.federated.config import Config, Model, SiteFiles
+from ffa_kernels.nn import FFALinear, convert
+from ffa_kernels.nn.init import frozen_A
 
 
-def build(config: Config) -> tuple[nn.Module, Any]:
+def build(config: Config, site: SiteFiles | None = None) -> tuple[nn.Module, Any]:
     """(adapted model, its tokenizer), the same in every process with the same configuration.
+
+    Args:
+        site: a site whose rank or layers may be its own; the whole federation's by default.
 
     Raises:
         ConfigError: a model that cannot be loaded, or names that it does not have.
@@ -28,7 +32,7 @@ def build(config: Config) -> tuple[nn.Module, Any]:
                 # LoRA dropout (config.model.dropout) is keyed by the privacy engine.
                 module.p = 0.0
         if config.federation.method == "ffa":
-            _convert(model, config)
+            _convert(model, config, site)
         else:
             _add_lora(model, config)
     return model, tokenizer
@@ -55,18 +59,26 @@ def _base(config: Model) -> tuple[nn.Module, Any]:
     return model, tokenizer
 
 
-def _convert(model: nn.Module, config: Config) -> None:
+def _convert(model: nn.Module, config: Config, site: SiteFiles | None) -> None:
     adapter = config.model
+    r = (site and site.r) or adapter.r
     convert(
         model,
-        r=adapter.r,
-        alpha=adapter.alpha,
-        target_modules=adapter.target_modules,
+        r=r,
+        # One s = alpha / r for all.
+        alpha=adapter.alpha * r / adapter.r,
+        target_modules=(site and site.target_modules) or adapter.target_modules,
         init=adapter.init,
         seed=config.federation.seed,
         dropout=adapter.dropout,
         modules_to_save=adapter.modules_to_save,
     )
+    if r == adapter.r or adapter.init == "pissa":
+        return
+    for name, layer in model.named_modules():
+        if isinstance(layer, FFALinear):
+            A = frozen_A(adapter.init, config.federation.seed, name, adapter.r, layer.in_features)
+            layer.lora_A.copy_(A[:r])
 
 
 def _add_lora(model: nn.Module, config: Config) -> None:

@@ -50,7 +50,7 @@ def _fraction(default: float) -> Any:
     return _key("a number from 0 to below 1", lambda value: 0.0 <= value < 1.0, default)
 
 
-def _names(default: tuple[str, ...]) -> Any:
+def _names(default: tuple[str, ...] | None) -> Any:
     return _key("a list of names, at least one", lambda value: bool(value) and all(value), default)
 
 
@@ -221,6 +221,10 @@ class SiteFiles:
         ledger: the account of what was ever released of these records, made if missing; by default
             the train file's name with ".ledger.jsonl" added, so that another run goes on counting.
         weight: in the average, with federation.weights "declared".
+        r: a rank below the model's, for a weak machine (method "ffa"): its A is the first r rows,
+            and each column of B is averaged over the sites that have it.
+        target_modules: some of the model's, for a weak machine (method "ffa").
+        max_physical_batch_size: in place of [train]'s.
     """
 
     name: str = _key(
@@ -231,6 +235,9 @@ class SiteFiles:
     test: str | None = _path(None)
     ledger: str | None = _path(None)
     weight: float | None = _positive(None)
+    r: int | None = _whole(1, None)
+    target_modules: tuple[str, ...] | None = _names(None)
+    max_physical_batch_size: int | None = _whole(1, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +259,11 @@ _TABLES: dict[str, type[Any]] = {
     "train": Train,
     "data": Data,
 }
+
+
+def site_of(config: Config, name: str) -> SiteFiles | None:
+    """The [[site]] of that name; None where records are dealt out, and none was given."""
+    return next((site for site in config.sites if site.name == name), None)
 
 
 def load(path: str | Path) -> Config:
@@ -426,6 +438,26 @@ def _check_together(config: Config) -> None:
             f"[federation] aggregation: got {federation.aggregation!r} with weights = "
             f"{federation.weights!r}; accepted: weights = 'equal', or aggregation = 'mean'"
         )
+    for site in config.sites:
+        own = site.target_modules or ()
+        if site.r is None and not own:
+            continue
+        if federation.method != "ffa" or federation.aggregation != "mean":
+            raise ConfigError(
+                f"[[site]] {site.name}: got r or target_modules of its own with method = "
+                f"{federation.method!r} and aggregation = {federation.aggregation!r}; accepted: "
+                "with 'ffa' and 'mean'"
+            )
+        if site.r is not None and site.r > config.model.r:
+            raise ConfigError(
+                f"[[site]] {site.name}: r: got {site.r}; accepted: up to [model] r = "
+                f"{config.model.r}"
+            )
+        if foreign := [name for name in own if name not in config.model.target_modules]:
+            raise ConfigError(
+                f"[[site]] {site.name}: target_modules: got {foreign[0]!r}; accepted: some of "
+                f"{', '.join(config.model.target_modules)}"
+            )
     if train.momentum and train.optimizer != "sgd":
         raise ConfigError(
             f"[train] momentum: got {train.momentum} with optimizer = {train.optimizer!r}; "

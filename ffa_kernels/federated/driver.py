@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from ffa_kernels.errors import ConfigError, FederationError
 from ffa_kernels.federated import data, report, wire
 from ffa_kernels.federated.build import build
-from ffa_kernels.federated.config import Config
+from ffa_kernels.federated.config import Config, SiteFiles, site_of
 from ffa_kernels.federated.data import Records
-from ffa_kernels.federated.server import Rules, Server
+from ffa_kernels.federated.server import Rules, Server, Share
 from ffa_kernels.federated.site import Site, check_records, load_trained, tokenize
 from ffa_kernels.files import write_atomic
 
@@ -69,8 +69,11 @@ def run(
     with ExitStack() as open_sites:
         sites = {}
         for name in sorted(records):
+            own, entry = model, site_of(config, name)
+            if entry is not None and _has_less(entry):
+                own, _ = build(config, entry)
             site = Site(
-                *(name, records[name][0], model, tokenizer, config, server.run),
+                *(name, records[name][0], own, tokenizer, config, server.run),
                 folder=out / "sites" / name,
                 ledger=ledgers.get(name),
             )
@@ -273,7 +276,24 @@ def make_server(
         momentum=federation.server_momentum,
         tau=federation.server_tau,
     )
-    return Server(wire.trained_tensors(model), wire.fingerprint(model), run_id, rules)
+    tensors = wire.trained_tensors(model)
+    shares = {site.name: _share(config, model, site) for site in config.sites if _has_less(site)}
+    return Server(tensors, wire.fingerprint(model), run_id, rules, shares)
+
+
+def _has_less(site: SiteFiles) -> bool:
+    return site.r is not None or site.target_modules is not None
+
+
+def _share(config: Config, model: nn.Module, site: SiteFiles) -> Share:
+    targets = site.target_modules or config.model.target_modules
+    layers = [name.removesuffix(".lora_B") for name in wire.trained_tensors(model)]
+    ranks = {
+        f"{layer}.lora_B": site.r or config.model.r
+        for layer in layers
+        if any(layer == target or layer.endswith(f".{target}") for target in targets)
+    }
+    return Share(ranks, wire.fingerprint(model, ranks))
 
 
 def restored(server: Server, out: Path) -> dict[str, Any]:

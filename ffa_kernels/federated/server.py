@@ -15,7 +15,7 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from ffa_kernels.errors import ConfigError, WireError
-from ffa_kernels.federated.wire import Fingerprint, Header, decode, encode
+from ffa_kernels.federated.wire import Fingerprint, Header, decode, encode, is_B
 from ffa_kernels.privacy.keys import SecretStream
 
 _log = logging.getLogger(__name__)
@@ -54,6 +54,19 @@ class Rules:
 
 
 @dataclass(frozen=True)
+class Share:
+    """What a site has whose rank is lower, or whose adapted layers are fewer.
+
+    Attributes:
+        ranks: of each B that it has, by name: it has the first so many columns.
+        fingerprint: of its model.
+    """
+
+    ranks: Mapping[str, int]
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What became of a round.
 
@@ -76,6 +89,7 @@ class Server:
         fingerprint: of the frozen rest of the model.
         run: the run's identifier.
         rules: how it takes updates.
+        shares: what a site has that has less than all.
 
     Raises:
         ConfigError: rules that ask for Flower, which is not installed.
@@ -87,12 +101,13 @@ class Server:
         fingerprint: Fingerprint,
         run: str,
         rules: Rules | None = None,
+        shares: Mapping[str, Share] | None = None,
     ) -> None:
         self.tensors = {
             name: t.detach().to("cpu", torch.float32, copy=True) for name, t in tensors.items()
         }
         self.run, self.rules = run, rules or Rules()
-        self._fingerprint = fingerprint
+        self._fingerprint, self._shares = fingerprint, dict(shares or {})
         self._rounding = SecretStream("rounding")
         # Their values are the tensors' own memory.
         self._params = [nn.Parameter(t, requires_grad=False) for t in self.tensors.values()]
@@ -102,7 +117,18 @@ class Server:
 
     def message(self, round_: int, site: str) -> bytes:
         """The encoded global tensors with which `site` begins round `round_`."""
-        return encode(self.header("global", round_, site), self.tensors, self._rounding)
+        return encode(self.header("global", round_, site), self._of(site), self._rounding)
+
+    def _of(self, site: str) -> dict[str, Tensor]:
+        """The part of the global tensors that a site has."""
+        share = self._shares.get(site)
+        if share is None:
+            return self.tensors
+        return {
+            name: t[:, : share.ranks[name]] if name in share.ranks else t
+            for name, t in self.tensors.items()
+            if name in share.ranks or not is_B(name)
+        }
 
     def aggregate(
         self, round_: int, asked: Collection[str], updates: Iterable[tuple[str, bytes]]
@@ -123,8 +149,9 @@ class Server:
                     raise WireError("site: was not asked in this round")
                 if site in accepted:
                     raise WireError("site: has answered already")
-                tensors = decode(data, self.header("update", round_, site), self.tensors)
-                norm, most = self._distance(tensors), self.rules.max_update_norm
+                own = self._of(site)
+                tensors = decode(data, self.header("update", round_, site), own)
+                norm, most = _distance(tensors, own), self.rules.max_update_norm
                 if most is not None and norm > most:
                     raise WireError(f"norm: got {norm:.4g}, accepted: at most {most:g}")
                 accepted[site], norms[site] = tensors, norm
@@ -195,31 +222,32 @@ class Server:
 
     def header(self, kind: str, round_: int, site: str) -> Header:
         """What a message of this kind, to or from `site`, must say of itself."""
-        prints, rules = self._fingerprint, self.rules
+        share, rules = self._shares.get(site), self.rules
+        prints = self._fingerprint if share is None else share.fingerprint
         return Header(
             *(kind, self.run, round_, site, prints.base, prints.recipe), rules.policy, rules.codec
         )
 
-    def _distance(self, tensors: Mapping[str, Tensor]) -> float:
-        squares = [
-            float((tensors[name].double() - old.double()).square().sum())
-            for name, old in self.tensors.items()
-        ]
-        return math.sqrt(sum(squares))
-
     def _combined(self, name: str, updates: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-        """Of all sites one tensor; in the order of their names, whoever came first."""
-        tensors = [updates[site][name] for site in sorted(updates)]
+        """Of all sites one tensor; in the order of their names, whoever came first.
+
+        Each column of a B is averaged over the sites that have it; one that none has stays.
+        """
+        old = self.tensors[name]
+        given = [(site, updates[site][name]) for site in sorted(updates) if name in updates[site]]
         if self.rules.aggregation != "mean":
-            combined: Tensor = _robust(self.rules.aggregation)(tensors)
+            combined: Tensor = _robust(self.rules.aggregation)([t for _, t in given])
             return combined
         weights = self.rules.weights
-        shares = [1.0 if weights is None else weights[site] for site in sorted(updates)]
-        total = torch.zeros_like(self.tensors[name], dtype=torch.float64)
+        total = torch.zeros_like(old, dtype=torch.float64)
+        mass = torch.zeros_like(total)
         # In fp64, rounded once.
-        for share, tensor in zip(shares, tensors, strict=True):
-            total += share * tensor.double()
-        return (total / sum(shares)).float()
+        for site, tensor in given:
+            weight = 1.0 if weights is None else weights[site]
+            part = tuple(slice(size) for size in tensor.shape)
+            total[part] += weight * tensor.double()
+            mass[part] += weight
+        return torch.where(mass > 0, total / mass, old.double()).float()
 
     def _move(self, average: Mapping[str, Tensor]) -> None:
         if self._optimizer is None:
@@ -229,6 +257,14 @@ class Server:
         for param, (name, old) in zip(self._params, self.tensors.items(), strict=True):
             param.grad = old - average[name]
         self._optimizer.step()
+
+
+def _distance(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
+    squares = [
+        float((tensors[name].double() - other.double()).square().sum())
+        for name, other in others.items()
+    ]
+    return math.sqrt(sum(squares))
 
 
 def _prints(fingerprint: Fingerprint) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from ffa_kernels.errors import ConfigError, PrivacyError, WireError
 from ffa_kernels.federated import wire
-from ffa_kernels.federated.config import Config, Train
+from ffa_kernels.federated.config import Config, Train, site_of
 from ffa_kernels.federated.data import Records
 from ffa_kernels.federated.wire import Header
 from ffa_kernels.files import write_atomic
@@ -89,6 +89,8 @@ class Site:
         try:
             self._state, left = self._begin()
             self.noise_multiplier: float = self._state["noise_multiplier"]
+            entry = site_of(config, name)
+            physical = None if entry is None else entry.max_physical_batch_size
             own = copy_sharing_frozen(model)
             self._model, self._optimizer, self._loader = self._engine.make_private(
                 module=own.train(),
@@ -102,7 +104,7 @@ class Site:
                 max_grad_norm=privacy.max_grad_norm,
                 clipping=privacy.clipping,
                 target_delta=privacy.target_delta,
-                max_physical_batch_size=train.max_physical_batch_size,
+                max_physical_batch_size=physical or train.max_physical_batch_size,
                 pad_physical_batches=False,
             )
             if self._state["optimizer"] is not None:

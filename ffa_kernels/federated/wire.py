@@ -99,17 +99,25 @@ def is_B(name: str) -> bool:
     return "lora_B" in name.split(".")
 
 
-def fingerprint(model: nn.Module) -> Fingerprint:
+def fingerprint(model: nn.Module, ranks: Mapping[str, int] | None = None) -> Fingerprint:
     """Digests of everything that is not trained: two ends with equal digests mean the same model.
 
     Names, shapes, dtypes and bytes all count; the order in which modules were registered does not.
+
+    Args:
+        ranks: of a site that has less: the rank of each B that it has, by the B's name.
     """
     trained = trained_tensors(model)
     base, recipe = hashlib.sha256(), hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if name in trained:
             continue
-        digest = recipe if is_adapter(name) else base
+        digest = base
+        if is_adapter(name):
+            digest, B = recipe, name.replace("lora_A", "lora_B")
+            if ranks is not None and B not in ranks:
+                continue
+            tensor = tensor if ranks is None else tensor[: ranks[B]]
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype), flat.numel())).encode())
         digest.update(memoryview(flat.numpy()))
