@@ -1,4 +1,4 @@
-"""The command line: `ffa-kernels doctor | federate | plan | ledger | audit`.
+"""The command line: `ffa-kernels doctor | federate | pilot | plan | ledger | audit`.
 
 A mistake of the user's is one line on stderr and exit code 2.
 """
@@ -48,6 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     federate.add_argument("--resume", action="store_true",
                           help="go on with the run that was begun in DIR")  # fmt: skip
     federate.set_defaults(command=_federate)
+    pilot = commands.add_parser("pilot", help="small trials of settings, on stand-in records")
+    pilot.add_argument("config", type=Path, metavar="CONFIG.toml")
+    pilot.add_argument("--out", type=Path, required=True, metavar="DIR",
+                       help="for the results; trials that it holds are not made again")  # fmt: skip
+    pilot.set_defaults(command=_pilot)
     plan = commands.add_parser("plan", help="settings with which a model's training fits a limit")
     plan.add_argument("model", type=Path, metavar="MODEL",
                       help="a folder with config.json, or a model type with sizes: "
@@ -121,6 +126,20 @@ def _federate(arguments: argparse.Namespace) -> int:
         f"report in {arguments.out / 'report.md'}",
         highlight=False,
     )
+    return 0
+
+
+def _pilot(arguments: argparse.Namespace) -> int:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from rich.console import Console
+
+    from ffa_kernels.federated import config, pilot
+
+    result = pilot.run(config.load(arguments.config), arguments.out, Console())
+    best = result["recommended"]
+    chosen = ", ".join(f"{knob} {value}" for knob, value in best["knobs"].items())
+    print(f"accuracy {best['accuracy']:.4f} with {chosen}; table in {arguments.out / 'pilot.md'}")
     return 0
 
 

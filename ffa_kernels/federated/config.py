@@ -22,6 +22,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ffa_kernels.errors import ConfigError, shown
 from ffa_kernels.federated.codecs import CODECS
+from ffa_kernels.nn.init import INITS
 
 _T = TypeVar("_T")
 # A hundred sites take 10 KB.
@@ -52,6 +53,10 @@ def _fraction(default: float) -> Any:
 
 def _names(default: tuple[str, ...] | None) -> Any:
     return _key("a list of names, at least one", lambda value: bool(value) and all(value), default)
+
+
+def _list(of: str, ok: Callable[[Any], bool], default: tuple[Any, ...]) -> Any:
+    return _key(f"a list of {of}", lambda value: bool(value) and all(map(ok, value)), default)
 
 
 def _path(default: Any = MISSING) -> Any:
@@ -211,6 +216,37 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pilot:
+    """[pilot]: the small trials of `ffa-kernels pilot`: all combinations of the lists below.
+
+    A list that is not given holds the configuration's own value alone.
+
+    Attributes:
+        records: what is trained on: "synthetic" sentences, the public "file" at `path`, dealt out
+            evenly, or the sites' "own" records: each trial of these is a release, is charged to the
+            sites' ledgers, and leaves less of the budget.
+        path: of "file".
+        sites, records_per_site: of what is dealt out.
+        rounds: of a trial; the federation's by default.
+        seeds: each combination is tried with each.
+        method, init, r, lr, max_grad_norm, target_epsilon: values to try.
+    """
+
+    records: str = _one_of("synthetic", "file", "own", default="synthetic")
+    path: str | None = _path(None)
+    sites: int = _whole(1, 3)
+    records_per_site: int = _whole(20, 500)
+    rounds: int | None = _whole(1, None)
+    seeds: tuple[int, ...] = _list("whole numbers from 0", lambda v: v >= 0, (0, 1, 2))
+    method: tuple[str, ...] = _list("'ffa' or 'lora'", lambda v: v in ("ffa", "lora"), ())
+    init: tuple[str, ...] = _list("names of inits", lambda v: v in INITS, ())
+    r: tuple[int, ...] = _list("whole numbers from 1", lambda v: v >= 1, ())
+    lr: tuple[float, ...] = _list("numbers above 0", lambda v: 0.0 < v < math.inf, ())
+    max_grad_norm: tuple[float, ...] = _list("numbers above 0", lambda v: 0.0 < v < math.inf, ())
+    target_epsilon: tuple[float, ...] = _list("numbers above 0, or inf", lambda v: v > 0.0, ())
+
+
+@dataclass(frozen=True, kw_only=True)
 class SiteFiles:
     """[[site]]: one site's records, .jsonl or .csv with text and label.
 
@@ -249,6 +285,7 @@ class Config:
     privacy: Privacy
     train: Train
     data: Data
+    pilot: Pilot = field(default_factory=Pilot)
     sites: tuple[SiteFiles, ...] = ()
 
 
@@ -258,6 +295,7 @@ _TABLES: dict[str, type[Any]] = {
     "privacy": Privacy,
     "train": Train,
     "data": Data,
+    "pilot": Pilot,
 }
 
 
@@ -360,7 +398,10 @@ def _value(given: object, hint: Any, key: Field[Any], where: str) -> Any:
     # type(), not isinstance(): true and false are no numbers here.
     fits = type(value) is (get_origin(hint) or hint)
     if fits and isinstance(value, tuple):
-        fits = all(_is_text(item, get_args(hint)[0]) for item in value)
+        of = get_args(hint)[0]
+        if of is float:
+            value = tuple(float(v) if type(v) is int and abs(v) < 2**53 else v for v in value)
+        fits = all(_is_item(item, of) for item in value)
     if not fits or not key.metadata["ok"](value):
         raise ConfigError(
             f"{where} {key.name}: got {shown(given)}; accepted: {key.metadata['accepted']}"
@@ -368,10 +409,10 @@ def _value(given: object, hint: Any, key: Field[Any], where: str) -> Any:
     return value
 
 
-def _is_text(item: object, hint: Any) -> bool:
-    """Whether `item` is a text or, where the hint says so, a tuple of texts."""
-    if hint is str:
-        return isinstance(item, str)
+def _is_item(item: object, hint: Any) -> bool:
+    """Whether `item` is of the hint's type, a tuple of texts where it says so."""
+    if hint in (str, int, float):
+        return type(item) is hint
     return isinstance(item, tuple) and all(isinstance(text, str) for text in item)
 
 
@@ -394,6 +435,11 @@ def _check_together(config: Config) -> None:
             + ("missing" if data.source == "demo" else "got one beside source = 'files'")
             + "; accepted: the vaderSentiment 3.3.2 source distribution with source = 'demo', "
             "no path otherwise"
+        )
+    if (config.pilot.records == "file") != (config.pilot.path is not None):
+        raise ConfigError(
+            f"[pilot] path: got {config.pilot.path} with records = {config.pilot.records!r}; "
+            "accepted: a file with 'file', none otherwise"
         )
     if config.model.prompts is not None and config.model.kind != "minilm":
         raise ConfigError(
@@ -486,7 +532,10 @@ def _with_paths(config: Config, folder: Path) -> Config:
         )
         for site in config.sites
     )
-    return replace(config, model=model, data=data, sites=sites)
+    pilot = config.pilot
+    if pilot.path is not None:
+        pilot = replace(pilot, path=_file(folder, pilot.path, "[pilot] path"))
+    return replace(config, pilot=pilot, model=model, data=data, sites=sites)
 
 
 def _file(folder: Path, given: str, where: str) -> str:

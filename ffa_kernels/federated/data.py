@@ -33,6 +33,12 @@ _DEMO_FILES = {
     "nyt": "nytEditorialSnippets_GroundTruth.txt",
 }
 _DEMO_NEUTRAL = 0.5
+_COMMON = (
+    *("the", "a", "of", "and", "this", "that", "it", "was", "with", "for", "but", "on", "they"),
+    *("film", "book", "house", "street", "day"),
+)
+_STEMS = ("good", "bad", "light", "dark", "high", "low", "warm", "cold", "north", "south")
+_ENDS = ("", "ish", "er", "est", "ly", "ness")
 
 
 @dataclass
@@ -94,6 +100,30 @@ def load_demo(path: str | Path) -> dict[str, Records]:
         raise ConfigError(
             f"path: {path} is not the source distribution of vaderSentiment 3.3.2 ({error})"
         ) from error
+
+
+def synthetic(count: int, classes: int, seed: int) -> Records:
+    """Sentences of common words, some of which go with a class: for trials without anyone's data.
+
+    Args:
+        count: records, of all classes nearly alike.
+        classes: 2 or more.
+        seed: the same sentences for the same seed.
+    """
+    rng = random.Random(f"synthetic {seed}")
+    telling = [[f"{a}{b}" for b in _ENDS] for a in _STEMS[:classes]]
+    if len(telling) < classes:
+        raise ConfigError(f"classes is {classes}; accepted: up to {len(_STEMS)}")
+    records = Records()
+    for number in range(count):
+        label = number % classes
+        # One word in three tells the class, and one of those tells a wrong one.
+        words = [rng.choice(_COMMON) for _ in range(8)]
+        words += [rng.choice(telling[label]) for _ in range(3)]
+        words.append(rng.choice(telling[rng.randrange(classes)]))
+        rng.shuffle(words)
+        records.add(" ".join(words), label)
+    return records
 
 
 def load_file(path: str | Path) -> Records:

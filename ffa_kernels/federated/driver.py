@@ -33,7 +33,11 @@ _STATE = "server.safetensors"
 
 
 def run(
-    config: Config, out: Path, console: Console | None = None, resume: bool = False
+    config: Config,
+    out: Path,
+    console: Console | None = None,
+    resume: bool = False,
+    records: Mapping[str, tuple[Records, Records]] | None = None,
 ) -> dict[str, Any]:
     """Run the federation and write its report, its final tensors and each site's files into `out`.
 
@@ -44,6 +48,7 @@ def run(
         out: made if missing. A ledger that is there already goes on counting.
         console: where progress is shown; nowhere by default.
         resume: go on after the last whole round of the run that was begun in `out`.
+        records: (training, held-out) of every site, in place of the configuration's.
 
     Returns:
         The content of report.json.
@@ -56,7 +61,7 @@ def run(
     """
     began = time.monotonic()
     console = console or Console(quiet=True)
-    records = load_records(config)
+    records = load_records(config) if records is None else records
     _check_counts(config, len(records))
     model, tokenizer = build(config)
     out.mkdir(parents=True, exist_ok=True)

@@ -88,14 +88,14 @@ def markdown(name: str, result: dict[str, Any]) -> str:
     env = result["environment"]
     parts = [
         f"# {name}",
-        _table(("", ""), facts),
+        table(("", ""), facts),
         "## Sites",
-        _table(
+        table(
             ("site", "train", "test", "accuracy", "majority", "epsilon", "noise", "bytes up"), sites
         ),
         "## Rounds",
         "Accuracy of the averaged model on a part of the held-out records.",
-        _table(
+        table(
             ("round", "site", "accuracy", "update norm", "epsilon", "bytes up", "bytes down"),
             rounds,
         ),
@@ -142,7 +142,8 @@ def picture(name: str, result: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    """A Markdown table."""
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
