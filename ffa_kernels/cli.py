@@ -42,9 +42,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="say what works on this machine, and what not")
     doctor.add_argument("--json", action="store_true", help="as JSON")
     doctor.set_defaults(command=_doctor)
-    federate = commands.add_parser("federate", help="run a federation in this process")
+    federate = commands.add_parser("federate", help="run a federation on this machine")
     federate.add_argument("config", type=Path, metavar="CONFIG.toml")
     federate.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the results")
+    federate.add_argument("--engine", choices=("local", "flower"), default="local",
+                          help="in this process, or in Flower's simulation")  # fmt: skip
     federate.add_argument("--resume", action="store_true",
                           help="go on with the run that was begun in DIR")  # fmt: skip
     federate.set_defaults(command=_federate)
@@ -118,7 +120,12 @@ def _federate(arguments: argparse.Namespace) -> int:
 
     settings = config.load(arguments.config)
     console = Console()
-    result = driver.run(settings, arguments.out, console, resume=arguments.resume)
+    if arguments.engine == "flower":
+        from ffa_kernels.federated import flower
+
+        result = flower.run_simulation(settings, arguments.out, console, arguments.resume)
+    else:
+        result = driver.run(settings, arguments.out, console, arguments.resume)
     console.print(
         f"accuracy {result['accuracy']:.4f} "
         f"({result['accuracy_without_adapters']:.4f} without adapters, "

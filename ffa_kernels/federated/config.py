@@ -361,12 +361,16 @@ def parse(raw: Mapping[str, Any], folder: Path) -> Config:
     return _with_paths(config, folder.resolve())
 
 
+# Once a class, not once a site.
+_HINTS = {cls: get_type_hints(cls) for cls in (*_TABLES.values(), SiteFiles)}
+
+
 def _table(cls: type[_T], raw: object, where: str) -> _T:
     if not isinstance(raw, dict):
         raise ConfigError(f"{where}: got {shown(raw)}; accepted: a table")
     keys: dict[str, Field[Any]] = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     _check_names(raw, list(keys), where, "key")
-    hints = get_type_hints(cls)
+    hints = _HINTS[cls]
     values = {}
     for name, key in keys.items():
         if name in raw:

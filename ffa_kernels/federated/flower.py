@@ -1,0 +1,588 @@
+"""A federation on Flower: its nodes carry our messages unread, and both ends check them as ever.
+
+A node is a site. It answers two kinds of message: a "query" with its name, a "train" with the bytes
+of its update, or the type of the error that it met; nothing else leaves it. A node may run each
+message in a process of its own, so the site is opened anew for each, and goes on where its folder
+and its ledger say that it was.
+
+Flower's telemetry, its update check and Ray's statistics are off, unless the environment says
+otherwise.
+
+Raises:
+    ConfigError: on import: Flower is not installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import logging
+import os
+import re
+import secrets
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from torch import nn
+
+from ffa_kernels.errors import ConfigError, FederationError, WireError, shown
+from ffa_kernels.federated import config as settings
+from ffa_kernels.federated import driver, report, wire
+from ffa_kernels.federated.build import build
+from ffa_kernels.federated.config import Config, SiteFiles
+from ffa_kernels.federated.data import Records
+from ffa_kernels.federated.server import Server
+from ffa_kernels.federated.site import Site
+from ffa_kernels.files import write_atomic
+from ffa_kernels.privacy.ledger import read_account
+
+# Read when flwr and ray are imported, and by the processes that they start.
+_QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+for _variable, _value in _QUIET.items():
+    os.environ.setdefault(_variable, _value)
+try:
+    from flwr.app import ConfigRecord, Context, Message, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import Grid, ServerApp
+except ModuleNotFoundError as _error:
+    raise ConfigError(
+        f"{_error.name} is not installed; try: pip install 'ffa-kernels[flower]'"
+    ) from _error
+
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
+
+_RECORD = "ffa"
+# Of this form only: it becomes part of a file's name.
+_RUN = re.compile(r"[0-9a-f]{16}")
+_POLL_SECONDS = 0.5
+_START_SECONDS = 600.0  # for processes of this machine to start
+
+
+# --- a site ---------------------------------------------------------------------------------------
+
+
+def client_app(
+    config: Config | None = None, out: Path | None = None, *, seed: int | None = None
+) -> ClientApp:
+    """A node's end of the federation.
+
+    Args:
+        config: of sites that are all on this machine, one for each node, in the order of their
+            names. By default a node is what its `--node-config` says: `site`, the name; `config`,
+            this machine's copy of the file; `out`, the site's own folder; and `train`, `test` and
+            `ledger` where they are to replace what the copy says of the site.
+        out: with `config`: the run's folder, of which each site has its own.
+        seed: for tests: see `Site`.
+
+    What an error says goes to errors.log in the site's folder, and its type alone to the server:
+    its text may tell of records.
+    """
+    app = ClientApp()
+
+    def here(context: Context) -> _Place:
+        if config is None:
+            return _place_of(context.node_config)
+        name = sorted(_records(config))[int(context.node_config["partition-id"])]
+        return _Place(name, config, Path(out or ".") / "sites" / name)
+
+    @app.query()
+    def hello(message: Message, context: Context) -> Message:
+        return _reply(message, {"site": here(context).name})
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        place = here(context)
+        try:
+            return _reply(message, {"update": _update(place, message, seed)})
+        except Exception as error:
+            place.folder.mkdir(parents=True, exist_ok=True)
+            with (place.folder / "errors.log").open("a", encoding="utf-8") as log:
+                log.write(traceback.format_exc() + "\n")
+            return _reply(message, {"failed": type(error).__name__})
+
+    return app
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a site is: its name, what it trains by, and its own folder."""
+
+    name: str
+    config: Config
+    folder: Path
+
+
+def _place_of(node: Mapping[str, Any]) -> _Place:
+    """The place that a node's own configuration tells of."""
+    for key in ("site", "config", "out"):
+        if not isinstance(node.get(key), str):
+            raise ConfigError(
+                f"--node-config {key}: got {node.get(key)!r}; accepted: a text in quotes, such as "
+                '\'site="north" config="federation.toml" out="north"\''
+            )
+    files = {key: str(node[key]) for key in ("train", "test", "ledger") if key in node}
+    own = _load_for_site(node["config"], node["site"], files)
+    return _Place(node["site"], own, Path(node["out"]))
+
+
+def _update(place: _Place, message: Message, seed: int | None) -> bytes:
+    run, round_ = _field(message, "run", str), _field(message, "round", int)
+    if not _RUN.fullmatch(run):
+        raise WireError("run: accepted are 16 hexadecimal digits")
+    with closing(_open(place, run, seed)) as site:
+        return site.run_round(round_, _field(message, "message", bytes))
+
+
+def _open(place: _Place, run: str, seed: int | None) -> Site:
+    config, own = place.config, settings.site_of(place.config, place.name)
+    model, tokenizer = _model(config, own if own is not None and driver._has_less(own) else None)
+    return Site(
+        *(place.name, _records(config)[place.name][0], model, tokenizer, config, run),
+        folder=place.folder,
+        ledger=_ledger(place),
+        seed=seed,
+    )
+
+
+def _ledger(place: _Place) -> str | None:
+    # Records dealt out anew have no ledger of their own; those of a file keep one beside it.
+    own = settings.site_of(place.config, place.name)
+    return own.ledger if own is not None and place.config.data.split == "natural" else None
+
+
+@functools.lru_cache(maxsize=2)
+def _model(config: Config, less: SiteFiles | None) -> tuple[nn.Module, Any]:
+    """(model, tokenizer), kept for the next message where the process lives on."""
+    return build(config, less)
+
+
+@functools.lru_cache(maxsize=1)
+def _records(config: Config) -> dict[str, tuple[Records, Records]]:
+    return driver.load_records(config)
+
+
+# --- the server -----------------------------------------------------------------------------------
+
+
+def server_app() -> ServerApp:
+    """The server's end of the federation, which has no records: accuracy is for sites to tell.
+
+    The app's configuration (`[tool.flwr.app.config]`, or `flwr run --run-config`) says `config`,
+    this machine's copy of the file, which lists the sites' names; `out`, the folder for
+    trained.safetensors and report.json; `wait`, the seconds in which sites are to appear;
+    `timeout`, those in which they are to answer in a round; and `resume`, true to go on after the
+    last whole round of the run that was begun in `out`.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        given = context.run_config
+        config, names = _load_for_server(str(given["config"]))
+        out = Path(str(given["out"]))
+        driver._check_counts(config, len(names))
+        nodes = _Nodes(grid, names, float(given["timeout"]))
+        nodes.wait(float(given["wait"]), config.federation.min_updates)
+        _federate(config, nodes, out, bool(given["resume"]))
+
+    return app
+
+
+def _federate(config: Config, nodes: _Nodes, out: Path, resume: bool) -> None:
+    """All rounds, and their files in `out`."""
+    began, federation = time.monotonic(), config.federation
+    model, _ = build(config)
+    server = driver.make_server(config, model, secrets.token_hex(8))
+    rounds: list[dict[str, Any]] = []
+    if resume:
+        rounds = list(driver.restored(server, out)["rounds"])
+    out.mkdir(parents=True, exist_ok=True)
+    for round_ in range(len(rounds) + 1, federation.rounds + 1):
+        rounds.append(_round(config, server, nodes, round_))
+        write_atomic(out / driver._STATE, server.state({"rounds": rounds}))
+        _log.warning("round %d of %d is done", round_, federation.rounds)
+    per_site = [site for entry in rounds for site in entry["sites"].values()]
+    result = {
+        "method": federation.method,
+        "seconds": time.monotonic() - began,
+        **{way: sum(site[way] for site in per_site) for way in ("bytes_up", "bytes_down")},
+        "rounds": rounds,
+        "adapter_norms": {
+            name: float(tensor.double().norm())
+            for name, tensor in server.tensors.items()
+            if wire.is_B(name)
+        },
+        "environment": report.environment(),
+    }
+    write_atomic(out / "trained.safetensors", driver.trained_file(server, federation.rounds))
+    write_atomic(out / "report.json", (json.dumps(result, indent=1) + "\n").encode())
+
+
+def _round(config: Config, server: Server, nodes: _Nodes, round_: int) -> dict[str, Any]:
+    """What became of a round; asked again, as often as is configured, while too few answer."""
+    began, federation = time.monotonic(), config.federation
+    asked = driver.draw_sites(config, round_, nodes.names)
+    up, down = dict.fromkeys(nodes.names, 0), dict.fromkeys(nodes.names, 0)
+    updates: dict[str, bytes] = {}
+    absent: list[dict[str, str]] = []
+    for attempt in range(1, federation.attempts + 1):
+        if attempt > 1:
+            # Who has gone may come back.
+            nodes.wait(nodes.timeout or 0.0, least=0)
+        messages = {name: server.message(round_, name) for name in asked if name not in updates}
+        answers = nodes.ask(server.run, round_, messages)
+        for name, answer in answers.items():
+            down[name] += len(messages[name])
+            if isinstance(answer, bytes):
+                updates[name] = answer
+                up[name] += len(answer)
+            else:
+                absent.append({"site": name, "reason": str(answer)})
+                _log.warning("round %d: site %r is absent: %s", round_, name, answer)
+        outcome = server.aggregate(round_, asked, updates.items())
+        if outcome.averaged:
+            return {
+                "round": round_,
+                "attempts": attempt,
+                "absent": absent,
+                "refused": [{"site": site, "reason": why} for site, why in outcome.refused],
+                "seconds": time.monotonic() - began,
+                "sites": {
+                    name: {
+                        "update_norm": outcome.norms.get(name),
+                        "bytes_up": up[name],
+                        "bytes_down": down[name],
+                    }
+                    for name in nodes.names
+                },
+            }
+        updates = {name: updates[name] for name in outcome.norms}
+    raise FederationError(
+        f"round {round_}: got {len(outcome.norms)} valid updates in {attempt} attempts; accepted: "
+        f"{federation.min_updates} or more. What was done is kept, and resume goes on"
+    )
+
+
+class _Nodes:
+    """The nodes of a grid, by the site that each says it is.
+
+    Args:
+        grid: Flower's.
+        names: of the sites that there may be; any other is refused.
+        timeout: seconds in which a site is to answer in a round; None for any number.
+    """
+
+    def __init__(self, grid: Grid, names: list[str], timeout: float | None) -> None:
+        self.names, self.timeout = names, timeout
+        self._grid = grid
+        self._node: dict[str, int] = {}
+        self._greeted: dict[int, str] = {}
+
+    def wait(self, seconds: float, least: int) -> None:
+        """Until every site is there.
+
+        Raises:
+            ConfigError: fewer than `least` have come in time.
+        """
+        end = time.monotonic() + seconds
+        while len(self._node) < len(self.names) and time.monotonic() < end:
+            self.greet()
+            time.sleep(_POLL_SECONDS)
+        if len(self._node) < least:
+            raise ConfigError(
+                f"{len(self._node)} of {len(self.names)} sites came within {seconds:g} s; "
+                f"accepted: {least} or more"
+            )
+        for name in sorted(set(self.names) - set(self._node)):
+            _log.warning("site %r has not come within %g s", name, seconds)
+
+    def greet(self) -> None:
+        """Asks new nodes who they are, and takes in who has answered; waits for none."""
+        there = {info.node_id: info.name for info in self._grid.get_nodes()}
+        # A name is free again when its node has gone.
+        self._node = {name: node for name, node in self._node.items() if node in there}
+        self._greeted = {node: sent for node, sent in self._greeted.items() if node in there}
+        hellos = [
+            Message(RecordDict(), node, "query") for node in there if node not in self._greeted
+        ]
+        if hellos:
+            self._grid.push_messages(hellos)
+        self._greeted |= {m.metadata.dst_node_id: m.metadata.message_id for m in hellos}
+        sent = {hello: node for node, hello in self._greeted.items() if hello}
+        for reply in self._grid.pull_messages(sent) if sent else []:
+            node = sent[reply.metadata.reply_to_message_id]
+            self._greeted[node] = ""
+            try:
+                self._admit(node, _field(reply, "site", str), there[node])
+            except (FederationError, WireError) as error:
+                _log.warning("a node is refused: %s", error)
+
+    def _admit(self, node: int, name: str, registered: str) -> None:
+        if name not in self.names:
+            raise WireError(f"site: got {name[:64]!r}, accepted: {', '.join(self.names)}")
+        if registered and registered != name:
+            raise WireError(f"site: got {name!r} of a node registered as {registered[:64]!r}")
+        if name in self._node:
+            raise WireError(f"site: {name!r} is there already")
+        self._node[name] = node
+
+    def ask(
+        self, run: str, round_: int, messages: Mapping[str, bytes]
+    ) -> dict[str, bytes | FederationError]:
+        """Each site's update, or why it is absent."""
+        # Who has failed or was refused may say better now.
+        admitted = set(self._node.values())
+        self._greeted = {n: sent for n, sent in self._greeted.items() if sent or n in admitted}
+        self.greet()
+        content = {"run": run, "round": round_}
+        sent = {
+            name: Message(
+                *(_record({**content, "message": data}), self._node[name], "train"),
+                ttl=self.timeout,
+                group_id=str(round_),
+            )
+            for name, data in messages.items()
+            if name in self._node
+        }
+        replies: Iterable[Message] = []
+        if sent:
+            replies = self._grid.send_and_receive(list(sent.values()), timeout=self.timeout)
+        by_id = {reply.metadata.reply_to_message_id: reply for reply in replies}
+        answers: dict[str, bytes | FederationError] = {}
+        for name in messages:
+            try:
+                if name not in sent:
+                    raise FederationError("is not there")
+                if (reply := by_id.get(sent[name].metadata.message_id)) is None:
+                    raise FederationError(f"has not answered within {self.timeout:g} s")
+                answers[name] = _field(reply, "update", bytes)
+            except (FederationError, WireError) as error:
+                answers[name] = FederationError(str(error))
+        return answers
+
+
+# --- both on one machine --------------------------------------------------------------------------
+
+
+def run_simulation(
+    config: Config,
+    out: Path,
+    console: Console | None = None,
+    resume: bool = False,
+    *,
+    processes: int | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """`driver.run` with every site a node of Flower's simulation.
+
+    Args:
+        processes: in which sites train at the same time; by default one a site, if there are as
+            many cores.
+        seed: for tests: see `Site`.
+        config, out, console, resume: as in `driver.run`.
+
+    Returns, Raises: as `driver.run`.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("ray is not installed; try: pip install 'ffa-kernels[flower]'")
+    from flwr.simulation import run_simulation as simulate
+
+    began = time.monotonic()
+    console = console or Console(quiet=True)
+    (model, tokenizer), records = _model(config, None), _records(config)
+    names = sorted(records)
+    driver._check_counts(config, len(names))
+    out.mkdir(parents=True, exist_ok=True)
+    counts = {name: len(train) for name, (train, _) in records.items()}
+    server = driver.make_server(config, model, secrets.token_hex(8), counts)
+    notes = driver.restored(server, out) if resume else {}
+    sites: dict[str, Any] = {}
+    for name in names:
+        # What forbids it to take part is found before anything starts.
+        place = _Place(name, config, out / "sites" / name)
+        with closing(_open(place, server.run, seed)) as site:
+            sites[name] = _Remote(place, server.run, site)
+    tests = {name: records[name][1] for name in names}
+    run = _Simulated(config, model, tokenizer, sites, tests, server, out, notes, console)
+    results: list[dict[str, Any]] = []
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        nodes = _Nodes(grid, names, None)
+        nodes.wait(_START_SECONDS, len(names))
+        for site in sites.values():
+            site.nodes = nodes
+        results.append(run.go(began))
+
+    cores = min(len(names), os.cpu_count() or 1) if processes is None else processes
+    with _aside() as folder:
+        ray = {"num_cpus": cores, "include_dashboard": False, "log_to_driver": False}
+        simulate(
+            app,
+            client_app(config, out, seed=seed),
+            len(names),
+            backend_config={
+                "init_args": {**ray, "logging_level": "ERROR", "_temp_dir": folder},
+                "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            },
+        )
+    _model.cache_clear()
+    _records.cache_clear()
+    write_atomic(out / "trained.safetensors", driver.trained_file(server, config.federation.rounds))
+    report.write(out, config.federation.name, results[0])
+    return results[0]
+
+
+class _Remote:
+    """Stands in the driver for a site that trains in another process of this machine."""
+
+    def __init__(self, place: _Place, run: str, site: Site) -> None:
+        self.records = site.records
+        self.noise_multiplier, self.sample_rate = site.noise_multiplier, site.sample_rate
+        self.nodes: _Nodes | None = None
+        self.answer: bytes | FederationError | None = None
+        self._place, self._run = place, run
+
+    def epsilon(self) -> float:
+        privacy = self._place.config.privacy
+        ledger = _ledger(self._place) or self._place.folder / "ledger.jsonl"
+        return read_account(ledger).epsilon(privacy.target_delta, privacy.accountant)
+
+    def run_round(self, round_: int, message: bytes, on_step: Callable[[], None]) -> bytes:
+        """The update that the site's node has sent, asked for if that has not been done."""
+        assert self.nodes is not None
+        name, answer, self.answer = self._place.name, self.answer, None
+        if answer is None:
+            answer = self.nodes.ask(self._run, round_, {name: message})[name]
+        if isinstance(answer, FederationError):
+            raise answer
+        for _ in range(self._place.config.federation.local_steps):
+            on_step()
+        return answer
+
+
+class _Simulated(driver._Run):
+    """The driver's run, whose sites are asked all at once."""
+
+    def _round(
+        self, round_: int, step: Callable[[], None], note: Callable[[str], None]
+    ) -> dict[str, Any]:
+        began = time.monotonic()
+        sites: dict[str, Any] = dict(self.sites)
+        asked = driver.draw_sites(self.config, round_, sorted(sites))
+        note(f"round {round_}, {len(asked)} sites")
+        messages = {name: self.server.message(round_, name) for name in asked}
+        nodes = sites[asked[0]].nodes
+        for name, answer in nodes.ask(self.server.run, round_, messages).items():
+            sites[name].answer = answer
+        asking = time.monotonic() - began
+        entry = super()._round(round_, step, note)
+        return {**entry, "seconds": asking + entry["seconds"]}
+
+
+@contextmanager
+def _aside() -> Iterator[str]:
+    """A folder for what Flower and Ray write, which goes in the end; Flower's log has errors only.
+
+    Their part of the environment is as it was then, too.
+    """
+    before = {name: os.environ.get(name) for name in ("FLWR_HOME", "PYTHONPATH")}
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory(prefix="ffa-", ignore_cleanup_errors=True) as folder:
+        os.environ["FLWR_HOME"] = os.path.join(folder, "flwr")
+        try:
+            yield folder
+        finally:
+            logger.setLevel(level)
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+
+
+# --- configurations and messages ------------------------------------------------------------------
+
+
+def _load_for_site(path: str, name: str, files: Mapping[str, str]) -> Config:
+    """The configuration of one site, whatever files of others are not here."""
+    raw, folder = _document(path)
+    tables = [table for table in _sites(raw) if table.get("name") == name] or [{"name": name}]
+    return _apart(settings.parse({**raw, "site": [{**tables[0], **files}]}, folder))
+
+
+def _load_for_server(path: str) -> tuple[Config, list[str]]:
+    """(the configuration without records, the names of its sites)."""
+    raw, folder = _document(path)
+    # The server has no records; what stands for their files here is never read.
+    stands_in = str(Path(path).resolve())
+    tables = [{**table, "train": stands_in} for table in _sites(raw)]
+    for table in tables:
+        table.pop("test", None)
+    config = _apart(settings.parse({**raw, "site": tables}, folder))
+    return config, sorted(site.name for site in config.sites)
+
+
+def _apart(config: Config) -> Config:
+    """The same, if each site has files of its own."""
+    if config.data.source != "files" or config.data.split != "natural":
+        raise ConfigError(
+            f"[data] source, split: got {config.data.source!r} and {config.data.split!r}; accepted "
+            "where sites are apart: 'files' and 'natural'"
+        )
+    return config
+
+
+def _document(path: str) -> tuple[dict[str, Any], Path]:
+    """(a configuration as it stands in its file, the file's folder)."""
+    try:
+        raw = settings._toml(Path(path).read_bytes())
+    except OSError as error:
+        raise ConfigError(f"config: {path} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"config: {path} is not TOML in UTF-8: {shown(error, str)}") from error
+    return raw, Path(path).parent
+
+
+def _sites(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The [[site]] tables, as far as they are tables: the rest is for `parse` to refuse."""
+    listed = raw.get("site", [])
+    return [t for t in listed if isinstance(t, dict)] if isinstance(listed, list) else []
+
+
+def _record(values: Mapping[str, Any]) -> RecordDict:
+    return RecordDict({_RECORD: ConfigRecord(dict(values))})
+
+
+def _reply(message: Message, values: Mapping[str, Any]) -> Message:
+    return Message(_record(values), reply_to=message)
+
+
+def _field(message: Message, key: str, kind: type[_T]) -> _T:
+    """A value from the other end, of that type, or an error that may be shown."""
+    if message.has_error():
+        raise FederationError(f"failed: {shown(message.error.reason, str)}")
+    record = message.content.get(_RECORD)
+    if not isinstance(record, ConfigRecord):
+        raise WireError(f"message: has no {_RECORD!r}")
+    if "failed" in record:
+        raise FederationError(f"failed: {shown(record['failed'], str)}")
+    value = record.get(key)
+    if not isinstance(value, kind):
+        raise WireError(f"{key}: got {type(value).__name__}, accepted: {kind.__name__}")
+    return value

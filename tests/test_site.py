@@ -1,0 +1,159 @@
+"""A site that is opened anew goes on as it was: its noise, its optimizer's state, its budget."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import torch as safetensors
+from test_federated import document, settled, tiny_bert  # noqa: F401
+
+from ffa_kernels.errors import ConfigError, PrivacyError
+from ffa_kernels.federated import driver
+from ffa_kernels.federated.build import build
+from ffa_kernels.federated.server import Server
+from ffa_kernels.federated.site import Site
+from ffa_kernels.privacy import Ledger, PrivacyEngine
+
+RUN = "5e" * 8
+pytestmark = pytest.mark.filterwarnings("ignore:.*noise and sampling can be repeated")
+
+
+class North:
+    """One site and the server it trains with."""
+
+    def __init__(self, document: dict[str, Any], tmp_path: Path, **changes: Any) -> None:  # noqa: F811
+        self.config = settled(document, tmp_path, **changes)
+        self.model, self.tokenizer = build(self.config)
+        self.records = driver.load_records(self.config)["north"][0]
+        self.folder = tmp_path / "north"
+
+    def server(self) -> Server:
+        return driver.make_server(self.config, self.model, RUN)
+
+    def open(self, folder: Path | None = None, seed: int | None = None, run: str = RUN) -> Site:
+        parts = (self.records, self.model, self.tokenizer, self.config, run)
+        return Site("north", *parts, folder=folder or self.folder, seed=seed)
+
+
+@pytest.fixture
+def north(document: dict[str, Any], tmp_path: Path) -> North:  # noqa: F811
+    return North(document, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"optimizer": "adam", "lr": 0.05, "lr_decay": 0.5},
+        {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9},
+        {"optimizer": "adamw", "lr": 0.05, "weight_decay": 0.1},
+    ],
+)
+def test_opened_for_each_round_or_once_it_sends_the_same(
+    document: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+    train: dict[str, Any],
+) -> None:
+    north = North(document, tmp_path, train=train, privacy={"new_ledger": True})
+    server = north.server()
+    with closing(north.open(tmp_path / "once", seed=5)) as site:
+        for round_ in (1, 2):
+            update = site.run_round(round_, server.message(round_, "north"))
+            with closing(north.open(tmp_path / "anew", seed=5)) as again:
+                assert again.noise_multiplier == site.noise_multiplier
+                assert_equal(again.run_round(round_, server.message(round_, "north")), update)
+            server.aggregate(round_, ["north"], [("north", update)])
+
+
+def assert_equal(a: bytes, b: bytes) -> None:
+    """In every bit of every tensor; the header's entries come in any order."""
+    mine, others = safetensors.load(a), safetensors.load(b)
+    assert mine.keys() == others.keys()
+    assert all(torch.equal(mine[name], others[name]) for name in mine)
+
+
+def test_the_budget_ends_where_it_would_have(north: North) -> None:
+    server = north.server()
+    for round_ in (1, 2):
+        with closing(north.open()) as site:
+            server.aggregate(
+                *(round_, ["north"]),
+                [("north", site.run_round(round_, server.message(round_, "north")))],
+            )
+            spent = site.epsilon()
+    with closing(north.open()) as site:
+        assert site.epsilon() == spent <= north.config.privacy.target_epsilon
+        kept = north.folder / f"update-{RUN}-0002.safetensors"
+        assert site.run_round(2, b"") == kept.read_bytes(), "sent again"
+        kept.unlink()
+        with pytest.raises(PrivacyError, match="is spent"):
+            site.run_round(2, server.message(2, "north"))
+
+
+def test_steps_of_a_round_that_broke_off_are_not_to_be_had_again(
+    north: North, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, steps = north.server(), north.config.federation.local_steps
+    with closing(north.open()) as site, monkeypatch.context() as patched:
+        patched.setattr(site, "_check_moved", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            site.run_round(1, server.message(1, "north"))
+        noise = site.noise_multiplier
+    with closing(north.open()) as site:
+        assert site.noise_multiplier == noise
+        server.aggregate(1, ["north"], [("north", site.run_round(1, server.message(1, "north")))])
+        with pytest.raises(PrivacyError, match=f"for {steps} steps, which are done"):
+            site.run_round(2, server.message(2, "north"))
+        assert site.epsilon() <= north.config.privacy.target_epsilon
+
+
+def test_what_else_was_charged_meanwhile_ends_the_run(north: North) -> None:
+    with closing(north.open()) as site:
+        noise, rate = site.noise_multiplier, site.sample_rate
+    ledger = Ledger(north.folder / "ledger.jsonl")
+    ledger.charge(noise, rate)
+    ledger.close()
+    # One of the run's own steps, for all that anyone can tell.
+    north.open().close()
+    ledger = Ledger(north.folder / "ledger.jsonl")
+    ledger.charge(0.9 * noise, rate)
+    ledger.close()
+    with pytest.raises(PrivacyError, match="'north': its ledger was charged for something else"):
+        north.open()
+    with closing(north.open(run="6f" * 8)) as site:
+        assert site.noise_multiplier > noise
+
+
+def test_a_damaged_state_is_named_and_the_ledger_given_back(north: North) -> None:
+    north.open().close()
+    path = north.folder / f"state-{RUN}.pt"
+    whole = path.read_bytes()
+    for content in (b"", whole[:-200], b"nonsense"):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"'north': its state of run 5e.* is damaged"):
+            north.open()
+    for key in ("noise_multiplier", "charged", "optimizer"):
+        state = torch.load(path_of(whole, path), weights_only=True)
+        torch.save({k: v for k, v in state.items() if k != key}, path)
+        with pytest.raises(ConfigError, match="is damaged"):
+            north.open()
+    state["noise_multiplier"] = 0.0
+    torch.save({**copy.deepcopy(state), "optimizer": None}, path)
+    with pytest.raises(PrivacyError, match="beyond target_epsilon 8"):
+        north.open()
+    path.write_bytes(whole)
+    north.open().close()
+
+
+def path_of(content: bytes, path: Path) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def test_an_engine_without_a_seed_is_never_given_one() -> None:
+    with pytest.raises(PrivacyError, match="the engine has no seed"):
+        PrivacyEngine().reseed(1)
