@@ -347,7 +347,8 @@ class PrivateTrainer(Trainer):
                 loss: Tensor = self.compute_loss(model, batch)
                 return loss
 
-        probe.attempt(loss_of, inputs, piece.records, "compute_loss")
+        autocast = bool(self.args.bf16)
+        probe.attempt(loss_of, inputs, piece.records, "compute_loss", autocast)
 
     def compute_loss(
         self,

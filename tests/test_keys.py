@@ -4,7 +4,9 @@ import copy
 import io
 import os
 import pickle
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -79,6 +81,24 @@ def test_no_block_of_noise_is_drawn_twice(monkeypatch, name):
     assert len(set(drawn)) == len(drawn)
     # Within a step one key and one number, and the tensors told apart.
     assert {entry[-1] for entry in drawn} == set(range(tensors))
+
+
+def test_threads_that_share_an_engine_draw_apart(monkeypatch):
+    drawn, real = [], ops.private_step
+
+    def noted(*args, **settings):
+        state = next(a for a in args if isinstance(a, torch.Tensor) and a.shape == (5,))
+        drawn.append(tuple(state.tolist()))
+        # Others come by now, if they can.
+        time.sleep(1e-3)
+        return real(*args, **settings)
+
+    monkeypatch.setattr(ops, "private_step", noted)
+    engine = PrivacyEngine(accountant="rdp")
+    models = [private(engine) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda made: train(*made, epochs=4), models))
+    assert len(drawn) == 3 * 4 * 3 == len(set(drawn))
 
 
 def test_no_key_is_in_what_training_leaves(tmp_path):

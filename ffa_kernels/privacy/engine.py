@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from ffa_kernels.backends.grid import grid_size
-from ffa_kernels.errors import ConfigError, LedgerError, PrivacyError
+from ffa_kernels.errors import ConfigError, PrivacyError
 from ffa_kernels.nn.adapter import Adapter, owned_parameters
 from ffa_kernels.nn.record_taps import RecordTaps
 from ffa_kernels.nn.recorded import RECORDED, is_recorded
@@ -30,7 +30,7 @@ from ffa_kernels.privacy.ledger import Ledger
 from ffa_kernels.privacy.optimizer import PrivateOptimizer
 from ffa_kernels.privacy.probe import Probe, rows_of
 from ffa_kernels.privacy.ranks import Ranks, agree
-from ffa_kernels.privacy.registry import fingerprint, ledgers_of, note_ledger, registry_path
+from ffa_kernels.privacy.registry import bind_ledger, fingerprint, registry_path
 from ffa_kernels.privacy.sampling import (
     Piece,
     PoissonSampler,
@@ -145,9 +145,19 @@ class PrivacyEngine:
         if step is None or step.probe is None:
             raise ConfigError("module is not private; accepted: one that make_private returned")
         records = rows_of(batch)
-        if records < 2 or not step.probe.check(loss_of, batch, records, "the loss"):
+        try:
+            conclusive = records > 1 and step.probe.check(loss_of, batch, records, "the loss")
+        except PrivacyError:
+            raise
+        except Exception as error:
             raise ConfigError(
-                f"batch has {records} records, or the first has no gradient; accepted: two or more"
+                f"loss_of takes no batch of two records ({type(error).__name__}: {error}); "
+                "accepted: a function that calls the model and does"
+            ) from error
+        if not conclusive:
+            raise ConfigError(
+                f"batch has {records} records, or none has a gradient that stays the same; "
+                "accepted: two or more, whose gradients do"
             )
 
     @property
@@ -362,13 +372,14 @@ class PrivacyEngine:
         step = PrivateStep(
             trained,
             mechanism,
-            self._noise_state(trained[0].parameter.device, ranks),
+            *self._noise_state(trained[0].parameter.device, ranks),
             lambda: self._charge(mechanism),
             guard,
             ranks,
         )
         _retire(module, step)
-        step.probe = Probe(module, [(t.parameter, t.holders) for t in trained], float(loss_scale))
+        holders = [(t.parameter, t.holders) for t in trained]
+        step.probe = Probe(module, holders, float(loss_scale), per_layer)
         self._steps.append(step)
         loader = mine.data.loader
         logical: Any = loader.batch_sampler
@@ -414,32 +425,18 @@ class PrivacyEngine:
 
     def _bind(self, ranks: Ranks | None, loader: Any, delta: float | None) -> None:
         """Sees to it that these records have one account, of one promise."""
-        data = self._data_id
+        names = [] if self._data_id is None else [self._data_id]
         if ranks is not None:
             each = ranks.together(lambda: fingerprint(loader))
-            if data is None:
-                data = hashlib.sha256(" ".join(sorted(each)).encode()).hexdigest()[:32]
-        elif data is None and (self.ledger.path is not None or registry_path().exists()):
-            data = fingerprint(loader)
+            names.append(hashlib.sha256(" ".join(sorted(each)).encode()).hexdigest()[:32])
+        elif self.ledger.path is not None or registry_path().exists():
+            names.append(fingerprint(loader))
+        else:
+            # In memory, where no ledger was ever noted.
+            return
 
         def bind() -> None:
-            if data is None:
-                return
-            path, known = self.ledger.path, self.ledger.bound.get("data") == data
-            others = [
-                other for other in ledgers_of(data) if path is None or other != path.absolute()
-            ]
-            if others and not known and not self._new_ledger:
-                raise LedgerError(
-                    f"ledger is {path}, but these records have the ledger {others[0]}: what is "
-                    "released of them is the two together; accepted: that ledger, or "
-                    "new_ledger=True if the records are public or the other is accounted for"
-                )
-            if path is None:
-                return
-            if not known:
-                note_ledger(data, path)
-            self.ledger.bind(data=data, delta=delta, accountant=self.accountant)
+            bind_ledger(self.ledger, names, delta, self.accountant, self._new_ledger)
 
         if ranks is None:
             bind()
@@ -459,16 +456,21 @@ class PrivacyEngine:
         for noise, rate, steps in history:
             self.ledger.charge(noise, rate, steps, private)
 
-    def _noise_state(self, device: torch.device, ranks: Ranks | None) -> Tensor:
-        """Key and step of the noise, where the parameters are: a step must not wait for it."""
+    def _noise_state(
+        self, device: torch.device, ranks: Ranks | None
+    ) -> tuple[Tensor, SecretStream]:
+        """Key and step of the noise, where the parameters are: a step must not wait for it; and
+        the stream that it is of, or stands for."""
         if ranks is not None:
             # Rank 0's, so that all draw the one noise of the step.
             words = ranks.led(lambda: SecretStream("noise", self.seed).state.tolist())
-            return torch.tensor(words, dtype=torch.int64, device=device)
+            state = torch.tensor(words, dtype=torch.int64, device=device)
+            return state, SecretStream("noise", self.seed)
         if device.type == "cpu":
-            return self._noise.state
+            return self._noise.state, self._noise
         # A key of its own: two models that counted apart under one key would draw alike.
-        return SecretStream("noise", self.seed).state.to(device)
+        own = SecretStream("noise", self.seed)
+        return own.state.to(device), own
 
     def _charge(self, mechanism: Mechanism) -> None:
         noise = mechanism.noise_multiplier
@@ -479,8 +481,9 @@ class PrivacyEngine:
     def _dropout_key(self) -> torch.Tensor:
         from ffa_kernels.ops import chacha20
 
-        words = chacha20(self._dropout.state, 0, 0, 1).view(torch.int64)
-        self._dropout.state[4] += 1
+        with self._dropout.lock:
+            words = chacha20(self._dropout.state, 0, 0, 1).view(torch.int64)
+            self._dropout.state[4] += 1
         return words[0, :4].clone()
 
 

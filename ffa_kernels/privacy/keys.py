@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,11 +30,13 @@ class SecretStream:
 
     Attributes:
         state: int64 (5,), changed in place.
+        lock: held from reading the step until it has counted on: threads may share a stream.
     """
 
     def __init__(self, purpose: str, seed: int | None = None) -> None:
         self.purpose, self.seed = purpose, seed
         self.state: Tensor = torch.zeros(5, dtype=torch.int64)
+        self.lock = threading.Lock()
         self.renew()
         _streams.add(self)
 
@@ -58,6 +61,8 @@ _streams: weakref.WeakSet[SecretStream] = weakref.WeakSet()
 
 def _renew_after_fork() -> None:
     for stream in list(_streams):
+        # Whoever held it is not in this process.
+        stream.lock = threading.Lock()
         if stream.seed is None:
             stream.renew()
 

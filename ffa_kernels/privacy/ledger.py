@@ -33,7 +33,10 @@ def _checksum(previous: str, record: dict[str, Any]) -> str:
 
 def _makes_sense(noise_multiplier: float, sample_rate: float, steps: int) -> bool:
     return (
-        math.isfinite(noise_multiplier)
+        isinstance(steps, int)
+        and isinstance(noise_multiplier, (int, float))
+        and isinstance(sample_rate, (int, float))
+        and math.isfinite(noise_multiplier)
         and noise_multiplier >= 0
         and 0 < sample_rate <= 1
         and steps >= 1
@@ -108,7 +111,7 @@ def read_account(path: str | os.PathLike[str]) -> Account:
 def _parse(path: Path, content: bytes) -> tuple[Account, bytes, bool]:
     """(account, torn last line, whether the last whole line lacks its newline)."""
     whole, _, torn = content.rpartition(b"\n")
-    unended = b"}" in torn
+    unended = _is_whole(torn)
     if unended:
         # Complete but for its newline: to be read as it stands, or found to be damaged.
         whole, torn = content, b""
@@ -134,6 +137,15 @@ def _parse(path: Path, content: bytes) -> tuple[Account, bytes, bool]:
     return account, torn, unended
 
 
+def _is_whole(line: bytes) -> bool:
+    """Whether a line that lacks its newline holds an object to its end."""
+    try:
+        json.JSONDecoder().raw_decode(line.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _is_known(record: dict[str, Any]) -> bool:
     if record.keys() == _CHARGE.keys():
         typed = all(type(record[name]) is kind for name, kind in _CHARGE.items())
@@ -156,7 +168,8 @@ class Ledger:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        self.path = None if path is None else Path(path)
+        # Absolute: the process may change its folder.
+        self.path = None if path is None else Path(path).absolute()
         self._account = Account()
         self._pid = os.getpid()
         self._file: int | None = None
@@ -177,7 +190,9 @@ class Ledger:
         except OSError as error:
             os.close(self._file)
             self._file = None
-            raise LedgerError(f"ledger {path}: another process holds it") from error
+            raise LedgerError(
+                f"ledger {path}: another process, or another Ledger of this one, holds it"
+            ) from error
         try:
             self._read(path)
         except BaseException:
@@ -226,9 +241,13 @@ class Ledger:
             while written < len(octets):
                 written += os.write(self._file, octets[written:])
             os.fsync(self._file)
-        except BaseException:
+        except BaseException as error:
             # Whether it is on the disk is not known; the next to open it will see.
             self._failed = "a write to it failed"
+            if isinstance(error, OSError):
+                raise LedgerError(
+                    f"ledger {self.path}: cannot be written ({error.strerror})"
+                ) from error
             raise
         self._size += len(octets)
 
@@ -291,6 +310,8 @@ class Ledger:
             LedgerError: it is bound to another already; nothing has been bound then.
             ConfigError: an argument that is not accepted.
         """
+        if data is not None and not (isinstance(data, str) and data):
+            raise ConfigError(f"data is {data!r}; accepted: a name")
         if delta is not None and not (isinstance(delta, float) and 0 < delta < 1):
             raise ConfigError(f"delta is {delta!r}; accepted: a number in (0, 1)")
         if accountant is not None:

@@ -3,12 +3,13 @@
 Clipping bounds what a record adds to the sum through its own gradient. A loss that divides by the
 batch's number of tokens, a norm over the batch or a router with a capacity let it move the others'
 gradients as well, and no bound holds. Some layers are known for that and refused by name; this
-finds the rest, on two or three records of a first batch, before anything is released.
+finds the rest, with two records at a time, before anything of the batch is released.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
+import functools
 import math
 import warnings
 import weakref
@@ -20,149 +21,244 @@ from torch import Tensor, nn
 
 from ffa_kernels.errors import PrivacyError
 from ffa_kernels.nn.record_taps import RecordTaps
+from ffa_kernels.privacy.keys import generators_kept
 
 # Of the gradient's norm. Rows of one shape are computed alike, so that truth is near 0; a coupling
-# through a count of tokens or records is near 1 here, with two records in the batch.
+# through a count of tokens or records is near 1 here, with two records in the batch. In half
+# precision a mask may send a row to another kernel of attention.
 _TOLERANCE = 1e-3
-_RECORDS = 3
-_TRIES = 3
+_HALF_TOLERANCE = 0.1
+# Two equal runs that differ by more than this tell nothing.
+_STEADY = 1e-2
+# Physical batches, of two records or more, that are probed: later ones may be of another kind.
+_PROBED = (1, 2, 4, 8)
 _IGNORED = -100
 
 Holders = Sequence[tuple[nn.Parameter, Sequence[tuple[RecordTaps, str]]]]
 
 
+class CoupledError(PrivacyError):
+    """One record's gradient depends on another record."""
+
+
 class Probe:
-    """Probes a model with the records of its first batch of two or more.
+    """Probes a model with records of its first batches.
 
     Args:
         module: as given to `make_private`.
         holders: each trained tensor, and where layers look for its taps.
         loss_scale: what losses are multiplied with before backward.
+        per_layer: each tensor is clipped by itself.
     """
 
-    def __init__(self, module: nn.Module, holders: Holders, loss_scale: float) -> None:
+    def __init__(
+        self, module: nn.Module, holders: Holders, loss_scale: float, per_layer: bool
+    ) -> None:
         self._module = weakref.ref(module)
-        self._holders, self._loss_scale = holders, loss_scale
-        self._tries = _TRIES
-        self._seen: tuple[Any, int, tuple[bool, torch.dtype, str]] | None = None
-        self._own_loss = False
+        self._holders, self._loss_scale, self._per_layer = holders, loss_scale, per_layer
+        self._batches = 0
+        self._seen: _Seen | None = None
+        self._concluded = False
+        self._why = "the model's forward was not seen (compiled, or called by parts)"
         self._hook = module.register_forward_hook(_saw_forward, with_kwargs=True)
 
     @property
     def done(self) -> bool:
-        """Whether there is nothing left to find out."""
-        return self._tries == 0
+        """Whether no batch that comes will be probed."""
+        return self._batches >= _PROBED[-1]
+
+    @property
+    def concluded(self) -> bool:
+        """Whether a probe has had a gradient to look at, and found no coupling."""
+        return self._concluded
+
+    def end(self) -> None:
+        """The model is another step's from now on."""
+        self._hook.remove()
 
     def saw(self, args: Any, kwargs: Any, output: Any, records: int, kept: int) -> None:
         """A forward for a batch of `records` rows, the first `kept` no padding, was made."""
-        packed = any(taps.cu_seqlens is not None for taps in self._taps())
-        if self.done or kept < 2 or packed:
+        if self.done or kept < 2 or self._batches + 1 not in _PROBED:
+            return
+        if any(taps.cu_seqlens is not None for taps in self._taps()):
+            self._why = "its rows are packed"
             return
         device = self._holders[0][0].device.type
         autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), device)
-        some = range(min(kept, _RECORDS))
-        self._seen = _rows((args, kwargs), records, some), len(some), autocast
-        self._own_loss = False
-        loss = _loss(output)
-        if loss is not None and loss.requires_grad:
-            # The model's own loss matters only if it is the one that is trained on.
-            loss.register_hook(self._used)  # type: ignore[no-untyped-call]
+        picked = _unlike((args, kwargs), records, kept)
+        outputs = list(_tensors(output))
+        self._seen = _Seen(
+            batch=_rows((args, kwargs), records, picked),
+            records=len(picked),
+            autocast=autocast,
+            shapes=[tuple(t.shape) for t in outputs],
+            used=[False] * len(outputs),
+        )
+        for k, tensor in enumerate(outputs):
+            if tensor.requires_grad:
+                # What is trained on is what a gradient comes to; a loss that is only shown is not.
+                tensor.register_hook(_mark(self._seen.used, k))  # type: ignore[no-untyped-call]
 
-    def _used(self, _: Tensor) -> None:
-        self._own_loss = True
-
-    def run(self) -> None:
-        """Probes what was seen since the last call.
+    def run(self, kept: int) -> None:
+        """Probes what was seen of a physical batch with `kept` records.
 
         Raises:
-            PrivacyError: a record's gradient depends on another record.
+            CoupledError: a record's gradient depends on another record.
         """
         seen, self._seen = self._seen, None
-        module = self._module()
-        if self.done or seen is None or module is None:
+        if self.done or kept < 2:
             return
-        batch, records, (enabled, dtype, device) = seen
-        own_loss = self._own_loss
+        module, number = self._module(), self._batches + 1
+        if seen is not None and module is not None:
+            enabled, dtype, device = seen.autocast
 
-        def loss_of(batch: Any) -> Tensor | None:
-            with torch.autocast(device, dtype=dtype, enabled=enabled):
-                output = module(*batch[0], **batch[1])
-            return _loss(output) if own_loss else _surrogate(output, 2)
+            def loss_of(batch: Any, scalars: bool) -> Tensor | None:
+                with torch.autocast(device, dtype=dtype, enabled=enabled):
+                    output = module(*batch[0], **batch[1])
+                return _trained_on(list(_tensors(output)), seen, scalars)
 
-        what = (
-            "the model's loss, or one of its layers," if own_loss else "one of the model's layers"
-        )
-        self.attempt(loss_of, batch, records, what)
+            what = "the model's loss, or one of its layers,"
+            # Apart: a loss is made of outputs that got a gradient by its way.
+            for scalars in seen.kinds:
+                made = functools.partial(loss_of, scalars=scalars)
+                self._attempt(made, seen.batch, seen.records, what, enabled)
+        self._count(number)
 
     def attempt(
-        self, loss_of: Callable[[Any], Tensor | None], batch: Any, records: int, what: str
+        self,
+        loss_of: Callable[[Any], Tensor | None],
+        batch: Any,
+        records: int,
+        what: str,
+        autocast: bool,
     ) -> None:
-        """As `check`, until it has once succeeded; a batch that cannot be probed is let pass.
+        """As `check`, for a batch whose turn it is; one that cannot be probed is let pass.
 
         Raises:
-            PrivacyError: a record's gradient depends on another record.
+            CoupledError: a record's gradient depends on another record.
         """
-        if self.done:
-            return
-        self._tries -= 1
+        if not self.done and self._batches + 1 in _PROBED:
+            picked = _unlike(batch, records, records)
+            self._attempt(loss_of, _rows(batch, records, picked), len(picked), what, autocast)
+
+    def _attempt(
+        self,
+        loss_of: Callable[[Any], Tensor | None],
+        batch: Any,
+        records: int,
+        what: str,
+        autocast: bool = False,
+    ) -> None:
         try:
-            conclusive = self.check(loss_of, batch, records, what)
-        except PrivacyError:
-            raise
+            found = self.check(loss_of, batch, records, what, autocast)
+            self._concluded = found or self._concluded
         except Exception as error:
-            conclusive = False
-            if self.done:
-                warnings.warn(
-                    "records could not be probed for dependence on each other: a batch of two was "
-                    f"not taken ({type(error).__name__}: {error})",
-                    stacklevel=2,
-                )
-        if conclusive:
-            self._tries = 0
-        if self.done:
-            self._hook.remove()
+            # Tokens taken for records, unless it was the probe that left some as they were.
+            if isinstance(error, CoupledError) or (
+                isinstance(error, PrivacyError) and _is_plain(batch)
+            ):
+                raise
+            self._why = f"a batch of two was not taken ({type(error).__name__}: {error})"
+        else:
+            if not self._concluded:
+                self._why = "two records have no gradient, or one that changes by itself"
+
+    def _count(self, number: int) -> None:
+        self._batches = number
+        if not self.done:
+            return
+        self._hook.remove()
+        if not self._concluded:
+            warnings.warn(
+                f"records could not be probed for dependence on each other: {self._why}; "
+                "PrivacyEngine.check_loss probes a loss by itself",
+                stacklevel=2,
+            )
 
     def check(
-        self, loss_of: Callable[[Any], Tensor | None], batch: Any, records: int, what: str
+        self,
+        loss_of: Callable[[Any], Tensor | None],
+        batch: Any,
+        records: int,
+        what: str,
+        autocast: bool = False,
     ) -> bool:
-        """Probes `loss_of` with the first rows of a batch of so many `records`.
+        """Probes `loss_of` with the first rows of a batch of so many `records`, three at most.
 
         Returns:
-            Whether the records had a gradient to look at.
+            Whether there were steady gradients to compare.
 
         Raises:
-            PrivacyError: a record's gradient depends on another record, by way of `what`.
+            CoupledError: a record's gradient depends on another record, by way of `what`.
+            PrivacyError: two records do not stay two records on their way to a trained layer.
         """
-        first = _rows(batch, records, [0, 1])
-        others = [_rows(batch, records, [0, k]) for k in (2, 0) if k < records]
-        others.append(_some_ignored(first))
-        base, again = self._gradients(loss_of, first), self._gradients(loss_of, first)
-        norm = _norm(base)
-        if not 0 < norm < math.inf:
-            return False
-        # What differs between two equal runs (atomic sums, say) is no coupling.
-        allowed = _TOLERANCE * norm + 4 * _distance(base, again)
-        for other in others:
+        pair = _rows(batch, records, [0, 1])
+        base, again = self._gradients(loss_of, pair), self._gradients(loss_of, pair)
+        third = [2] if records > 2 else []
+        # (the batch with one of its two records changed, the record that is as it was)
+        changed = [(_rows(batch, records, [0, k]), 0) for k in (*third, 0)]
+        changed += [(_rows(batch, records, [k, 1]), 1) for k in (*third, 1)]
+        changed += [(_some_ignored(pair, 1 - k), k) for k in (0, 1)]
+        compared = False
+        for other, kept in changed:
+            if not _steady(base, again, kept):
+                continue
             try:
-                moved = _distance(base, self._gradients(loss_of, other))
+                found = self._gradients(loss_of, other)
             except (RuntimeError, IndexError, ValueError):
                 # Not every loss knows labels to leave out.
                 continue
-            if not moved <= allowed:
-                raise PrivacyError(
-                    f"a record's gradient moved by {moved / norm:.2g} of its norm when another "
-                    f"record of its batch was changed: {what} couples records (a mean over the "
-                    "batch's tokens, as in transformers' causal-LM loss, or a norm over the batch, "
-                    "say), so that no bound on a record's share would hold; accepted: a mean or "
-                    "sum of losses of single records (ffa_kernels.causal_lm_loss is one)"
+            compared = True
+            share = self._moved(base, again, found, kept, autocast)
+            if share is not None and not all(
+                # Chance (a generator that others draw from, say) does not do so again and again.
+                _steady(base, self._gradients(loss_of, pair), kept)
+                and self._moved(base, again, self._gradients(loss_of, other), kept, autocast)
+                for _ in range(3)
+            ):
+                continue
+            if share is not None:
+                raise CoupledError(
+                    f"a record's gradient moved by {share:.2g} of its norm when another record of "
+                    f"its batch was changed: {what} couples records (a mean over the batch's "
+                    "tokens, as in transformers' causal-LM loss, or a norm over the batch, say), "
+                    "so that no bound on a record's share would hold; accepted: a mean or sum of "
+                    "losses of single records (ffa_kernels.causal_lm_loss is one)"
                 )
-        return True
+        return compared
+
+    def _moved(
+        self,
+        base: _Gradients,
+        again: _Gradients,
+        found: _Gradients,
+        kept: int,
+        autocast: bool,
+    ) -> float | None:
+        """By what share of its norm the gradient of record `kept` moved, if by too much."""
+        half = autocast or any(torch.finfo(p.dtype).bits < 32 for p in self._floats())
+        tolerance = _HALF_TOLERANCE if half else _TOLERANCE
+        if base.keys() != found.keys():
+            return math.inf
+        groups = [[k] for k in base] if self._per_layer else [list(base)]
+        for group in groups:
+            norm = _norm(base[k][kept] for k in group)
+            moved = _norm(base[k][kept] - found[k][kept] for k in group)
+            # What differs between two equal runs (atomic sums, say) is no coupling.
+            noise = _norm(base[k][kept] - again[k][kept] for k in group)
+            if norm > 0 and not moved <= tolerance * norm + 4 * noise:
+                return moved / norm
+        return None
+
+    def _floats(self) -> Iterator[Tensor]:
+        module = self._module()
+        return (p for p in module.parameters() if p.is_floating_point()) if module else iter(())
 
     def _taps(self) -> Iterator[RecordTaps]:
         return (taps for _, holders in self._holders for taps, _ in holders)
 
-    def _gradients(self, loss_of: Callable[[Any], Tensor | None], batch: Any) -> list[Tensor]:
-        """The first record's gradient of each trained tensor, fp64."""
+    def _gradients(self, loss_of: Callable[[Any], Tensor | None], batch: Any) -> _Gradients:
+        """Both records' gradients (2, *shape), fp64, of each trained tensor that got one."""
         held = [(taps, dict(taps.taps), dict(taps.norm_taps)) for taps in self._taps()]
         leaves: list[Tensor] = []
         for parameter, holders in self._holders:
@@ -173,15 +269,50 @@ class Probe:
                 taps.norm_taps.pop(name, None)
         devices = {p.device for p, _ in self._holders if p.device.type == "cuda"}
         try:
-            with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
-                loss = loss_of(batch)
+            # Each run draws the same; a copy, since a loss may take its batch apart.
+            with (
+                generators_kept(),
+                torch.random.fork_rng(devices=list(devices)),
+                torch.enable_grad(),
+            ):
+                loss = loss_of(_map(batch, lambda tensor, _: tensor.clone()))
                 if loss is not None and loss.requires_grad:
                     # Not autograd.grad: checkpoints of the older kind know only this.
                     (loss.sum() * self._loss_scale).backward()  # type: ignore[no-untyped-call]
         finally:
             for taps, values, norms in held:
                 taps.taps, taps.norm_taps = values, norms
-        return [leaf.grad[0].double() for leaf in leaves if leaf.grad is not None]
+        return {k: leaf.grad.double() for k, leaf in enumerate(leaves) if leaf.grad is not None}
+
+
+_Gradients = dict[int, Tensor]
+
+
+@dataclasses.dataclass
+class _Seen:
+    """Some records of a forward, and what of its outputs a gradient came to."""
+
+    batch: Any
+    records: int
+    autocast: tuple[bool, torch.dtype, str]
+    shapes: list[tuple[int, ...]]
+    used: list[bool]
+
+    @property
+    def kinds(self) -> set[bool]:
+        """Of the outputs that a gradient came to: whether they are scalars."""
+        return {
+            math.prod(shape) == 1
+            for shape, used in zip(self.shapes, self.used, strict=True)
+            if used
+        }
+
+
+def _mark(used: list[bool], k: int) -> Callable[[Tensor], None]:
+    def mark(_: Tensor) -> None:
+        used[k] = True
+
+    return mark
 
 
 def _saw_forward(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -199,17 +330,69 @@ def _saw_forward(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None
         step.probe.saw(args, kwargs, output, piece.records, piece.kept)
 
 
-def _map(value: Any, change: Callable[[Tensor, str], Tensor], name: str = "") -> Any:
+def _trained_on(outputs: list[Tensor], seen: _Seen, scalars: bool) -> Tensor | None:
+    """A loss on what the user's is made of: scalars themselves, or of rows terms of each alone.
+
+    Not linear, so that what mixes records in backward alone is seen as well.
+    """
+    if len(outputs) != len(seen.used):
+        return None
+    total: list[Tensor] = []
+    for tensor, shape, used in zip(outputs, seen.shapes, seen.used, strict=True):
+        if not used or (math.prod(shape) == 1) is not scalars:
+            continue
+        if scalars:
+            total.append(tensor.float().sum())
+            continue
+        # Where the records lie: what is two now, and was not.
+        changed = [d for d, (a, b) in enumerate(zip(tensor.shape, shape, strict=True)) if a != b]
+        if not changed and 2 in shape:
+            changed = [shape.index(2)]
+        if len(changed) != 1 or tensor.shape[changed[0]] != 2:
+            return None
+        rows = tensor.movedim(changed[0], 0).reshape(2, -1).float()
+        weights = torch.arange(rows.shape[1], device=rows.device).cos()
+        total.append((rows * weights).sum() + rows.square().sum() / 2)
+    return torch.stack([t.to(total[0].device) for t in total]).sum() if total else None
+
+
+def _map(value: Any, change: Callable[[Tensor, str], Any], name: str = "") -> Any:
     """`value` with its tensors changed; `change` is told the key that a tensor has."""
     if isinstance(value, Tensor):
         return change(value, name)
     if isinstance(value, Mapping):
-        return {key: _map(item, change, str(key)) for key, item in value.items()}
+        mapped = {key: _map(item, change, str(key)) for key, item in value.items()}
+        return mapped if type(value) is dict else type(value)(mapped)  # type: ignore[call-arg]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_map(item, change, name) for item in value))
     if isinstance(value, (tuple, list)):
         return type(value)(_map(item, change, name) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _map(getattr(value, f.name), change, f.name)
+                  for f in dataclasses.fields(value) if f.init}  # fmt: skip
+        return dataclasses.replace(value, **fields)
     return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in `value`, in its order."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor, _: str) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _map(value, note)
+    return iter(found)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether nothing in `value` can hold records that `_rows` does not see."""
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (Tensor, str, bytes, bool, int, float))
 
 
 def _rows(value: Any, records: int, wanted: Sequence[int]) -> Any:
@@ -217,63 +400,66 @@ def _rows(value: Any, records: int, wanted: Sequence[int]) -> Any:
 
     def taken(tensor: Tensor, _: str) -> Tensor:
         if tensor.dim() == 0 or tensor.shape[0] != records:
-            return tensor
+            return tensor.detach()
         return tensor.detach()[list(wanted)]
 
-    return _map(value, taken)
+    def of_list(item: Any) -> Any:
+        if isinstance(item, list) and len(item) == records:
+            return [item[k] for k in wanted] if all(isinstance(v, Tensor) for v in item) else item
+        return item
+
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], dict):
+        value = (tuple(map(of_list, value[0])), {k: of_list(v) for k, v in value[1].items()})
+    return _map(of_list(value), taken)
 
 
 def rows_of(batch: Any) -> int:
     """The first dimension of the batch's first tensor that has one; 0 without any."""
-    found: list[int] = []
-
-    def note(tensor: Tensor, _: str) -> Tensor:
-        found.extend(tensor.shape[:1])
-        return tensor
-
-    _map(batch, note)
-    return found[0] if found else 0
+    return next((t.shape[0] for t in _tensors(batch) if t.dim()), 0)
 
 
-def _some_ignored(batch: Any) -> Any:
-    """`batch` with fewer tokens to predict in its second record."""
+def _unlike(batch: Any, records: int, kept: int) -> list[int]:
+    """Up to three records of the first `kept`: the first, and those that differ most from it."""
+    shares: list[Tensor] = []
+    for tensor in _tensors(batch):
+        if tensor.dim() and tensor.shape[0] == records and not tensor.is_complex():
+            rows = tensor.detach()[:kept].reshape(kept, -1)
+            shares.append((rows != rows[:1]).double().mean(dim=1).cpu())
+    if not shares or kept < 3:
+        return list(range(min(kept, 3)))
+    # By all together, and by the smallest, which may be the labels.
+    both = [torch.stack(shares).mean(dim=0), min(shares, key=lambda s: float(s.sum()))]
+    picked = [0]
+    for share in both:
+        order = share.argsort(descending=True, stable=True).tolist()
+        picked.append(next(k for k in order if k not in picked))
+    return picked
+
+
+def _some_ignored(batch: Any, row: int) -> Any:
+    """`batch` with fewer tokens to predict in one of its two records."""
 
     def fewer(tensor: Tensor, name: str) -> Tensor:
         if name != "labels" or tensor.dim() < 2 or tensor.is_floating_point():
             return tensor
+        if tensor.is_cuda and not bool((tensor == _IGNORED).any()):
+            # A loss that does not know it would end the process there.
+            return tensor
         changed = tensor.clone()
-        changed[1, changed.shape[1] // 2 :] = _IGNORED
+        changed[row, changed.shape[1] // 2 :] = _IGNORED
         return changed
 
     return _map(batch, fewer)
 
 
-def _loss(output: Any) -> Tensor | None:
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    return loss if isinstance(loss, Tensor) else None
-
-
-def _surrogate(output: Any, records: int) -> Tensor | None:
-    """A sum over records, each of whose terms depends on that record's outputs alone."""
-    total: list[Tensor] = []
-
-    def add(tensor: Tensor, name: str) -> Tensor:
-        rows = tensor.dim() > 0 and tensor.shape[0] == records and name != "loss"
-        if rows and tensor.requires_grad and tensor.is_floating_point():
-            flat = tensor.reshape(records, -1).float()
-            total.append((flat * torch.arange(flat.shape[1], device=flat.device).cos()).sum())
-        return tensor
-
-    with contextlib.suppress(TypeError):
-        _map(output, add)
-    return torch.stack([t.to(total[0].device) for t in total]).sum() if total else None
+def _steady(base: _Gradients, again: _Gradients, kept: int) -> bool:
+    """Whether record `kept` has a gradient that two equal runs agree on."""
+    if base.keys() != again.keys():
+        return False
+    norm = _norm(g[kept] for g in base.values())
+    apart = _norm(base[k][kept] - again[k][kept] for k in base)
+    return 0 < norm < math.inf and apart <= _STEADY * norm
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
     return math.sqrt(sum(float(t.square().sum()) for t in tensors))
-
-
-def _distance(a: list[Tensor], b: list[Tensor]) -> float:
-    if len(a) != len(b):
-        return math.inf
-    return _norm(x - y for x, y in zip(a, b, strict=True))

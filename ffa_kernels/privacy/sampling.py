@@ -58,8 +58,9 @@ class PoissonSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         threshold = round(self.sample_rate * 2**53)
         for _ in range(self.steps):
-            words = chacha20(self.stream.state, 0, 0, math.ceil(self.records / 8))
-            self.stream.state[4] += 1
+            with self.stream.lock:
+                words = chacha20(self.stream.state, 0, 0, math.ceil(self.records / 8))
+                self.stream.state[4] += 1
             uniforms = words.numpy().astype("<i4", copy=False).reshape(-1).view("<u8")
             chosen = (uniforms[: self.records] >> np.uint64(11)) < np.uint64(threshold)
             yield np.flatnonzero(chosen).tolist()

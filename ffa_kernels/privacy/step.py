@@ -16,6 +16,7 @@ from ffa_kernels import ops
 from ffa_kernels.errors import PrivacyError
 from ffa_kernels.nn.record_taps import RecordTaps
 from ffa_kernels.privacy.guard import Guard
+from ffa_kernels.privacy.keys import SecretStream
 from ffa_kernels.privacy.ledger import Ledger
 from ffa_kernels.privacy.probe import Probe
 from ffa_kernels.privacy.ranks import Ranks
@@ -101,6 +102,7 @@ class PrivateStep:
         trained: the tensors, in the order that decides their noise streams.
         mechanism: clipping, noise and divisor.
         noise_state: int64 (5,), the noise's key and step.
+        stream: whose lock is held while they are used.
         charge: called once a logical step, before anything is released.
         guard: looks at the model before each release.
         ranks: the processes that make each step together, if there are others.
@@ -111,6 +113,7 @@ class PrivateStep:
         trained: Sequence[Trained],
         mechanism: Mechanism,
         noise_state: Tensor,
+        stream: SecretStream,
         charge: Callable[[], None],
         guard: Guard,
         ranks: Ranks | None = None,
@@ -121,7 +124,7 @@ class PrivateStep:
         self.steps = 0
         self.plan: Plan | None = None
         self.probe: Probe | None = None
-        self._noise_state, self._charge = noise_state, charge
+        self._noise_state, self._stream, self._charge = noise_state, stream, charge
         self._sums = [
             torch.zeros(
                 t.parameter.shape,
@@ -314,6 +317,8 @@ class PrivateStep:
         """Ends this step's life: the model belongs to another engine from now on."""
         self.abandon()
         self.detached = True
+        if self.probe is not None:
+            self.probe.end()
 
     def __reduce_ex__(self, protocol: object) -> Any:
         raise PrivacyError(
@@ -349,7 +354,7 @@ class PrivateStep:
             )
         if self.probe is not None:
             try:
-                self.probe.run()
+                self.probe.run(self._piece.kept)
             except PrivacyError:
                 self.abandon()
                 raise
@@ -427,10 +432,10 @@ class PrivateStep:
             "maximize": maximize,
         }
         update = (exp_avgs, exp_avg_sqs, steps, self._noise_state, hyper)
-        # On a GPU the state is not read: one launch uses it, and counts on by itself.
-        drawn = int(self._noise_state[4]) if self._noise_state.device.type == "cpu" else None
-        try:
-            with torch.no_grad():
+        with self._stream.lock, torch.no_grad():
+            # On a GPU the state is not read: one launch uses it, and counts on by itself.
+            drawn = int(self._noise_state[4]) if self._noise_state.device.type == "cpu" else None
+            try:
                 if whole is None:
                     ops.private_update(params, self._sums, *update, **settings)
                 else:
@@ -439,10 +444,11 @@ class PrivateStep:
                         squares=whole.squares,
                         **settings,
                     )
-        finally:
-            # Interrupted halfway, some tensors have shown this step's noise: never draw it again.
-            if drawn is not None:
-                self._noise_state[4] = drawn + 1
+            finally:
+                # Interrupted halfway, some tensors have shown this step's noise: never draw it
+                # again.
+                if drawn is not None:
+                    self._noise_state[4] = drawn + 1
 
     def _look_and_add(self) -> None:
         """The guard's look at this process, and the other ranks' sums; or all ranks stop."""
