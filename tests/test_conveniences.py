@@ -158,6 +158,26 @@ def test_autocast_gives_the_gradients_of_a_bfloat16_model(peft, inside):
         assert (mixed[name] - G).norm() / G.norm() > 2.0**-14, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_a_layer_takes_what_the_layer_before_gives(dtype):
+    """bfloat16 after another product, where nn.Linear casts its weight all the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 16), nn.Linear(16, 3)).to(dtype)
+    ffa.convert(model, r=4, target_modules=["1", "2"])
+    with torch.no_grad():
+        for name in ("1", "2"):
+            model.get_submodule(name).lora_B.normal_()
+    plain = ffa.merge(copy.deepcopy(model))
+    x, before = torch.randn(5, 4, 12), []
+    model[1].register_forward_pre_hook(lambda module, args: before.append(args[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, expected = model(x), plain(x)
+    assert before == [torch.bfloat16] and y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected, rtol=5e-2, atol=5e-2 * float(expected.abs().max()))
+    y.float().square().mean().backward()
+    assert all(p.grad.dtype == dtype for p in trained(model).values())
+
+
 def test_autocast_gives_the_gradients_that_pytorch_gives():
     """Of a batch of one record, the tap and .grad hold the same gradient."""
     model = converted()

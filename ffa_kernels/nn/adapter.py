@@ -118,14 +118,15 @@ class Adapter(nn.Module):
         """
         autocast = torch.is_autocast_enabled(x.device.type) and x.dtype in _AUTOCAST_FROM
         if not autocast:
-            return self._adapted(x, x.dtype)
+            return self._adapted(x, None)
         dtype = torch.get_autocast_dtype(x.device.type)
         if self.frozen_weight() is None:
             return self._adapted(x, dtype)
         with torch.autocast(x.device.type, enabled=False):
             return self._adapted(x, dtype)
 
-    def _adapted(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _adapted(self, x: Tensor, cast: torch.dtype | None) -> Tensor:
+        dtype = cast or x.dtype
         taps, B = self.record_taps, self.trained_B()
         trained: Tensor = B
         tap = norm_tap = cu_seqlens = None
@@ -141,7 +142,8 @@ class Adapter(nn.Module):
             trained = B.detach()
         weight, bias = self.frozen_weight(), self.frozen_bias()
         base = self.base_forward(x) if weight is None else None
-        if x.dtype != dtype:
+        if cast is not None:
+            # x may have that dtype already, from the layer before.
             x = x.to(dtype)
             # Frozen, and a view of nothing in autograd: cast anew each time, kept nowhere.
             weight = None if weight is None else weight.to(dtype)
