@@ -59,12 +59,12 @@ CUDA_FLAGS = [
 ]
 
 
-# The CUDA kernels as a program of the CPU, one thread of a block after another (cuda/block.h),
-# under the address and undefined-behaviour sanitizers.
+SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow"
+SANITIZED = ("-O1", "-g1", SANITIZERS, "-fno-sanitize-recover=all")
+# The CUDA kernels as a program of the CPU, one thread of a block after another (cuda/block.h).
 SERIAL_FLAGS = [
-    *("-x", "c++", "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
-    *("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"),
-    *("-Wall", "-Wextra", "-DFFA_ISA=serial"),
+    *("-x", "c++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
+    *("-Wall", "-Wextra", "-DFFA_ISA=serial", *SANITIZED),
 ]
 
 
@@ -107,8 +107,10 @@ def _x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
-def _build_cpu(compiler: list[str], work: Path, target: Path) -> list[str]:
-    flags = [*CXX_FLAGS, *(["-DFFA_X86_COPIES"] if _x86() else [])]
+def _build_cpu(
+    compiler: list[str], work: Path, target: Path, more: tuple[str, ...] = ()
+) -> list[str]:
+    flags = [*CXX_FLAGS, *(["-DFFA_X86_COPIES"] if _x86() else []), *more]
     objects: list[str] = []
     commands: list[list[str]] = []
 
@@ -125,7 +127,7 @@ def _build_cpu(compiler: list[str], work: Path, target: Path) -> list[str]:
     add("parallel", "shared", [])
     _compile_all(commands)
     libraries = ["-ldl", "-lm"] if sys.platform.startswith("linux") else ["-lm"]
-    _run([*compiler, "-shared", *objects, "-o", str(target), *libraries])
+    _run([*compiler, "-shared", *more, *objects, "-o", str(target), *libraries])
     return flags
 
 
@@ -157,10 +159,20 @@ def _build_cuda(compiler: list[str], work: Path, target: Path) -> list[str]:
     return flags
 
 
-def build_serial(out: Path) -> Path:
-    """Compile the CUDA kernels for the CPU into ``libffa_cuda_serial.so`` in `out`, for tests.
+def _build_serial(compiler: list[str], work: Path, target: Path) -> None:
+    objects, commands = [], []
+    for source in sorted((CSRC / "cuda").glob("*.cu"), key=lambda path: -path.stat().st_size):
+        objects.append(str(work / f"{source.stem}.o"))
+        commands.append([*compiler, *SERIAL_FLAGS, "-c", str(source), "-o", objects[-1]])
+    _compile_all(commands)
+    _run([*compiler, "-shared", SANITIZERS, *objects, "-o", str(target)])
 
-    A process that loads it needs the sanitizer's runtime first: LD_PRELOAD libasan.so.
+
+def build_for_tests(kind: str, out: Path) -> Path:
+    """Compile the kernels of `kind` under sanitizers into a library in `out`, if it is not there.
+
+    Those of "cpu" as they are, but with fewer optimisations; those of "cuda" for the CPU. A process
+    that loads the library needs the sanitizer's runtime first: LD_PRELOAD libasan.so.
 
     Raises:
         CompileError: no C++ compiler, or its words about a file that it refused.
@@ -169,21 +181,18 @@ def build_serial(out: Path) -> Path:
     if compiler is None:
         raise CompileError("no C++ compiler found")
     out.mkdir(parents=True, exist_ok=True)
-    target, record = out / "libffa_cuda_serial.so", out / "serial.txt"
-    digest = _sources_digest("cuda")
+    target, record = out / f"libffa_{kind}_sanitized.so", out / f"{kind}.txt"
+    digest = _sources_digest(kind)
     # Two workers of a test run ask at once: one compiles.
-    with (out / "lock").open("w") as lock, tempfile.TemporaryDirectory() as work:
+    with (out / f"{kind}.lock").open("w") as lock, tempfile.TemporaryDirectory() as work:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.exists() and record.exists() and record.read_text() == digest:
             return target
-        objects, commands = [], []
-        for source in sorted((CSRC / "cuda").glob("*.cu"), key=lambda path: -path.stat().st_size):
-            objects.append(str(Path(work) / f"{source.stem}.o"))
-            commands.append([*compiler, *SERIAL_FLAGS, "-c", str(source), "-o", objects[-1]])
-        _compile_all(commands)
         fresh = target.with_suffix(".tmp")
-        sanitizers = "-fsanitize=address,undefined"
-        _run([*compiler, "-shared", sanitizers, *objects, "-o", str(fresh)])
+        if kind == "cpu":
+            _build_cpu(compiler, Path(work), fresh, SANITIZED)
+        else:
+            _build_serial(compiler, Path(work), fresh)
         fresh.replace(target)
         record.write_text(digest)
     return target

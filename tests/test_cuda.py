@@ -13,34 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from sanitized import COMPILER, OPS, PATIENCE_S, ROOT, needs_compiler, run_tests, script
 
 from ffa_kernels.backends import dispatch
 from ffa_kernels.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "ffa_kernels" / "_lib" / "libffa_cuda.so"
-SERIAL = ROOT / "build" / "serial"
-COMPILER = shutil.which(os.environ.get("CXX", "g++"))
-PATIENCE_S = 1200
 
 NVCC = shutil.which(os.environ.get("NVCC", "nvcc"))
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")
 needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="no CUDA library: no nvcc")
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on PATH")
 
 # The cards of the bars; what else is built runs no worse.
 ARCHS = (75, 80, 86, 87, 89, 90, 100, 120)
 QUICK = (75, 80, 120)
-
-
-@functools.cache
-def script(name: str):
-    """A module of csrc, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "csrc" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @functools.cache
@@ -254,61 +240,23 @@ def test_a_forced_gpu_backend_leaves_cpu_tensors_to_the_cpu(monkeypatch, name):
 
 # The kernels on the CPU.
 
-OPS = [
-    f"tests/test_{name}.py"
-    for name in (
-        *("cuda_kernels", "linear", "per_sample_grad", "per_sample_clip", "packed"),
-        *("clip_accumulate", "private_update", "private_step", "chacha20", "gaussian"),
-    )
-]
-
 
 def run_serial(files: list[str], order: str, arch: int, which: str = "cuda") -> None:
-    """The op tests with the serial library in the place of the CUDA one."""
-    library = script("build").build_serial(SERIAL)
-    runtime = [
-        subprocess.run(
-            [COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so.6")
-    ]
-    environment = os.environ | {
-        "FFA_CUDA_LIBRARY": str(library),
-        "FFA_SERIAL_GRID": order,
-        "FFA_SERIAL_ARCH": str(arch),
-        "LD_PRELOAD": " ".join(runtime),
-        # Python and torch keep what they allocate.
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "OMP_NUM_THREADS": "1",
-    }
-    # A sanitizer that ends the process takes with it what pytest has captured of its last words.
-    options = ["-q", "-p", "no:cacheprovider", "--capture=sys", "-k", which]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *files],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed[1]) > 10, done.stdout[-2000:]
-    print(done.stdout.strip().splitlines()[-1])
+    run_tests("cuda", files, which, FFA_SERIAL_GRID=order, FFA_SERIAL_ARCH=str(arch))
 
 
 @needs_compiler
 @pytest.mark.timeout(PATIENCE_S)
 @pytest.mark.parametrize("order, arch", [("forward", 80), ("reversed", 75)])
 def test_kernels_at_their_edges_under_sanitizers(order, arch):
-    run_serial(OPS[:1], order, arch)
+    run_serial(["tests/test_cuda_kernels.py"], order, arch)
 
 
 @needs_compiler
 @pytest.mark.timeout(PATIENCE_S)
 def test_the_contract_under_sanitizers():
     """But for opcheck, which is slow there and sees the same Python code as on any backend."""
-    run_serial(OPS[1:], "forward", 80, "cuda and not opcheck")
+    run_serial(OPS, "forward", 80, "cuda and not opcheck")
 
 
 @pytest.mark.full
@@ -317,4 +265,4 @@ def test_the_contract_under_sanitizers():
 @pytest.mark.parametrize("arch", [75, 80])
 @pytest.mark.parametrize("order", ["forward", "reversed"])
 def test_the_whole_contract_under_sanitizers(order, arch):
-    run_serial(OPS, order, arch)
+    run_serial(["tests/test_cuda_kernels.py", *OPS], order, arch)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import sys
 import tomllib
 import types
 from collections import Counter
@@ -395,16 +394,15 @@ def _value(given: object, hint: Any, key: Field[Any], where: str) -> Any:
     if get_origin(hint) is types.UnionType:
         hint = next(arg for arg in get_args(hint) if arg is not type(None))
     value: Any = given
-    if hint is float and type(given) is int and abs(given) <= sys.float_info.max:
-        value = float(given)
+    if hint is float and _is_whole(given):
+        value = float(value)
     elif get_origin(hint) is tuple and isinstance(given, list):
         value = tuple(tuple(item) if isinstance(item, list) else item for item in given)
-    # type(), not isinstance(): true and false are no numbers here.
-    fits = type(value) is (get_origin(hint) or hint)
+    fits = _is_whole(value) if hint is int else type(value) is (get_origin(hint) or hint)
     if fits and isinstance(value, tuple):
         of = get_args(hint)[0]
         if of is float:
-            value = tuple(float(v) if type(v) is int and abs(v) < 2**53 else v for v in value)
+            value = tuple(float(v) if _is_whole(v) else v for v in value)
         fits = all(_is_item(item, of) for item in value)
     if not fits or not key.metadata["ok"](value):
         raise ConfigError(
@@ -413,10 +411,16 @@ def _value(given: object, hint: Any, key: Field[Any], where: str) -> Any:
     return value
 
 
+def _is_whole(value: Any) -> bool:
+    """Whether it is a whole number of TOML's: its own reader takes those of any length."""
+    # type(), not isinstance(): true and false are no numbers here.
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
 def _is_item(item: object, hint: Any) -> bool:
     """Whether `item` is of the hint's type, a tuple of texts where it says so."""
     if hint in (str, int, float):
-        return type(item) is hint
+        return _is_whole(item) if hint is int else type(item) is hint
     return isinstance(item, tuple) and all(isinstance(text, str) for text in item)
 
 

@@ -6,6 +6,7 @@ Nothing is read from the network, and no code of the folder's own is run.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,8 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffa_kernels.errors import ConfigError
+from ffa_kernels.errors import ConfigError, shown
 from ffa_kernels.nn.conversion import can_adapt, convert
+
+# Of a layer: A is made in earnest, and takes r d_in numbers.
+_WIDEST = 1 << 20
 
 
 def from_folder(
@@ -34,19 +38,24 @@ def from_folder(
     Raises:
         ConfigError: none of these, or a config that names no class of transformers.
     """
-    made, config = _in_folder(folder) if folder.exists() else _by_name(str(folder))
+    # Unlike pathlib's, this takes a name that is too long for one of nothing.
+    found = os.path.exists(folder)
+    made, config = _in_folder(folder) if found else _by_name(str(folder))
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     try:
         with torch.device("meta"):
             model: nn.Module = made(config)
-    except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
-        raise ConfigError(
-            f"MODEL: {made.__name__} does not accept its config ({error}); accepted: sizes that "
-            "fit together"
-        ) from error
+    except Exception as error:  # whatever a model does not check
+        raise _not_accepted(made, error) from error
     finally:
         torch.set_default_dtype(before)
+    for name, module in model.named_modules():
+        if can_adapt(module) and max(weight := tuple(module.weight.shape)) > _WIDEST:
+            raise ConfigError(
+                f"MODEL: {made.__name__}'s layer {name!r} has the weight {weight}; accepted: up to "
+                f"{_WIDEST} in each direction"
+            )
     heads = [n for n in ("classifier", "score") if isinstance(getattr(model, n, None), nn.Module)]
     targets = block_layers(model) if target_modules is None else list(target_modules)
     # Only A's shape matters: the one that is made fastest.
@@ -63,7 +72,7 @@ def _in_folder(folder: Path) -> tuple[Any, Any]:
     try:
         found = json.loads(path.read_text())
         name = found["architectures"][0]
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         raise ConfigError(
             f"MODEL is {folder}, whose config.json names no architecture; accepted: one with "
             '"architectures": ["BertForSequenceClassification"], say'
@@ -71,10 +80,20 @@ def _in_folder(folder: Path) -> tuple[Any, Any]:
     made: Any = getattr(transformers, str(name), None)
     if getattr(made, "config_class", None) is None:
         raise ConfigError(
-            f"MODEL's config.json names {name!r}; accepted: a model class of transformers "
+            f"MODEL's config.json names {shown(name)}; accepted: a model class of transformers "
             f"{transformers.__version__}"
         )
-    return made, made.config_class.from_pretrained(str(folder), local_files_only=True)
+    try:
+        return made, made.config_class.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # whatever a config does not check
+        raise _not_accepted(made, error) from error
+
+
+def _not_accepted(made: Any, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"MODEL: {made.__name__} does not accept its config ({shown(error, str)}); accepted: sizes "
+        "that fit together"
+    )
 
 
 def _by_name(given: str) -> tuple[Any, Any]:
@@ -98,8 +117,9 @@ def _by_name(given: str) -> tuple[Any, Any]:
     if getattr(made, "config_class", None) is None:
         near = get_close_matches(name, of_type, n=3)
         raise ConfigError(
-            f"MODEL is {given}; accepted: a local folder with a config.json, or a model type or "
-            "class of transformers with sizes, as in llama:hidden_size=512,num_hidden_layers=4"
+            f"MODEL is {shown(given, str)}; accepted: a local folder with a config.json, or a "
+            "model type or class of transformers with sizes, as in "
+            "llama:hidden_size=512,num_hidden_layers=4"
             + (f"; did you mean {', '.join(near)}?" if near else "")
         )
     known, values = made.config_class(), {}
@@ -108,16 +128,19 @@ def _by_name(given: str) -> tuple[Any, Any]:
         if not hasattr(known, size):
             near = get_close_matches(size, vars(known), n=3)
             raise ConfigError(
-                f"MODEL gives {size!r}, which {type(known).__name__} does not have"
+                f"MODEL gives {shown(size)}, which {type(known).__name__} does not have"
                 + (f"; did you mean {', '.join(near)}?" if near else "")
             )
         try:
             values[size] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ConfigError(
-                f"MODEL gives {part!r}; accepted: {size}= with a number, true or false"
+                f"MODEL gives {shown(part)}; accepted: {size}= with a number, true or false"
             ) from None
-    return made, made.config_class(**values)
+    try:
+        return made, made.config_class(**values)
+    except Exception as error:  # whatever a config does not check
+        raise _not_accepted(made, error) from error
 
 
 def block_layers(model: nn.Module) -> list[str]:

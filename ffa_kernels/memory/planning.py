@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffa_kernels.errors import ConfigError
+from ffa_kernels.errors import ConfigError, shown
 from ffa_kernels.losses import (
     causal_lm_loss,
     chunked_causal_lm_loss,
@@ -119,12 +119,12 @@ def parse_memory(memory: object, argument: str = "memory") -> int:
         return memory
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(memory).lower())
     if isinstance(memory, str) and found and found[2] in _UNITS:
-        size = int(float(found[1]) * _UNITS[found[2]])
-        if size > 0:
-            return size
+        size = float(found[1]) * _UNITS[found[2]]
+        if 1 <= size < math.inf:
+            return int(size)
     raise ConfigError(
-        f"{argument} is {memory!r}; accepted: a positive number of bytes, or one with a unit such "
-        "as 500MB, 4GiB"
+        f"{argument} is {shown(memory)}; accepted: a positive number of bytes, or one with a unit "
+        "such as 500MB, 4GiB"
     )
 
 

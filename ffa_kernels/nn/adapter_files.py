@@ -5,24 +5,26 @@ PEFT itself is not needed: the layout is its LoRA's. Tensors keep their bits and
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ffa_kernels.errors import ConfigError
+from ffa_kernels.errors import ConfigError, shown
 from ffa_kernels.files import write_atomic
 from ffa_kernels.nn.adapter import Adapter, owned_parameters
 from ffa_kernels.nn.conversion import ADAPTABLE, can_adapt, make_adapter, put_in
 from ffa_kernels.nn.linear import check_adapter, is_conv1d, scaling_of
+from ffa_kernels.nn.patterns import Pattern
 from ffa_kernels.nn.peft import lora_layers
 
 M = TypeVar("M", bound=nn.Module)
@@ -321,49 +323,76 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"directory: {path} is not JSON ({error})") from error
     if not isinstance(config, dict):
         raise ConfigError(f"directory: {path} holds {type(config).__name__}; accepted: an object")
     method = config.get("peft_type")
     if method != "LORA":
-        raise ConfigError(f"directory: {path} has peft_type {method!r}; accepted: 'LORA'")
+        raise ConfigError(f"directory: {path} has peft_type {shown(method)}; accepted: 'LORA'")
     if config.get("bias", "none") != "none":
-        raise ConfigError(f"directory: {path} has bias {config['bias']!r}; accepted: 'none'")
+        raise ConfigError(f"directory: {path} has bias {shown(config['bias'])}; accepted: 'none'")
     init = config.get("init_lora_weights", True)
     if not any(init is known or init == known for known in _INITS_OF_A):
         raise ConfigError(
-            f"directory: {path} has init_lora_weights {init!r}, which rewrites the base model's "
-            f"weights; accepted: {', '.join(map(repr, _INITS_OF_A))}"
+            f"directory: {path} has init_lora_weights {shown(init)}, which rewrites the base "
+            f"model's weights; accepted: {', '.join(map(repr, _INITS_OF_A))}"
         )
     for key, value in config.items():
         if key not in _READ and value:
             raise ConfigError(
-                f"directory: {path} has {key} {value!r}, which is more than a frozen W with "
-                "s B A; accepted: plain LoRA"
+                f"directory: {path} has {shown(key, str)} {shown(value)}, which is more than a "
+                "frozen W with s B A; accepted: plain LoRA"
             )
     settings = (config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0))
     try:
         check_adapter(*settings, "kaiming")
     except ConfigError as error:
         raise ConfigError(f"directory: {path}: {error}") from error
-    for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(key) or {}, dict):
-            raise ConfigError(f"directory: {path} has {key} {config[key]!r}; accepted: an object")
+    for key, (accepted, fits) in _FORMS.items():
+        if config.get(key) is not None and not fits(config[key]):
+            raise ConfigError(
+                f"directory: {path} has {key} {shown(config[key])}; accepted: {accepted}"
+            )
     for key in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"):
         patterns = config.get(key) or {}
+        if isinstance(patterns, list):
+            continue
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             try:
-                re.compile(pattern)
-            except re.error as error:
+                _pattern(pattern)
+            except ValueError as error:
                 raise ConfigError(
-                    f"directory: {path} has {key} {pattern!r}, no regular expression ({error})"
+                    f"directory: {path} has {key} {shown(pattern)}, no regular expression ({error})"
                 ) from error
     return config
 
 
+_pattern = functools.lru_cache(maxsize=4096)(Pattern)
+
+
+def _are(kind: type, value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+_NAMES = ("a text or a list of texts", lambda v: isinstance(v, str) or _are(str, v))
+_OBJECT = ("an object", lambda v: isinstance(v, dict))
+# What is accepted beside null, in words and as a test.
+_FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "rank_pattern": _OBJECT,
+    "alpha_pattern": _OBJECT,
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "layers_pattern": _NAMES,
+    "modules_to_save": ("a list of names", lambda v: _are(str, v)),
+    "layers_to_transform": (
+        "an integer or a list of integers",
+        lambda v: type(v) is int or _are(int, v),
+    ),
+}
+
+
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
@@ -375,14 +404,15 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             + (f", only {old.name}, a pickle" if old.exists() else "")
             + f"; accepted: a folder with {path.name}"
         ) from error
-    except SafetensorError as error:
+    except Exception as error:  # of a dtype that safetensors knows and torch does not, KeyError
         raise ConfigError(
-            f"directory: {path} is damaged or cut short ({error}); accepted: a whole safetensors "
-            "file"
+            f"directory: {path} is damaged or cut short ({shown(error, str)}); accepted: a whole "
+            "safetensors file"
         ) from error
 
 
 _Pairs = dict[str, tuple[Tensor, Tensor]]
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def _split(tensors: dict[str, Tensor]) -> tuple[_Pairs, dict[str, Tensor]]:
@@ -391,15 +421,17 @@ def _split(tensors: dict[str, Tensor]) -> tuple[_Pairs, dict[str, Tensor]]:
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if not key.startswith(_PREFIX):
-            raise ConfigError(f"directory: tensor {key!r}; accepted: names that begin {_PREFIX}")
+            raise ConfigError(
+                f"directory: tensor {shown(key)}; accepted: names that begin {_PREFIX}"
+            )
         name = key.removeprefix(_PREFIX)
         match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
         if match:
             found.setdefault(match[1], {})[match[2]] = tensor
         elif re.search(r"(^|\.)lora_", name):
             raise ConfigError(
-                f"directory: tensor {key!r}; accepted: lora_A.weight and lora_B.weight of linear "
-                "layers (one adapter, no DoRA, no embedding)"
+                f"directory: tensor {shown(key)}; accepted: lora_A.weight and lora_B.weight of "
+                "linear layers (one adapter, no DoRA, no embedding)"
             )
         else:
             others[name] = tensor
@@ -407,11 +439,12 @@ def _split(tensors: dict[str, Tensor]) -> tuple[_Pairs, dict[str, Tensor]]:
     for name, parts in found.items():
         if parts.keys() != {"A", "B"}:
             missing = "A" if "A" not in parts else "B"
-            raise ConfigError(f"directory: lora_{missing} of layer {name!r} is missing")
+            raise ConfigError(f"directory: lora_{missing} of layer {shown(name)} is missing")
         A, B = parts["A"], parts["B"]
-        if not (A.is_floating_point() and B.is_floating_point()):
+        if not {A.dtype, B.dtype} <= _FLOATS:
             raise ConfigError(
-                f"directory: layer {name!r} has {A.dtype} and {B.dtype}; accepted: float types"
+                f"directory: layer {shown(name)} has {A.dtype} and {B.dtype}; accepted: float "
+                "types of 16 bits or more"
             )
         pairs[name] = A, B
     if not pairs:
@@ -420,8 +453,10 @@ def _split(tensors: dict[str, Tensor]) -> tuple[_Pairs, dict[str, Tensor]]:
 
 
 def _of_pattern(config: dict[str, Any], which: str, name: str, default: Any) -> Any:
+    # A pattern may begin at any part of the name.
+    starts = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
     for key, value in (config.get(which) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if _pattern(key).covers(name, starts):
             return value
     return default
 
@@ -433,8 +468,8 @@ def _settings(config: dict[str, Any], name: str, A: Tensor) -> tuple[int, float,
     check_adapter(r, alpha, 0.0, "kaiming")
     if A.dim() != 2 or A.shape[0] != r:
         raise ConfigError(
-            f"directory: lora_A of layer {name!r} is {tuple(A.shape)}, but {CONFIG} gives the "
-            f"rank {r}; accepted: ({r}, d_in)"
+            f"directory: lora_A of layer {name!r} is {shown(tuple(A.shape))}, but {CONFIG} gives "
+            f"the rank {r}; accepted: ({r}, d_in)"
         )
     return r, float(alpha), bool(config.get("use_rslora"))
 
@@ -442,8 +477,8 @@ def _settings(config: dict[str, Any], name: str, A: Tensor) -> tuple[int, float,
 def _check_shapes(name: str, A: Tensor, B: Tensor, d_in: int, d_out: int) -> None:
     if A.shape[1] != d_in or tuple(B.shape) != (d_out, A.shape[0]):
         raise ConfigError(
-            f"directory: layer {name!r} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}; "
-            f"accepted by the model: (r, {d_in}) and ({d_out}, r)"
+            f"directory: layer {name!r} has lora_A {shown(tuple(A.shape))} and lora_B "
+            f"{shown(tuple(B.shape))}; accepted by the model: (r, {d_in}) and ({d_out}, r)"
         )
 
 
@@ -451,16 +486,15 @@ def _is_target(config: dict[str, Any], name: str) -> bool:
     """Whether PEFT's target_modules, and what limits them, pick the module."""
     excluded = config.get("exclude_modules") or []
     if isinstance(excluded, str):
-        if re.fullmatch(excluded, name):
+        if _pattern(excluded).covers(name):
             return False
     elif _ends(name, excluded):
         return False
-    for saved in config.get("modules_to_save") or []:
-        if re.match(rf"(^|.*\.){saved}($|\..*)", name):
-            return False
+    if any(f".{saved}." in f".{name}." for saved in config.get("modules_to_save") or []):
+        return False
     targets = config.get("target_modules") or []
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return _pattern(targets).covers(name)
     if name in targets:
         return True
     if not _ends(name, targets):
@@ -470,7 +504,7 @@ def _is_target(config: dict[str, Any], name: str) -> bool:
         return True
     patterns = config.get("layers_pattern") or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    before = [rf"(?:^|.*?\.){pattern}" for pattern in patterns] or [r".*?\.[^.]*"]
+    before = [rf"(?:^|.*?\.){re.escape(pattern)}" for pattern in patterns] or [r".*?\.[^.]*"]
     for start in before:
         match = re.match(rf"{start}\.(\d+)\.", name)
         if match:
@@ -498,19 +532,23 @@ def _fit_others(expected: dict[str, Tensor], others: dict[str, Tensor]) -> None:
     for name, tensor in others.items():
         if name not in expected:
             raise ConfigError(
-                f"directory: tensor {name!r} is neither LoRA's nor in modules_to_save, or the "
+                f"directory: tensor {shown(name)} is neither LoRA's nor in modules_to_save, or the "
                 "model has none of that name"
             )
         if tensor.shape != expected[name].shape:
             raise ConfigError(
-                f"directory: tensor {name!r} is {tuple(tensor.shape)}; accepted by the model: "
-                f"{tuple(expected[name].shape)}"
+                f"directory: tensor {name!r} is {shown(tuple(tensor.shape))}; accepted by the "
+                f"model: {tuple(expected[name].shape)}"
             )
         _check_exact(name, tensor, expected[name])
 
 
 def _check_exact(name: str, tensor: Tensor, place: Tensor) -> None:
-    if torch.promote_types(tensor.dtype, place.dtype) != place.dtype:
+    try:
+        fits = torch.promote_types(tensor.dtype, place.dtype) == place.dtype
+    except RuntimeError:  # some have no common type at all
+        fits = False
+    if not fits:
         raise ConfigError(
             f"directory: {name} is {tensor.dtype}, which the model's {place.dtype} would round; "
             f"accepted: a model whose own is {tensor.dtype} or wider"
@@ -526,7 +564,7 @@ def _fill(
     if unknown or lacking:
         raise ConfigError(
             "directory and model do not fit: "
-            + (f"the model has no adapted layer {', '.join(unknown[:3])}; " if unknown else "")
+            + (f"the model has no adapted layer {shown(unknown[0])}; " if unknown else "")
             + (f"the file has nothing for {', '.join(lacking[:3])}; " if lacking else "")
             + "accepted: the same layers in both"
         )
@@ -537,8 +575,8 @@ def _fill(
         held_A, held_B = layer.frozen_A(), layer.trained_B()
         if tuple(held_A.shape) != tuple(A.shape) or tuple(held_B.shape) != tuple(B.shape):
             raise ConfigError(
-                f"directory: layer {name!r} has lora_A {tuple(A.shape)} and lora_B "
-                f"{tuple(B.shape)}; accepted by the model: {tuple(held_A.shape)} and "
+                f"directory: layer {name!r} has lora_A {shown(tuple(A.shape))} and lora_B "
+                f"{shown(tuple(B.shape))}; accepted by the model: {tuple(held_A.shape)} and "
                 f"{tuple(held_B.shape)}"
             )
         if scaling_of(r, alpha, rslora) != layer.adapter_scaling():
@@ -551,7 +589,7 @@ def _fill(
     saved = _saved_by_owner(root, layers)
     wrapped = _wrapped_by_peft(root)
     plain = [n for n, _ in root.named_modules() if not any(n.startswith(w + ".") for w in wrapped)]
-    for name in _wanted_by_peft(plain, _asked(config)):
+    for name in _wanted_by_peft(plain, config.get("modules_to_save") or []):
         saved.setdefault(name, root.get_submodule(name))
     places = {f"{n}.{k}": v for n, m in saved.items() for k, v in m.state_dict().items()}
     _fit_others(places, others)
@@ -562,13 +600,6 @@ def _fill(
         for name, tensor in others.items():
             # state_dict's tensors are the parameters' own memory.
             places[name].copy_(tensor)
-
-
-def _asked(config: dict[str, Any]) -> list[str]:
-    asked = config.get("modules_to_save") or []
-    if not isinstance(asked, list):
-        raise ConfigError(f"directory: modules_to_save is {asked!r}; accepted: a list of names")
-    return asked
 
 
 def _convert_to(
@@ -584,7 +615,7 @@ def _convert_to(
     for name, (A, B) in pairs.items():
         module: Any = modules.get(name)
         if module is None or name == "":
-            raise ConfigError(f"directory: layer {name!r} is in the file and not in the model")
+            raise ConfigError(f"directory: layer {shown(name)} is in the file and not in the model")
         if not can_adapt(module):
             raise ConfigError(
                 f"directory: layer {name!r} is {type(module).__name__} in the model; accepted: "
@@ -595,13 +626,14 @@ def _convert_to(
         d_in = module.weight.shape[0] if conv else module.in_features
         _check_shapes(name, A, B, d_in, module.nf if conv else module.out_features)
         first = found.setdefault(module, name)
-        if not all(map(torch.equal, pairs[first], (A, B))):
+        same = zip(pairs[first], (A, B), strict=True)
+        if not all(a.dtype == b.dtype and torch.equal(a, b) for a, b in same):
             raise ConfigError(
                 f"directory: {first!r} and {name!r} are one layer in the model, with different "
                 "tensors in the file; accepted: the model that the adapter was made for"
             )
     _missing(config, (n for n, m in modules.items() if m not in found), set(pairs))
-    wanted = _wanted_by_peft(modules, _asked(config))
+    wanted = _wanted_by_peft(modules, config.get("modules_to_save") or [])
     for name in wanted:
         if any(_inside(other, [name]) for other in pairs):
             raise ConfigError(f"directory: module {name!r} is adapted and in modules_to_save")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ffa_kernels.errors import ConfigError
+from ffa_kernels.errors import ConfigError, shown
 from ffa_kernels.nn.adapter import Adapter
 from ffa_kernels.nn.init import INITS, frozen_A, pissa_A
 
@@ -16,11 +17,12 @@ from ffa_kernels.nn.init import INITS, frozen_A, pissa_A
 def check_adapter(r: object, alpha: object, dropout: object, init: object) -> None:
     """Raises ConfigError unless these are an adapter's possible settings."""
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        raise ConfigError(f"r is {r!r}; accepted: an integer of 1 or more, the rank")
-    if not isinstance(alpha, (int, float)) or not 0 < alpha < float("inf"):
-        raise ConfigError(f"alpha is {alpha!r}; accepted: a positive number")
+        raise ConfigError(f"r is {shown(r)}; accepted: an integer of 1 or more, the rank")
+    # Not infinity: an integer below it may be too large for a float.
+    if not isinstance(alpha, (int, float)) or not 0 < alpha <= sys.float_info.max:
+        raise ConfigError(f"alpha is {shown(alpha)}; accepted: a positive number")
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ConfigError(f"dropout is {dropout!r}; accepted: 0 <= dropout < 1")
+        raise ConfigError(f"dropout is {shown(dropout)}; accepted: 0 <= dropout < 1")
     if init not in INITS:
         raise ConfigError(f"init is {init!r}; accepted: {', '.join(INITS)}")
 
