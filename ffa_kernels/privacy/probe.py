@@ -258,7 +258,7 @@ class Probe:
         return (taps for _, holders in self._holders for taps, _ in holders)
 
     def _gradients(self, loss_of: Callable[[Any], Tensor | None], batch: Any) -> _Gradients:
-        """Both records' gradients (2, *shape), fp64, of each trained tensor that got one."""
+        """Both records' gradients (2, *shape) of each trained tensor that got one."""
         held = [(taps, dict(taps.taps), dict(taps.norm_taps)) for taps in self._taps()]
         leaves: list[Tensor] = []
         for parameter, holders in self._holders:
@@ -282,7 +282,7 @@ class Probe:
         finally:
             for taps, values, norms in held:
                 taps.taps, taps.norm_taps = values, norms
-        return {k: leaf.grad.double() for k, leaf in enumerate(leaves) if leaf.grad is not None}
+        return {k: leaf.grad for k, leaf in enumerate(leaves) if leaf.grad is not None}
 
 
 _Gradients = dict[int, Tensor]
@@ -462,4 +462,4 @@ def _steady(base: _Gradients, again: _Gradients, kept: int) -> bool:
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    return math.sqrt(sum(float(t.square().sum()) for t in tensors))
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
