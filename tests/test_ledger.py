@@ -353,10 +353,11 @@ def test_lines_taken_out_moved_or_repeated_are_refused(tmp_path, change):
 
 def test_a_file_that_is_something_else_is_not_touched(tmp_path):
     path = tmp_path / "notes.txt"
-    path.write_text("my notes\nnot yours\n")
-    with pytest.raises(LedgerError, match="line 1"):
-        Ledger(path)
-    assert path.read_text() == "my notes\nnot yours\n"
+    for text in ("my notes\nnot yours\n", "a note of one line", "\0" * 40):
+        path.write_text(text)
+        with pytest.raises(LedgerError, match="line 1"):
+            Ledger(path)
+        assert path.read_text() == text
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,11 @@ def _checksum(previous: str, record: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def _line(record: dict[str, Any], previous: str) -> bytes:
+    checksum = _checksum(previous, record)
+    return json.dumps({**record, "checksum": checksum}, sort_keys=True).encode() + b"\n"
+
+
 def _makes_sense(noise_multiplier: float, sample_rate: float, steps: int) -> bool:
     return (
         isinstance(steps, int)
@@ -209,6 +214,8 @@ class Ledger:
         assert self._file is not None
         content = path.read_bytes()
         account, torn, unended = _parse(path, content)
+        if torn and not account.checksums and not _line(dict(_FIRST), "").startswith(torn):
+            raise LedgerError(f"ledger {path}, line 1: not a ledger line")
         self._account, self._size = account, len(content)
         if unended:
             self._put(b"\n")
@@ -259,8 +266,7 @@ class Ledger:
         if self.path is not None:
             if self._file is None:
                 raise LedgerError(f"ledger {self.path}: closed; open it anew")
-            line = json.dumps({**record, "checksum": checksum}, sort_keys=True) + "\n"
-            self._put(line.encode())
+            self._put(_line(record, checksums[-1] if checksums else ""))
         self._account._add(record, checksum)
 
     def charge(
