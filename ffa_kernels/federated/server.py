@@ -193,8 +193,8 @@ class Server:
             notes = json.loads(told["notes"])
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(f"state of the server is damaged: {error}") from error
-        prints = (told.get("base"), told.get("recipe"))
-        if told.get("format") != _STATE or prints != _prints(self._fingerprint):
+        prints = Fingerprint(told.get("base"), told.get("recipe"))
+        if told.get("format") != _STATE or prints != self._fingerprint:
             raise ConfigError(
                 f"state of the server is of format {told.get('format')!r} and of another base or "
                 f"A; accepted: {_STATE!r}, of this configuration's model"
@@ -265,11 +265,6 @@ def _distance(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> fl
         for name, other in others.items()
     ]
     return math.sqrt(sum(squares))
-
-
-def _prints(fingerprint: Fingerprint) -> tuple[str, str]:
-    """(base, recipe)."""
-    return fingerprint.base, fingerprint.recipe
 
 
 def _optimizer(params: Sequence[nn.Parameter], rules: Rules) -> torch.optim.Optimizer | None:

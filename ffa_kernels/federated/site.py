@@ -103,6 +103,7 @@ class Site:
                 noise_multiplier=self.noise_multiplier,
                 max_grad_norm=privacy.max_grad_norm,
                 clipping=privacy.clipping,
+                loss_reduction="sum",
                 target_delta=privacy.target_delta,
                 max_physical_batch_size=physical or train.max_physical_batch_size,
                 pad_physical_batches=False,
@@ -279,7 +280,9 @@ class Site:
             assert piece is not None
             losses = F.cross_entropy(self._model(**inputs).logits, labels, reduction="none")
             self._optimizer.zero_grad()
-            losses.mean().backward()  # type: ignore[no-untyped-call]
+            # Not their mean: dividing by a number that one record more would change, and
+            # multiplying with it again, rounds the others' gradients otherwise.
+            losses.sum().backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
             # Rows beyond `kept` are padding.
             total += float(losses.detach()[: piece.kept].sum())

@@ -127,11 +127,12 @@ class PrivacyEngine:
         """Probes whether a loss of one's own, outside the model, keeps records apart.
 
         What couples them inside the model, or in the loss that the model itself returns, is found
-        without being asked, at the first batch of two records or more; so is it in PrivateTrainer.
+        without being asked, in some of the first batches; so is it in PrivateTrainer.
 
         Args:
             module: the private model.
-            loss_of: a batch to the loss that is trained on, a mean or sum over its records.
+            loss_of: a batch to the loss that is trained on, a mean or sum over its records. What is
+                trained under autocast is checked under it, where rounding is allowed for.
             batch: tensors (n, ...), n >= 2, in tuples, lists and mappings; rows are exchanged, and
                 `loss_of` is called with two of them. Labels under the key "labels" are in part
                 replaced by -100.
@@ -146,7 +147,11 @@ class PrivacyEngine:
             raise ConfigError("module is not private; accepted: one that make_private returned")
         records = rows_of(batch)
         try:
-            conclusive = records > 1 and step.probe.check(loss_of, batch, records, "the loss")
+            device = step.trained[0].parameter.device.type
+            autocast = torch.is_autocast_enabled(device)
+            conclusive = records > 1 and step.probe.check(
+                loss_of, batch, records, "the loss", autocast
+            )
         except PrivacyError:
             raise
         except Exception as error:

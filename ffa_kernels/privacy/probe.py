@@ -147,7 +147,7 @@ class Probe:
         batch: Any,
         records: int,
         what: str,
-        autocast: bool = False,
+        autocast: bool,
     ) -> None:
         try:
             found = self.check(loss_of, batch, records, what, autocast)
