@@ -221,6 +221,8 @@ class PrivateTrainer(Trainer):
             noise_multiplier=noise,
             max_grad_norm=self.max_grad_norm,
             clipping=self.clipping,
+            # Of a mean that `training_step` multiplies by its count again.
+            loss_reduction="sum",
             target_delta=delta,
             max_physical_batch_size=int(self._train_batch_size),
             pad_physical_batches=self.pad_physical_batches,
@@ -329,7 +331,9 @@ class PrivateTrainer(Trainer):
                     f"compute_loss returned {tuple(loss.shape)}; accepted: a scalar, the mean over "
                     "records of each record's own loss"
                 )
-            loss.backward()
+            # n in, and out of the mean's backward comes n / n, 1 exactly: with 1 / n instead, one
+            # record more would round the gradients of all others differently.
+            loss.backward(torch.full_like(loss, piece.records))  # type: ignore[no-untyped-call]
             total += loss.detach() * piece.records
             rows, kept = rows + piece.records, kept + piece.kept
             if not piece.last:
@@ -369,7 +373,9 @@ class PrivateTrainer(Trainer):
             )
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
         losses = self._record_losses(outputs, labels)
-        return (losses.mean(), outputs) if return_outputs else losses.mean()
+        # At least fp32, which holds any batch's count exactly.
+        mean = losses.to(torch.promote_types(losses.dtype, torch.float32)).mean()
+        return (mean, outputs) if return_outputs else mean
 
     def _record_losses(self, outputs: Any, labels: Tensor) -> Tensor:
         if self.compute_loss_func is not None:

@@ -154,6 +154,8 @@ def test_bad_scores(scores, included, confidence, named):
         ({"confidence": 0.2}, "confidence"),
         ({"accountant": "gdp"}, "accountant"),
         ({"loss_scale": 3.0}, "loss_scale"),
+        ({"seed": "a"}, "seed"),
+        ({"device": "nowhere"}, "device"),
     ],
 )
 def test_bad_settings(settings, named):

@@ -779,3 +779,19 @@ def test_merge_gives_plain_layers_back_after_private_training():
     model(x).sum().backward()
     assert model.head.weight.grad is not None
     ffa.convert(model, r=2, target_modules=["body", "head"])
+
+
+def test_an_optimizer_that_raises_leaves_no_gradients_behind():
+    model = converted()
+    inner = torch.optim.RMSprop(trained(model), lr=0.01)
+    _, optimizer, loader = private(model, inner, loader_of(batch_size=4))
+
+    def fail(*arguments, **settings):
+        assert all(p.grad is not None for p in trained(model))
+        raise ValueError("stop")
+
+    inner.step = fail
+    loss_of(model, next(iter(loader))).backward()
+    with pytest.raises(ValueError, match="stop"):
+        optimizer.step()
+    assert all(p.grad is None for p in trained(model))

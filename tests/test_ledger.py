@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 import warnings
 from datetime import date
 from decimal import Decimal
@@ -397,6 +398,9 @@ def test_lines_are_plain_json(tmp_path):
         {"noise_multiplier": 1.0, "sample_rate": 0.5, "private": True},
         {"steps": 1},
         {"delta": "small"},
+        {"delta": 2.0},
+        {"accountant": "gdp"},
+        {"data": ""},
         {"format": 2},
         {},
     ],
@@ -409,6 +413,41 @@ def test_a_line_with_a_right_checksum_must_still_make_sense(tmp_path, record):
     path.write_bytes(whole + line.encode() + b"\n")
     with pytest.raises(LedgerError, match=r"line 3: .*; accepted"):
         Ledger(path)
+
+
+def test_a_second_binding_line_binds_to_nothing_else(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.bind(data="these", delta=DELTA)
+    ledger.close()
+    whole = path.read_bytes()
+    last = json.loads(whole.splitlines()[-1])["checksum"]
+    record = {"accountant": "rdp", "delta": 1e-3}
+    line = json.dumps({**record, "checksum": ledger_module._checksum(last, record)})
+    path.write_bytes(whole + line.encode() + b"\n")
+    with pytest.raises(LedgerError, match="line 3: .*is bound before"):
+        Ledger(path)
+
+
+def test_many_different_charges_open_in_time_that_grows_with_them(tmp_path):
+    charges = [(1.0 + i / 2**20, 0.5) for i in range(20000)]
+    path, lines, last = tmp_path / "ledger.jsonl", [], ""
+    for record in [{"format": 2}] + [
+        {"noise_multiplier": noise, "sample_rate": rate, "steps": 1, "private": True}
+        for noise, rate in charges
+    ]:
+        lines.append(ledger_module._line(record, last))
+        last = json.loads(lines[-1])["checksum"]
+    path.write_bytes(b"".join(lines))
+    begun = time.perf_counter()
+    assert Ledger(path).history == [(*charge, 1) for charge in charges]
+    assert time.perf_counter() - begun < 5
+
+
+def test_a_path_that_cannot_be_is_refused(tmp_path):
+    for opened in (Ledger, ledger_module.read_account):
+        with pytest.raises(LedgerError, match="NUL|null byte"):
+            opened(f"{tmp_path}/a\0b")
 
 
 # A file that is not as it was left.

@@ -456,26 +456,27 @@ def test_a_data_set_without_a_record_has_the_sum_without_it(backend, many, monke
         seed=st.integers(0, 2**10),
         n=st.sampled_from([3, 5, 2, 9, 4]),
         clipping=st.sampled_from(["flat", "per_layer"]),
-        loss_reduction=st.sampled_from(["sum", "mean"]),
+        loss=st.sampled_from(["sum", "mean", "mean times n"]),
         max_physical_batch_size=st.sampled_from([4, 2, 8]),
         bound=st.sampled_from([0.7, 1e-3, *EDGES[:2], 500.0]),
     )
 
 
-def check_removal(spied, seed, n, bound, clipping, **options):
+def check_removal(spied, seed, n, bound, **options):
     torch.manual_seed(seed)
     x, weights = torch.randint(-3, 4, (n, 2, 4)).float(), torch.randint(-3, 4, (n, 2, 3)).float()
     sums = []
     for left_out in (None, seed % n):
         chosen = [j for j in range(n) if j != left_out]
-        sums.append(engine_sums(spied, seed, x[chosen], weights[chosen], bound, clipping, options))
+        sums.append(engine_sums(spied, seed, x[chosen], weights[chosen], bound, options))
     (bounds, everyone), (_, without) = sums
     assert within(moved(everyone, without, bounds), bounds)
     assert any(s.any() for s in everyone)
 
 
-def engine_sums(spied, seed, x, weights, bound, clipping, options):
-    """(bounds, sums) of one draw of all records; padded, so that each batch has as many."""
+def engine_sums(spied, seed, x, weights, bound, options):
+    """(bounds, sums) of one draw of all records; with a mean loss in padded batches, of one size."""
+    loss, clipping = options["loss"], options["clipping"]
     model = Whole(seed)
     trained = [model.first.lora_B, model.second.lora_B]
     model.requires_grad_(False)
@@ -489,12 +490,15 @@ def engine_sums(spied, seed, x, weights, bound, clipping, options):
         max_grad_norm=bound,
         poisson_sampling=False,
         clipping=clipping,
-        **options,
+        loss_reduction="mean" if loss == "mean" else "sum",
+        pad_physical_batches=loss == "mean",
+        max_physical_batch_size=options["max_physical_batch_size"],
     )
     spied.batches.clear()
     for rows_of, weights_of in loader:
         losses = (model(rows_of) * weights_of).sum(dim=(1, 2))
-        (losses.mean() if options["loss_reduction"] == "mean" else losses.sum()).backward()
+        count = torch.tensor(float(len(losses))) if loss == "mean times n" else None
+        (losses.sum() if loss == "sum" else losses.mean()).backward(count)
         optimizer.step()
     sums = {p.shape: torch.zeros(p.shape, dtype=torch.int64) for p in trained}
     bounds = [0.0] * (len(trained) if clipping == "per_layer" else 1)

@@ -196,12 +196,14 @@ def test_one_step_is_that_of_the_plain_loop(tmp_path):
         ),
         noise_multiplier=1.0,
         max_grad_norm=0.5,
+        loss_reduction="sum",
         max_physical_batch_size=4,
         pad_physical_batches=False,
     )
     pieces = 0
     for batch in loader:
-        ffa.causal_lm_loss(model(input_ids=batch["input_ids"]).logits, batch["labels"]).backward()
+        logits = model(input_ids=batch["input_ids"]).logits
+        ffa.causal_lm_loss(logits, batch["labels"], reduction="sum").backward()
         optimizer.step()
         optimizer.zero_grad()
         pieces += 1
@@ -305,6 +307,25 @@ def test_checkpointed_activations_change_nothing(tmp_path):
         trainer.train()
         results.append(trained(trainer.model))
     assert all(torch.equal(results[0][n], results[1][n]) for n in results[0])
+
+
+def test_no_gradient_is_rounded_by_how_many_records_there_are(tmp_path, monkeypatch):
+    """Each record's loss takes the gradient 1, not about n * (1 / n), in draws of any size."""
+    # Its backward passes are none of training's.
+    monkeypatch.setattr(Probe, "done", True)
+    seen = []
+
+    def losses(outputs, labels, num_items_in_batch=None):
+        each = ffa.causal_lm_loss(outputs.logits, labels, reduction="none")
+        if each.requires_grad:
+            each.register_hook(seen.append)
+        return each
+
+    changed = {"per_device_train_batch_size": 12, "max_steps": 12, "bf16": True}
+    trainer = trainer_of(tmp_path, compute_loss_func=losses, changed_args=changed)
+    trainer.train()
+    assert len({len(g) for g in seen}) > 3
+    assert all((g == 1).all() for g in seen)
 
 
 def test_evaluation_is_trainers_own(tmp_path):

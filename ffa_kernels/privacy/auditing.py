@@ -175,6 +175,12 @@ def audit(
     fits = _number(max_grad_norm) and 0 < max_grad_norm < math.inf
     _require(fits, "max_grad_norm", max_grad_norm, "a positive number")
     _check_confidence(confidence)
+    fits = seed is None or (isinstance(seed, int) and seed >= 0)
+    _require(fits, "seed", seed, "None, or an integer of 0 or more")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ConfigError(f"device is {device!r}; accepted: one that PyTorch has here") from error
 
     coins = np.random.default_rng(seed).integers(0, 2, canaries).astype(bool)
     inside = np.flatnonzero(coins).tolist()

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ffa_kernels.errors import ConfigError
+
 
 class SecretStream:
     """A key and a step, as the `rng_state` that `ops.chacha20` describes.
@@ -34,6 +36,8 @@ class SecretStream:
     """
 
     def __init__(self, purpose: str, seed: int | None = None) -> None:
+        if seed is not None and (not isinstance(seed, int) or seed < 0):
+            raise ConfigError(f"seed is {seed!r}; accepted: None, or an integer of 0 or more")
         self.purpose, self.seed = purpose, seed
         self.state: Tensor = torch.zeros(5, dtype=torch.int64)
         self.lock = threading.Lock()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ffa_kernels.errors import ConfigError, LedgerError
-from ffa_kernels.privacy.accounting import check_accountant, epsilon, merged
+from ffa_kernels.privacy.accounting import check_accountant, epsilon
 
 _FORMAT = 2
 _FIRST = {"format": _FORMAT}
@@ -53,22 +53,27 @@ class Account:
     """What a ledger says.
 
     Attributes:
-        history: (noise multiplier, sample rate, steps) of everything charged.
+        charged: steps by (noise multiplier, sample rate).
         private: whether every step's noise was secret.
         bound: what the account is of: "data", "delta", "accountant", as far as they are bound.
         checksums: of each line; a later state of the same ledger begins with these.
     """
 
-    history: list[tuple[float, float, int]] = field(default_factory=list)
+    charged: dict[tuple[float, float], int] = field(default_factory=dict)
     private: bool = True
     bound: dict[str, Any] = field(default_factory=dict)
     checksums: list[str] = field(default_factory=list)
     last_charge: dict[str, Any] | None = None
 
     @property
+    def history(self) -> list[tuple[float, float, int]]:
+        """(noise multiplier, sample rate, steps) of everything charged."""
+        return [(*key, steps) for key, steps in self.charged.items()]
+
+    @property
     def steps(self) -> int:
         """How many steps were charged."""
-        return sum(steps for _, _, steps in self.history)
+        return sum(self.charged.values())
 
     def epsilon(self, delta: float | None = None, accountant: str | None = None) -> float:
         """Epsilon of everything charged; infinity if a step's noise was not secret.
@@ -89,8 +94,8 @@ class Account:
 
     def _add(self, record: dict[str, Any], checksum: str) -> None:
         if "steps" in record:
-            charge = (record["noise_multiplier"], record["sample_rate"], record["steps"])
-            self.history = merged([*self.history, charge])
+            key = (record["noise_multiplier"], record["sample_rate"])
+            self.charged[key] = self.charged.get(key, 0) + record["steps"]
             self.private = self.private and record["private"]
             self.last_charge = record
         elif record != _FIRST:
@@ -110,6 +115,8 @@ def read_account(path: str | os.PathLike[str]) -> Account:
         content = Path(path).read_bytes()
     except OSError as error:
         raise LedgerError(f"ledger {path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise LedgerError(f"ledger {str(path)!r}: cannot be read ({error})") from error
     return _parse(Path(path), content)[0]
 
 
@@ -137,6 +144,8 @@ def _parse(path: Path, content: bytes) -> tuple[Account, bytes, bool]:
             raise LedgerError(f"{where}: {str(record)[:80]}; accepted: {accepted}")
         if number > 1 and not _is_known(record):
             raise LedgerError(f"{where}: {str(record)[:80]}; accepted: a charge or a binding")
+        if not account.bound.keys().isdisjoint(record):
+            raise LedgerError(f"{where}: {str(record)[:80]}, but {account.bound} is bound before")
         account._add(record, checksum)
         previous = checksum
     return account, torn, unended
@@ -155,9 +164,24 @@ def _is_known(record: dict[str, Any]) -> bool:
     if record.keys() == _CHARGE.keys():
         typed = all(type(record[name]) is kind for name, kind in _CHARGE.items())
         return typed and _makes_sense(*(record[name] for name in list(_CHARGE)[:3]))
-    return bool(record) and all(
-        name in _BINDING and type(value) is _BINDING[name] for name, value in record.items()
-    )
+    if not record or any(type(value) is not _BINDING.get(name) for name, value in record.items()):
+        return False
+    try:
+        _check_binding(**record)
+    except ConfigError:
+        return False
+    return True
+
+
+def _check_binding(
+    data: str | None = None, delta: float | None = None, accountant: str | None = None
+) -> None:
+    if data is not None and not (isinstance(data, str) and data):
+        raise ConfigError(f"data is {data!r}; accepted: a name")
+    if delta is not None and not (isinstance(delta, float) and 0 < delta < 1):
+        raise ConfigError(f"delta is {delta!r}; accepted: a number in (0, 1)")
+    if accountant is not None:
+        check_accountant(accountant)
 
 
 class Ledger:
@@ -175,6 +199,8 @@ class Ledger:
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         # Absolute: the process may change its folder.
         self.path = None if path is None else Path(path).absolute()
+        if "\0" in str(path):
+            raise LedgerError(f"ledger {str(path)!r}: no path has a NUL in it")
         self._account = Account()
         self._pid = os.getpid()
         self._file: int | None = None
@@ -316,12 +342,7 @@ class Ledger:
             LedgerError: it is bound to another already; nothing has been bound then.
             ConfigError: an argument that is not accepted.
         """
-        if data is not None and not (isinstance(data, str) and data):
-            raise ConfigError(f"data is {data!r}; accepted: a name")
-        if delta is not None and not (isinstance(delta, float) and 0 < delta < 1):
-            raise ConfigError(f"delta is {delta!r}; accepted: a number in (0, 1)")
-        if accountant is not None:
-            check_accountant(accountant)
+        _check_binding(data, delta, accountant)
         given = {"data": data, "delta": delta, "accountant": accountant}
         given = {what: value for what, value in given.items() if value is not None}
         accepted = {"data": "the same records, named by data_id= if they come in another form"}
@@ -345,7 +366,7 @@ class Ledger:
     @property
     def history(self) -> list[tuple[float, float, int]]:
         """(noise multiplier, sample rate, steps) of everything charged."""
-        return list(self._account.history)
+        return self._account.history
 
     @property
     def steps(self) -> int:

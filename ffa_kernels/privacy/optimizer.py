@@ -166,9 +166,11 @@ class PrivateOptimizer(Optimizer):
             self.private_step.release(grads, [], [], [], hyper, kind)
             for p, grad in zip(params, grads, strict=True):
                 p.grad = grad
-            self.original_optimizer.step()
-            for p in params:
-                p.grad = None
+            try:
+                self.original_optimizer.step()
+            finally:
+                for p in params:
+                    p.grad = None
             return
         hyper = self._hyper_table(groups, params[0].device)
         exp_avgs: list[Tensor] = []
