@@ -425,7 +425,7 @@ def test_a_second_binding_line_binds_to_nothing_else(tmp_path):
     record = {"accountant": "rdp", "delta": 1e-3}
     line = json.dumps({**record, "checksum": ledger_module._checksum(last, record)})
     path.write_bytes(whole + line.encode() + b"\n")
-    with pytest.raises(LedgerError, match="line 3: .*is bound before"):
+    with pytest.raises(LedgerError, match=r"line 3: .*is bound before"):
         Ledger(path)
 
 
@@ -446,7 +446,7 @@ def test_many_different_charges_open_in_time_that_grows_with_them(tmp_path):
 
 def test_a_path_that_cannot_be_is_refused(tmp_path):
     for opened in (Ledger, ledger_module.read_account):
-        with pytest.raises(LedgerError, match="NUL|null byte"):
+        with pytest.raises(LedgerError, match=r"NUL|null byte"):
             opened(f"{tmp_path}/a\0b")
 
 

@@ -475,7 +475,7 @@ def check_removal(spied, seed, n, bound, **options):
 
 
 def engine_sums(spied, seed, x, weights, bound, options):
-    """(bounds, sums) of one draw of all records; with a mean loss in padded batches, of one size."""
+    """(bounds, sums) of one draw of all records; with a mean loss in batches padded to one size."""
     loss, clipping = options["loss"], options["clipping"]
     model = Whole(seed)
     trained = [model.first.lora_B, model.second.lora_B]
