@@ -23,6 +23,8 @@ from ffa_kernels.errors import ConfigError, shown
 from ffa_kernels.federated.codecs import CODECS
 from ffa_kernels.nn.init import INITS
 
+METHODS = ("ffa", "lora", "alternating")
+
 _T = TypeVar("_T")
 # A hundred sites take 10 KB.
 _MOST_BYTES = 512 << 10
@@ -68,7 +70,8 @@ class Federation:
 
     Attributes:
         name: shown in the report.
-        method: "ffa" (A frozen, B trained) or "lora" (PEFT's LoRA, both trained).
+        method: "ffa" (A frozen, B trained), "lora" (PEFT's LoRA, both trained), or "alternating"
+            (PEFT's LoRA, B trained in odd rounds and A in even ones, as RoLoRA, arXiv 2409.02346).
         rounds: averages taken.
         local_steps: optimizer steps of a site in a round.
         sites_per_round: sites drawn for each round; all of them by default. No privacy
@@ -90,7 +93,7 @@ class Federation:
     """
 
     name: str = _key("a text that is not empty", bool, "federation")
-    method: str = _one_of("ffa", "lora", default="ffa")
+    method: str = _one_of(*METHODS, default="ffa")
     rounds: int = _whole(1)
     local_steps: int = _whole(1)
     sites_per_round: int | None = _whole(1, None)
@@ -116,13 +119,15 @@ class Model:
         kind: "minilm", or the folder of a local transformers model for sequence classification.
         r, alpha: rank; the adapter is scaled by alpha / r.
         target_modules: linear layers that are adapted, by name or its last parts.
-        init: how A is made for method "ffa"; "lora" keeps PEFT's kaiming.
+        init: how A is made for method "ffa"; the others keep PEFT's kaiming.
         dropout: LoRA dropout.
         modules_to_save: modules trained and sent whole; () for none.
         max_length: tokens of a record; the rest is cut off.
         prompts: for "minilm": public sentences for each class, from which the head is made; a
             random head by default.
         classes: number of labels. Declared and not counted, for which labels occur is private.
+        cached_layers: for "minilm": so many of its lowest layers are run once for each text, whose
+            states are then kept in memory (fp32, tokens x width). Only layers above are adapted.
     """
 
     kind: str = _key("'minilm' or a folder", bool, "minilm")
@@ -137,6 +142,7 @@ class Model:
         "a list of lists of sentences, one list for each class", lambda v: all(map(all, v)), None
     )
     classes: int = _whole(2, 2)
+    cached_layers: int = _whole(0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +243,7 @@ class Pilot:
     records_per_site: int = _whole(20, 500)
     rounds: int | None = _whole(1, None)
     seeds: tuple[int, ...] = _list("whole numbers from 0", lambda v: v >= 0, (0, 1, 2))
-    method: tuple[str, ...] = _list("'ffa' or 'lora'", lambda v: v in ("ffa", "lora"), ())
+    method: tuple[str, ...] = _list("names of methods", lambda v: v in METHODS, ())
     init: tuple[str, ...] = _list("names of inits", lambda v: v in INITS, ())
     r: tuple[int, ...] = _list("whole numbers from 1", lambda v: v >= 1, ())
     lr: tuple[float, ...] = _list("numbers above 0", lambda v: 0.0 < v < math.inf, ())
@@ -453,6 +459,11 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"[model] prompts: got some with kind = {config.model.kind!r}; accepted: with "
             "'minilm' alone"
+        )
+    if config.model.cached_layers and config.model.kind != "minilm":
+        raise ConfigError(
+            f"[model] cached_layers: got {config.model.cached_layers} with kind = "
+            f"{config.model.kind!r}; accepted: 0, or kind = 'minilm'"
         )
     if (data.split == "natural") != (data.sites is None):
         raise ConfigError(

@@ -271,6 +271,7 @@ def make_server(
         weights = {site.name: float(site.weight or 0.0) for site in config.sites}
     rules = Rules(
         min_updates=federation.min_updates,
+        method=federation.method,
         policy=federation.weights,
         weights=weights,
         codec=federation.codec,

@@ -9,7 +9,7 @@ import json
 import math
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,10 @@ from ffa_kernels.privacy import PrivacyEngine, epsilon, noise_multiplier_for
 from ffa_kernels.privacy.step import Plan
 
 Batch = tuple[dict[str, Tensor], Tensor]
+
+# A site that has lost most of its budget, in rounds that broke off say, would send noise alone.
+_MOST_NOISE = 4.0
+_NO_STATE = (KeyError, TypeError, ValueError, AttributeError)
 
 
 class Site:
@@ -77,8 +81,8 @@ class Site:
         self._folder = folder
         self._tokenizer = tokenizer
         self._fingerprint = wire.fingerprint(model)
-        privacy, train = config.privacy, config.train
-        self.batch_size = batch_size(train, len(records))
+        privacy = config.privacy
+        self.batch_size = batch_size(config.train, len(records))
         self.sample_rate = self.batch_size / len(records)
         self._engine = PrivacyEngine(
             accountant=privacy.accountant,
@@ -86,39 +90,24 @@ class Site:
             new_ledger=privacy.new_ledger,
             seed=seed,
         )
+        self._own = copy_sharing_frozen(model).train()
+        self._tensors = wire.trained_tensors(self._own)
+        self._rows = _by_length(records)
+        self._moving: frozenset[str] | None = None
         try:
-            self._state, left = self._begin()
-            self.noise_multiplier: float = self._state["noise_multiplier"]
-            entry = site_of(config, name)
-            physical = None if entry is None else entry.max_physical_batch_size
-            own = copy_sharing_frozen(model)
-            self._model, self._optimizer, self._loader = self._engine.make_private(
-                module=own.train(),
-                optimizer=build_optimizer(own, train),
-                data_loader=DataLoader(
-                    _by_length(records),  # type: ignore[arg-type]
-                    batch_size=self.batch_size,
-                    collate_fn=self._collate,
-                ),
-                noise_multiplier=self.noise_multiplier,
-                max_grad_norm=privacy.max_grad_norm,
-                clipping=privacy.clipping,
-                loss_reduction="sum",
-                target_delta=privacy.target_delta,
-                max_physical_batch_size=physical or train.max_physical_batch_size,
-                pad_physical_batches=False,
-            )
-            if self._state["optimizer"] is not None:
-                self._optimizer.load_state_dict(self._state["optimizer"])
-            if self.noise_multiplier > 0.0:
-                # A round that is tried again is charged again, and cannot overspend.
-                self._optimizer.private_step.plan = Plan(
-                    self._engine.ledger, left, privacy.target_epsilon
-                )
+            self._state, again = self._begin()
+            done = self._rounds_done()
+            if again:
+                self._renew(config.federation.rounds - done)
+            self._ready(min(done + 1, config.federation.rounds), config.federation.rounds - done)
         except BaseException:
             self.close()
             raise
-        self._batches = self._endless()
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Of the round that comes next."""
+        return float(self._state["noise_multiplier"])
 
     def close(self) -> None:
         """Gives the ledger back to other processes; the site trains no more."""
@@ -128,9 +117,8 @@ class Site:
         """Spent so far, over all that the site's ledger holds, at the configured delta."""
         return self._engine.get_epsilon(self._config.privacy.target_delta)
 
-    def _begin(self) -> tuple[dict[str, Any], int]:
-        """(the run's state at this site, steps that are left of the run)."""
-        steps = self._config.federation.rounds * self._config.federation.local_steps
+    def _begin(self) -> tuple[dict[str, Any], bool]:
+        """(the run's state at this site, whether its noise no longer keeps the target)."""
         ledger, state = self._engine.ledger, self._read_state()
         if not math.isinf(self._config.privacy.target_epsilon) and not (
             ledger.private or self._engine.seed is not None
@@ -140,16 +128,84 @@ class Site:
                 "target_epsilon can be kept"
             )
         if state is None:
-            state = {
-                "noise_multiplier": self._solve_noise(steps),
-                "charged": ledger.steps,
-                "optimizer": None,
-            }
-            self._write_state(state)
-            return state, steps
-        left = max(steps - (ledger.steps - state["charged"]), 0)
-        self._check_budget(state["noise_multiplier"], left)
-        return state, left
+            return {
+                **{"noise_multiplier": 0.0, "first_noise_multiplier": None},
+                **{"until": 0, "optimizers": {}},
+            }, True
+        return state, not self._fits(state["noise_multiplier"], state["until"] - ledger.steps)
+
+    def _rounds_done(self) -> int:
+        """The last round that the run has an update of; those before it will not be asked again."""
+        kept = self._folder.glob(f"update-{self._run}-*.safetensors")
+        return max((int(path.stem.rpartition("-")[2]) for path in kept), default=0)
+
+    def _ready(self, round_: int, rounds_left: int) -> None:
+        """Makes the model private for a round, unless it is so already.
+
+        Steps that were charged and lost, in a round that broke off say, come out of the budget: the
+        noise is chosen anew then, for the rounds that are left.
+        """
+        steps = rounds_left * self._config.federation.local_steps
+        method = self._config.federation.method
+        moving = frozenset(n for n in self._tensors if wire.moves(n, method, round_))
+        short = self._state["until"] - self._engine.ledger.steps < steps
+        if short:
+            self._renew(rounds_left)
+        # What does not move in this round has moved in others: only a new guard takes that.
+        if short or moving != self._moving or len(moving) < len(self._tensors):
+            self._prepare(moving)
+
+    def _renew(self, rounds_left: int) -> None:
+        """Chooses the noise that so many rounds can have."""
+        steps = rounds_left * self._config.federation.local_steps
+        if steps:
+            noise, first = self._solve_noise(steps), self._state["first_noise_multiplier"]
+            if first is not None and noise > _MOST_NOISE * first:
+                raise PrivacyError(
+                    f"site {self.name!r}: target_epsilon {self._config.privacy.target_epsilon:g} "
+                    f"is spent: the {steps} steps that are left would need noise {noise:.3g}, over "
+                    f"{_MOST_NOISE:g} times the {first:.3g} that the run began with, and harm the "
+                    "average; accepted: a larger target, or no part in these rounds"
+                )
+            self._state["noise_multiplier"] = noise
+            if first is None:
+                self._state["first_noise_multiplier"] = noise
+        self._state["until"] = self._engine.ledger.steps + steps
+        self._write_state(self._state)
+
+    def _prepare(self, moving: frozenset[str]) -> None:
+        privacy, train = self._config.privacy, self._config.train
+        for name, parameter in self._tensors.items():
+            parameter.requires_grad_(name in moving)
+        entry = site_of(self._config, self.name)
+        physical = None if entry is None else entry.max_physical_batch_size
+        self._model, self._optimizer, self._loader = self._engine.make_private(
+            module=self._own,
+            optimizer=build_optimizer(self._own, train),
+            data_loader=DataLoader(
+                self._rows,  # type: ignore[arg-type]
+                batch_size=self.batch_size,
+                collate_fn=self._collate,
+            ),
+            noise_multiplier=self.noise_multiplier,
+            max_grad_norm=privacy.max_grad_norm,
+            clipping=privacy.clipping,
+            loss_reduction="sum",
+            target_delta=privacy.target_delta,
+            max_physical_batch_size=physical or train.max_physical_batch_size,
+            pad_physical_batches=False,
+        )
+        self._moving = moving
+        held = self._state["optimizers"].get(_digest(moving))
+        if held is not None:
+            self._optimizer.load_state_dict(held)
+        if self.noise_multiplier > 0.0:
+            # A round that is tried again is charged again, and cannot overspend.
+            left = self._state["until"] - self._engine.ledger.steps
+            self._optimizer.private_step.plan = Plan(
+                self._engine.ledger, max(left, 0), privacy.target_epsilon
+            )
+        self._batches = self._endless()
 
     def _solve_noise(self, steps: int) -> float:
         privacy = self._config.privacy
@@ -167,21 +223,15 @@ class Site:
         except PrivacyError as error:
             raise PrivacyError(f"site {self.name!r}: {error}") from error
 
-    def _check_budget(self, noise_multiplier: float, left: int) -> None:
-        """Raises PrivacyError unless `left` more steps with this noise keep the target."""
+    def _fits(self, noise_multiplier: float, left: int) -> bool:
+        """Whether so many more steps with this noise keep the target."""
         privacy = self._config.privacy
         if math.isinf(privacy.target_epsilon):
-            return
-        more = [(noise_multiplier, self.sample_rate, left)] if left else []
-        total = epsilon(
-            [*self._engine.ledger.history, *more], privacy.target_delta, privacy.accountant
-        )
-        if not total <= privacy.target_epsilon:
-            raise PrivacyError(
-                f"site {self.name!r}: its ledger was charged for something else since the run "
-                f"began: the {left} steps that are left would end at epsilon {total:.4g}, beyond "
-                f"target_epsilon {privacy.target_epsilon:g}; accepted: a new run"
-            )
+            return True
+        more = [(noise_multiplier, self.sample_rate, left)] if left > 0 else []
+        history = [*self._engine.ledger.history, *more]
+        total = epsilon(history, privacy.target_delta, privacy.accountant)
+        return total <= privacy.target_epsilon
 
     def _state_file(self) -> Path:
         return self._folder / f"state-{self._run}.pt"
@@ -194,10 +244,11 @@ class Site:
             state = torch.load(path, weights_only=True)
             return {
                 "noise_multiplier": float(state["noise_multiplier"]),
-                "charged": int(state["charged"]),
-                "optimizer": state["optimizer"],
+                "first_noise_multiplier": float(state["first_noise_multiplier"]),
+                "until": int(state["until"]),
+                "optimizers": dict(state["optimizers"]),
             }
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+        except (RuntimeError, pickle.UnpicklingError, EOFError, *_NO_STATE) as error:
             raise ConfigError(
                 f"site {self.name!r}: its state of run {self._run} is damaged; accepted: the file "
                 "as it was written, or a new run"
@@ -236,9 +287,9 @@ class Site:
         rounds = self._config.federation.rounds
         if not 1 <= round_ <= rounds:
             raise WireError(f"round: got {round_}, accepted: 1 to {rounds}")
-        trained = wire.trained_tensors(self._model)
-        received = wire.decode(message, self._header("global", round_), trained)
-        load_trained(self._model, received)
+        received = wire.decode(message, self._header("global", round_), self._tensors)
+        load_trained(self._own, received)
+        self._ready(round_, rounds - round_ + 1)
         # The guard's: what moves from here on has moved in this round.
         self._engine.check()
         if self._engine.seed is not None:
@@ -248,8 +299,11 @@ class Site:
         self._set_learning_rates(1.0 - self._config.train.lr_decay * (round_ - 1) / rounds)
         loss, seen = self._train(self._config.federation.local_steps, on_step)
         self._check_moved()
+        trained = wire.trained_tensors(self._model)
         update = wire.encode(self._header("update", round_), trained)
-        self._state["optimizer"] = self._optimizer.original_optimizer.state_dict()
+        assert self._moving is not None
+        held = self._optimizer.original_optimizer.state_dict()
+        self._state["optimizers"][_digest(self._moving)] = held
         self._write_state(self._state)
         write_atomic(kept, update)
         after = self._engine.stats
@@ -376,11 +430,16 @@ def copy_sharing_frozen(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy `tensors` into the model's trained parameters, in place, whatever their dtype."""
+def load_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `tensors` into the model's parameters of those names, whatever their dtype."""
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, parameter in wire.trained_tensors(model).items():
-            parameter.copy_(tensors[name])
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
+
+def _digest(names: Iterable[str]) -> str:
+    return hashlib.sha256(repr(sorted(names)).encode()).hexdigest()[:16]
 
 
 def tokenize(tokenizer: Any, texts: list[str], config: Config) -> dict[str, Tensor]:
