@@ -485,7 +485,7 @@ def test_physical_batches_do_not_change_the_number_of_steps(
 def test_a_round_tried_again_cannot_overspend(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each time with more noise, for the rounds that are left; up to where it would be all noise."""
+    """Each time with more noise, for the rounds that are left; until it would be all noise."""
     noise: list[float] = []
     with closing(bench.site()) as site:
         monkeypatch.setattr(site, "_check_moved", lambda: 1 / 0)
@@ -502,7 +502,7 @@ def test_a_round_tried_again_cannot_overspend(
 def test_alternating_trains_and_sends_b_and_a_in_turn(
     document: dict[str, Any], tmp_path: Path
 ) -> None:
-    """What moves is averaged, what does not is the same at all sites: their products average too."""
+    """What moves is averaged, and what does not is the same at all sites."""
     config = settled(document, tmp_path, federation={"method": "alternating", "rounds": 3})
     model, tokenizer = build(config)
     server, records = driver.make_server(config, model, "5e"), driver.load_records(config)

@@ -71,7 +71,7 @@ class Federation:
     Attributes:
         name: shown in the report.
         method: "ffa" (A frozen, B trained), "lora" (PEFT's LoRA, both trained), or "alternating"
-            (PEFT's LoRA, B trained in odd rounds and A in even ones, as RoLoRA, arXiv 2409.02346).
+            (PEFT's LoRA, B trained in odd rounds and A in even ones, as RoLoRA, arXiv 2502.01755).
         rounds: averages taken.
         local_steps: optimizer steps of a site in a round.
         sites_per_round: sites drawn for each round; all of them by default. No privacy
