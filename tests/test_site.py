@@ -14,8 +14,9 @@ from test_federated import document, settled, tiny_bert  # noqa: F401
 from ffa_kernels.errors import ConfigError, PrivacyError
 from ffa_kernels.federated import driver
 from ffa_kernels.federated.build import build
+from ffa_kernels.federated.config import Train
 from ffa_kernels.federated.server import Server
-from ffa_kernels.federated.site import Site
+from ffa_kernels.federated.site import Site, build_optimizer
 from ffa_kernels.privacy import Ledger, PrivacyEngine
 
 RUN = "5e" * 8
@@ -50,6 +51,7 @@ def north(document: dict[str, Any], tmp_path: Path) -> North:  # noqa: F811
         ("ffa", {"optimizer": "adam", "lr": 0.05, "lr_decay": 0.5}),
         ("ffa", {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9}),
         ("ffa", {"optimizer": "adamw", "lr": 0.05, "weight_decay": 0.1}),
+        ("ffa", {"optimizer": "adam", "lr": 0.05, "smoothing": 0.5}),
         ("alternating", {"optimizer": "adam", "lr": 0.05}),
     ],
 )
@@ -173,3 +175,81 @@ def path_of(content: bytes, path: Path) -> Path:
 def test_an_engine_without_a_seed_is_never_given_one() -> None:
     with pytest.raises(PrivacyError, match="the engine has no seed"):
         PrivacyEngine().reseed(1)
+
+
+def of_north(document: dict[str, Any], **values: Any) -> dict[str, Any]:  # noqa: F811
+    sites = [{**s, **(values if s["name"] == "north" else {})} for s in document["site"]]
+    return {**document, "site": sites}
+
+
+def test_a_sites_memory_decides_its_physical_batches(
+    document: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    sizes = {}
+    for memory in ("4MB", "5MB", "1GiB"):
+        parts: dict[str, Any] = {"privacy": {"new_ledger": True}}
+        north = North(of_north(document, memory=memory), tmp_path, **parts)
+        with closing(north.open(tmp_path / memory, run=f"{len(memory):016x}")) as site:
+            sizes[memory] = site._physical_batch_size()
+            north_server = driver.make_server(north.config, north.model, site._run)
+            site.run_round(1, north_server.message(1, "north"))
+    assert 1 <= sizes["4MB"] < sizes["5MB"] < sizes["1GiB"] == 16
+    north = North(of_north(document, memory="100kB"), tmp_path)
+    with pytest.raises(ConfigError, match=r"site 'north': memory is '100kB', which is too little"):
+        north.open(tmp_path / "small")
+
+
+def test_a_site_may_compute_in_bfloat16_and_sends_fp32(
+    document: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    updates = []
+    for dtype in ("fp32", "bf16"):
+        # As one set of noise words after the other would have it: a ledger that is seeded.
+        north = North(of_north(document, dtype=dtype), tmp_path, privacy={"new_ledger": True})
+        with closing(north.open(tmp_path / dtype, seed=3)) as site:
+            updates.append(safetensors.load(site.run_round(1, north.server().message(1, "north"))))
+    for name, exact in updates[0].items():
+        narrow = updates[1][name]
+        assert narrow.dtype == torch.float32 and not torch.equal(narrow, exact)
+        assert (narrow - exact).norm() < 0.05 * exact.norm(), name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_there_is_named(
+    document: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    north = North(of_north(document, device="cuda:1"), tmp_path)
+    with pytest.raises(ConfigError, match=r"device: site 'north' got 'cuda:1'.*accepted: 'cpu'"):
+        north.open()
+    with pytest.raises(ConfigError, match=r"device: got 'gpu'.*accepted: 'cpu', or a GPU"):
+        North(of_north(document, device="gpu"), tmp_path)
+
+
+def test_smoothing_gives_the_step_a_mean_of_the_gradients_so_far() -> None:
+    torch.manual_seed(0)
+    share, grads = 0.6, [torch.randn(3, 2) for _ in range(5)]
+    train = Train(optimizer="sgd", lr=1.0, smoothing=share, batch_size=1)
+
+    def made() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+        model = torch.nn.Module()
+        model.lora_B = torch.nn.Parameter(torch.zeros(3, 2))
+        return model.lora_B, build_optimizer(model, train)
+
+    (p, optimizer), expected = made(), torch.zeros(3, 2)
+    for t, grad in enumerate(grads, start=1):
+        if t == 3:
+            # Another process goes on.
+            held, value = optimizer.state_dict(), p.detach()
+            p, optimizer = made()
+            optimizer.load_state_dict(held)
+            with torch.no_grad():
+                p.copy_(value)
+        weights = [share**k for k in range(t)]
+        mean = sum(w * g for w, g in zip(weights, reversed(grads[:t]), strict=True)) / sum(weights)
+        expected = expected - mean
+        p.grad = grad.clone()
+        optimizer.step()
+        torch.testing.assert_close(p.detach(), expected)

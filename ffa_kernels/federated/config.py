@@ -21,6 +21,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ffa_kernels.errors import ConfigError, shown
 from ffa_kernels.federated.codecs import CODECS
+from ffa_kernels.memory.planning import parse_memory
 from ffa_kernels.nn.init import INITS
 
 METHODS = ("ffa", "lora", "alternating")
@@ -58,6 +59,14 @@ def _names(default: tuple[str, ...] | None) -> Any:
 
 def _list(of: str, ok: Callable[[Any], bool], default: tuple[Any, ...]) -> Any:
     return _key(f"a list of {of}", lambda value: bool(value) and all(map(ok, value)), default)
+
+
+def _is_size(text: str) -> bool:
+    try:
+        parse_memory(text)
+    except ConfigError:
+        return False
+    return True
 
 
 def _path(default: Any = MISSING) -> Any:
@@ -180,6 +189,9 @@ class Train:
         max_physical_batch_size: records in memory at once; the whole draw by default.
         optimizer: with the learning rate `lr`, `head_lr` (for modules_to_save; `lr` by default),
             `weight_decay`, and `momentum` for "sgd" alone.
+        smoothing: s of a low-pass filter on the noised gradients, which costs no privacy: the
+            optimizer takes their mean with weights s^k for the k-th before, as in DOPPLER (arXiv
+            2408.13460) of first order.
         lr_decay: round t of R trains at (1 - lr_decay (t - 1) / R) of these learning rates.
     """
 
@@ -192,6 +204,7 @@ class Train:
     lr: float = _positive()
     head_lr: float | None = _positive(None)
     momentum: float = _fraction(0.0)
+    smoothing: float = _fraction(0.0)
     lr_decay: float = _fraction(0.0)
     weight_decay: float = _key("a finite number from 0", lambda value: 0.0 <= value < math.inf, 0.0)
 
@@ -266,6 +279,11 @@ class SiteFiles:
             and each column of B is averaged over the sites that have it.
         target_modules: some of the model's, for a weak machine (method "ffa").
         max_physical_batch_size: in place of [train]'s.
+        memory: what training may take beyond a process that has imported all, "2GiB" say; the
+            physical batch is then as large as fits, up to max_physical_batch_size.
+        device: "cpu", or a GPU as PyTorch names it.
+        dtype: of the forward and backward pass: "fp32", or "bf16" by autocast. What is trained,
+            clipped and sent stays fp32.
     """
 
     name: str = _key(
@@ -279,6 +297,13 @@ class SiteFiles:
     r: int | None = _whole(1, None)
     target_modules: tuple[str, ...] | None = _names(None)
     max_physical_batch_size: int | None = _whole(1, None)
+    memory: str | None = _key("a size such as 500MB, 2GiB", _is_size, None)
+    device: str = _key(
+        "'cpu', or a GPU such as 'cuda' or 'cuda:1'",
+        lambda value: re.fullmatch(r"cpu|cuda(:\d{1,3})?", value) is not None,
+        "cpu",
+    )
+    dtype: str = _one_of("fp32", "bf16", default="fp32")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,13 +131,12 @@ class LowerLayers:
     """A tokenizer whose encodings are the states that the lower layers make of each text, kept.
 
     Args:
-        encoder: a whole transformers BERT; nothing in it is trained.
-        count: of its layers that are run here, embeddings included.
+        encoder: a transformers BERT of those layers alone; nothing in it is trained.
         tokenizer: of the encoder.
     """
 
-    def __init__(self, encoder: nn.Module, count: int, tokenizer: Any) -> None:
-        self.encoder, self.count, self.tokenizer = encoder.eval(), count, tokenizer
+    def __init__(self, encoder: nn.Module, tokenizer: Any) -> None:
+        self.encoder, self.tokenizer = encoder.eval(), tokenizer
         self._kept: dict[str, Tensor] = {}
 
     def __call__(self, texts: list[str], **settings: Any) -> dict[str, Tensor]:
@@ -159,11 +158,9 @@ class LowerLayers:
     @torch.no_grad()
     def _keep(self, texts: list[str], settings: dict[str, Any]) -> None:
         encoded = self.tokenizer(texts, **settings)
-        outputs = self.encoder(**encoded, output_hidden_states=True)
+        states = self.encoder(**encoded).last_hidden_state
         lengths = encoded["attention_mask"].sum(dim=1).tolist()
-        for text, row, length in zip(
-            texts, outputs.hidden_states[self.count], lengths, strict=True
-        ):
+        for text, row, length in zip(texts, states, lengths, strict=True):
             # A copy, not a view of all rows.
             self._kept[text] = row[:length].clone()
 
@@ -182,7 +179,9 @@ def without_lower_layers(
     layers = upper.encoder.layer
     if not 0 < count < len(layers):
         raise ConfigError(f"count: got {count}; accepted: 1 to {len(layers) - 1}")
-    lower = LowerLayers(copy.deepcopy(upper), count, tokenizer)
+    below: Any = copy.deepcopy(upper)
+    below.encoder.layer = below.encoder.layer[:count]
+    lower = LowerLayers(below, tokenizer)
     upper.embeddings = _Embedded()
     for index in range(count):
         layers[index] = _Passed()

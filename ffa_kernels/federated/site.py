@@ -10,6 +10,7 @@ import math
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from ffa_kernels.federated.config import Config, Train, site_of
 from ffa_kernels.federated.data import Records
 from ffa_kernels.federated.wire import Header
 from ffa_kernels.files import write_atomic
+from ffa_kernels.memory.allocator import give_freed_memory_back
+from ffa_kernels.memory.planning import plan
 from ffa_kernels.privacy import PrivacyEngine, epsilon, noise_multiplier_for
 from ffa_kernels.privacy.step import Plan
 
@@ -90,7 +93,13 @@ class Site:
             new_ledger=privacy.new_ledger,
             seed=seed,
         )
-        self._own = copy_sharing_frozen(model).train()
+        self._entry = site_of(config, name)
+        self._device = torch.device("cpu" if self._entry is None else self._entry.device)
+        if self._device.type == "cpu":
+            own = copy_sharing_frozen(model)
+        else:
+            own = _on(self._device, copy.deepcopy(model), name)
+        self._own = own.train()
         self._tensors = wire.trained_tensors(self._own)
         self._rows = _by_length(records)
         self._moving: frozenset[str] | None = None
@@ -177,8 +186,6 @@ class Site:
         privacy, train = self._config.privacy, self._config.train
         for name, parameter in self._tensors.items():
             parameter.requires_grad_(name in moving)
-        entry = site_of(self._config, self.name)
-        physical = None if entry is None else entry.max_physical_batch_size
         self._model, self._optimizer, self._loader = self._engine.make_private(
             module=self._own,
             optimizer=build_optimizer(self._own, train),
@@ -192,7 +199,7 @@ class Site:
             clipping=privacy.clipping,
             loss_reduction="sum",
             target_delta=privacy.target_delta,
-            max_physical_batch_size=physical or train.max_physical_batch_size,
+            max_physical_batch_size=self._physical_batch_size(),
             pad_physical_batches=False,
         )
         self._moving = moving
@@ -222,6 +229,39 @@ class Site:
             )
         except PrivacyError as error:
             raise PrivacyError(f"site {self.name!r}: {error}") from error
+
+    def _physical_batch_size(self) -> int | None:
+        """As configured for the site or all of them, or what fits in the site's memory."""
+        entry, train = self._entry, self._config.train
+        own = None if entry is None else entry.max_physical_batch_size
+        most = own or train.max_physical_batch_size
+        if entry is None or entry.memory is None:
+            return most
+        tokens = self._config.model.max_length
+        example = tokenize(self._tokenizer, ["word " * tokens], self._config)
+        example["labels"] = torch.zeros(1, dtype=torch.int64)
+
+        def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            return F.cross_entropy(model(**inputs).logits, batch["labels"], reduction="sum")
+
+        try:
+            made = plan(
+                self._own,
+                memory=entry.memory,
+                batch_size=min(most or self.batch_size, self.batch_size),
+                example=example,
+                loss=loss,
+                device=self._device.type,
+                optimizer="momentum" if train.momentum else train.optimizer,
+                clipping=self._config.privacy.clipping,
+                allow=(),
+            )
+        except ConfigError as error:
+            raise ConfigError(f"site {self.name!r}: {error}") from error
+        if self._device.type == "cpu":
+            give_freed_memory_back()
+        return made.max_physical_batch_size
 
     def _fits(self, noise_multiplier: float, left: int) -> bool:
         """Whether so many more steps with this noise keep the target."""
@@ -332,7 +372,9 @@ class Site:
             inputs, labels = next(self._batches)
             piece = self._optimizer.private_step.piece
             assert piece is not None
-            losses = F.cross_entropy(self._model(**inputs).logits, labels, reduction="none")
+            with self._autocast():
+                logits: Tensor = self._model(**inputs).logits
+            losses = F.cross_entropy(logits.float(), labels, reduction="none")
             self._optimizer.zero_grad()
             # Not their mean: dividing by a number that one record more would change, and
             # multiplying with it again, rounds the others' gradients otherwise.
@@ -346,6 +388,11 @@ class Site:
                 done += 1
                 on_step()
         return total / max(seen, 1), seen
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._entry is None or self._entry.dtype == "fp32":
+            return nullcontext()
+        return torch.autocast(self._device.type, dtype=torch.bfloat16)
 
     def _check_moved(self) -> None:
         try:
@@ -367,7 +414,8 @@ class Site:
 
     def _collate(self, rows: list[tuple[str, int]]) -> Batch:
         inputs = tokenize(self._tokenizer, [text for text, _ in rows], self._config)
-        return inputs, torch.tensor([label for _, label in rows])
+        labels = torch.tensor([label for _, label in rows])
+        return {k: t.to(self._device) for k, t in inputs.items()}, labels.to(self._device)
 
     def _log(self, entry: dict[str, Any]) -> None:
         entry = {"run": self._run, **entry, "not covered by epsilon": True}
@@ -415,12 +463,36 @@ def build_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:
         {"params": [p for name, p in trained.items() if not wire.is_adapter(name)], "lr": head_lr},
     ]
     groups = [group for group in groups if group["params"]]
+    settings: dict[str, Any] = {"lr": train.lr, "weight_decay": train.weight_decay}
+    optimizer: torch.optim.Optimizer
     if train.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay
-        )
-    adam = torch.optim.Adam if train.optimizer == "adam" else torch.optim.AdamW
-    return adam(groups, lr=train.lr, weight_decay=train.weight_decay)
+        optimizer = torch.optim.SGD(groups, momentum=train.momentum, **settings)
+    elif train.optimizer == "adam":
+        optimizer = torch.optim.Adam(groups, **settings)
+    else:
+        optimizer = torch.optim.AdamW(groups, **settings)
+    if train.smoothing:
+        optimizer.register_step_pre_hook(_Smoothing(train.smoothing))
+    return optimizer
+
+
+class _Smoothing:
+    """Gives the optimizer's step a weighted mean of the noised gradients so far.
+
+    What it holds lies in the optimizer's groups, and so in its state_dict.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            grads = [p.grad for p in group["params"]]
+            means = group.setdefault("smoothed", [torch.zeros_like(grad) for grad in grads])
+            steps = group["smoothed_steps"] = group.get("smoothed_steps", 0) + 1
+            for grad, mean in zip(grads, means, strict=True):
+                mean.lerp_(grad, 1.0 - self.share)
+                torch.div(mean, 1.0 - self.share**steps, out=grad)
 
 
 def copy_sharing_frozen(model: nn.Module) -> nn.Module:
@@ -428,6 +500,16 @@ def copy_sharing_frozen(model: nn.Module) -> nn.Module:
     frozen = [p for p in model.parameters() if not p.requires_grad]
     memo: dict[int, Any] = {id(t): t for t in [*frozen, *model.buffers()]}
     return copy.deepcopy(model, memo)
+
+
+def _on(device: torch.device, model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"[[site]] device: site {name!r} got {str(device)!r}, which PyTorch does not have here "
+            f"({error}); accepted: 'cpu', or a GPU that is there"
+        ) from error
 
 
 def load_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
