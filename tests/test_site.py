@@ -187,16 +187,16 @@ def test_a_sites_memory_decides_its_physical_batches(
     tmp_path: Path,
 ) -> None:
     sizes = {}
-    for memory in ("4MB", "5MB", "1GiB"):
+    for memory in ("200kB", "600kB", "1GiB"):
         parts: dict[str, Any] = {"privacy": {"new_ledger": True}}
         north = North(of_north(document, memory=memory), tmp_path, **parts)
         with closing(north.open(tmp_path / memory, run=f"{len(memory):016x}")) as site:
             sizes[memory] = site._physical_batch_size()
             north_server = driver.make_server(north.config, north.model, site._run)
             site.run_round(1, north_server.message(1, "north"))
-    assert 1 <= sizes["4MB"] < sizes["5MB"] < sizes["1GiB"] == 16
-    north = North(of_north(document, memory="100kB"), tmp_path)
-    with pytest.raises(ConfigError, match=r"site 'north': memory is '100kB', which is too little"):
+    assert 1 <= sizes["200kB"] < sizes["600kB"] < sizes["1GiB"] == 16
+    north = North(of_north(document, memory="50kB"), tmp_path)
+    with pytest.raises(ConfigError, match=r"site 'north': memory is '50kB', which is too little"):
         north.open(tmp_path / "small")
 
 
