@@ -67,8 +67,6 @@ class Spec:
     """How large a run is.
 
     Attributes:
-        spare: rounds that the sites' budget is made for beyond those that are run. A step that was
-            cut off is charged and not to be had again.
         kills: of sites; `server_kills` come on top.
         calm: runs of the honest sites alone, without kills, that say what accuracy is to be met.
         seconds: for all of it.
@@ -78,7 +76,6 @@ class Spec:
     honest: int
     liars: int
     rounds: int
-    spare: int
     local_steps: int
     target_epsilon: float
     batch_size: int
@@ -148,7 +145,7 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], bytes]:
 
 def site_process(parts: Parts, name: str, life: int, supervisor: int, events: int) -> None:
     def on_step(round_: int) -> None:
-        log.write(trained=round_)
+        log.write(trained=round_, noise=site.noise_multiplier, rate=site.sample_rate)
         event(events, f"{name}-stepped", round_)
 
     log, config = Log(Path(f"{name}.log")), parts.config
@@ -162,7 +159,7 @@ def site_process(parts: Parts, name: str, life: int, supervisor: int, events: in
             ledger=entry.ledger,
         )
     ) as site:
-        log.write(opened=life, noise=site.noise_multiplier, rate=site.sample_rate)
+        log.write(opened=life)
         while True:
             with socket.socket(socket.AF_UNIX) as connection, contextlib.suppress(ConnectionError):
                 connect(connection, supervisor)
@@ -545,8 +542,6 @@ def look_at_site(
     """Ledger against truth: what the site has trained and handed out, as it noted itself."""
     lines, privacy = lines_of(name), parts.config.privacy
     steps = parts.config.federation.local_steps
-    opened = {(line["noise"], line["rate"]) for line in lines if "opened" in line}
-    assert len(opened) == 1, f"{name} was opened with {opened}"
     trained = Counter(line["trained"] for line in lines if "trained" in line)
     handed = [line for line in lines if "handed" in line]
     arrived = {
@@ -565,13 +560,17 @@ def look_at_site(
     entry = site_of(parts.config, name)
     assert entry is not None and entry.ledger is not None
     account = read_account(entry.ledger)
-    ((noise, rate),) = opened
     total = trained.total()
-    assert account.private and [row[:2] for row in account.history] == [(noise, rate)]
+    # With the noise that the ledger has of it: more, after steps that a kill has cost.
+    made = Counter((line["noise"], line["rate"]) for line in lines if "trained" in line)
+    charged = {row[:2]: row[2] for row in account.history}
+    assert account.private and all(charged[key] >= count for key, count in made.items()), name
     assert account.steps >= total >= released, f"{name}: {account.steps}, {total}, {released}"
     # One that was charged when the kill came, and nothing besides.
     assert account.steps <= total + kills, f"{name}: {account.steps}, {total}, {kills} kills"
-    spent = epsilon([(noise, rate, total)], privacy.target_delta, privacy.accountant)
+    spent = epsilon(
+        [(*key, count) for key, count in made.items()], privacy.target_delta, privacy.accountant
+    )
     told = account.epsilon(privacy.target_delta, privacy.accountant)
     assert spent <= told <= privacy.target_epsilon, f"{name}: {told} told, {spent} spent"
     return {
@@ -635,7 +634,7 @@ def prepared(spec: Spec, folder: Path, liars: int) -> Parts:
     document = {
         "federation": {
             "name": "chaos",
-            "rounds": spec.rounds + spec.spare,
+            "rounds": spec.rounds,
             "local_steps": spec.local_steps,
             "min_updates": spec.honest - 1,
             "attempts": 3,

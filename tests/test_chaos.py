@@ -22,12 +22,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SLICE = {
-    **{"honest": 3, "liars": 1, "rounds": 6, "spare": 4, "kills": 6, "server_kills": 1},
+    **{"honest": 3, "liars": 1, "rounds": 6, "kills": 6, "server_kills": 1},
     **{"local_steps": 6, "target_epsilon": 60.0, "batch_size": 32, "lr": 0.02},
     **{"calm": 1, "seconds": 100},
 }
 FULL = {
-    **{"honest": 6, "liars": 2, "rounds": 30, "spare": 10, "kills": 32, "server_kills": 8},
+    **{"honest": 6, "liars": 2, "rounds": 30, "kills": 32, "server_kills": 8},
     **{"local_steps": 2, "target_epsilon": 8.0, "batch_size": 16, "lr": 0.015},
     **{"calm": 4, "seconds": 270},
 }
