@@ -9,7 +9,7 @@ import json
 import math
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class Site:
         name: as in the configuration; messages carry it.
         records: its training records; their number is taken as public.
         model: the adapted model that all sites begin with; a copy is trained, which shares what is
-            frozen.
+            frozen. Where A is sent, the copy has an A of its own, and knows none until it has come.
         tokenizer: of the model, as transformers calls it.
         config: the federation's.
         run: the run's identifier; an update is kept under (run, round).
@@ -77,48 +77,75 @@ class Site:
         self._folder = folder
         self._tokenizer = tokenizer
         self._fingerprint = wire.fingerprint(model)
-        privacy, train = config.privacy, config.train
+        train = config.train
         self.batch_size = batch_size(train, len(records))
         self.sample_rate = self.batch_size / len(records)
         self._engine = PrivacyEngine(
-            accountant=privacy.accountant,
+            accountant=config.privacy.accountant,
             ledger=ledger or folder / "ledger.jsonl",
-            new_ledger=privacy.new_ledger,
+            new_ledger=config.privacy.new_ledger,
             seed=seed,
         )
         try:
-            self._state, left = self._begin()
+            self._state, self._left = self._begin()
             self.noise_multiplier: float = self._state["noise_multiplier"]
-            entry = site_of(config, name)
-            physical = None if entry is None else entry.max_physical_batch_size
-            own = copy_sharing_frozen(model)
-            self._model, self._optimizer, self._loader = self._engine.make_private(
-                module=own.train(),
-                optimizer=build_optimizer(own, train),
-                data_loader=DataLoader(
-                    _by_length(records),  # type: ignore[arg-type]
-                    batch_size=self.batch_size,
-                    collate_fn=self._collate,
-                ),
-                noise_multiplier=self.noise_multiplier,
-                max_grad_norm=privacy.max_grad_norm,
-                clipping=privacy.clipping,
-                loss_reduction="sum",
-                target_delta=privacy.target_delta,
-                max_physical_batch_size=physical or train.max_physical_batch_size,
-                pad_physical_batches=False,
-            )
-            if self._state["optimizer"] is not None:
-                self._optimizer.load_state_dict(self._state["optimizer"])
-            if self.noise_multiplier > 0.0:
-                # A round that is tried again is charged again, and cannot overspend.
-                self._optimizer.private_step.plan = Plan(
-                    self._engine.ledger, left, privacy.target_epsilon
-                )
+            self._rows = _by_length(records)
+            self._model = copy_sharing_frozen(model, wire.frozen_A(model) if config.sends_A else ())
+            self._lacks_A = config.sends_A
+            kept = frozen_file(folder, run)
+            if config.sends_A and kept.exists():
+                try:
+                    self._load_A(kept.read_bytes())
+                except WireError as error:
+                    raise ConfigError(
+                        f"site {name!r}: {kept.name} is damaged ({error}); accepted: the file as "
+                        "it came, or none, and A is sent again"
+                    ) from error
+            if not self._lacks_A:
+                self._make_private()
         except BaseException:
             self.close()
             raise
+
+    def _make_private(self) -> None:
+        """The model is whole: from here on its frozen tensors stay as they are."""
+        privacy, train = self._config.privacy, self._config.train
+        entry = site_of(self._config, self.name)
+        physical = None if entry is None else entry.max_physical_batch_size
+        self._model, self._optimizer, self._loader = self._engine.make_private(
+            module=self._model.train(),
+            optimizer=build_optimizer(self._model, train),
+            data_loader=DataLoader(
+                self._rows,  # type: ignore[arg-type]
+                batch_size=self.batch_size,
+                collate_fn=self._collate,
+            ),
+            noise_multiplier=self.noise_multiplier,
+            max_grad_norm=privacy.max_grad_norm,
+            clipping=privacy.clipping,
+            loss_reduction="sum",
+            target_delta=privacy.target_delta,
+            max_physical_batch_size=physical or train.max_physical_batch_size,
+            pad_physical_batches=False,
+        )
+        if self._state["optimizer"] is not None:
+            self._optimizer.load_state_dict(self._state["optimizer"])
+        if self.noise_multiplier > 0.0:
+            # A round that is tried again is charged again, and cannot overspend.
+            self._optimizer.private_step.plan = Plan(
+                self._engine.ledger, self._left, privacy.target_epsilon
+            )
         self._batches = self._endless()
+
+    def _load_A(self, message: bytes) -> None:
+        """The model with the A of `message`; nothing is done if that does not fit (WireError)."""
+        A = wire.frozen_A(self._model)
+        received = wire.decode(message, self._header(wire.FROZEN, 0), A)
+        for name, tensor in A.items():
+            tensor.copy_(received[name])
+        # Of what was loaded: a round's message must name the same.
+        self._fingerprint = wire.fingerprint(self._model)
+        self._lacks_A = False
 
     def close(self) -> None:
         """Gives the ledger back to other processes; the site trains no more."""
@@ -215,7 +242,11 @@ class Site:
         self._engine.reseed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
 
     def run_round(
-        self, round_: int, message: bytes, on_step: Callable[[], None] = lambda: None
+        self,
+        round_: int,
+        message: bytes,
+        on_step: Callable[[], None] = lambda: None,
+        frozen: Callable[[], bytes] | None = None,
     ) -> bytes:
         """The site's update for a round: trained once, and sent as the same bytes ever after.
 
@@ -223,10 +254,12 @@ class Site:
             round_: from 1 to the configured rounds; the noise was chosen for so many.
             message: the server's global tensors for this round and site.
             on_step: called after each local step.
+            frozen: gives the server's message with A; called where A is sent and has not come yet,
+                or is lost. What has come is kept in the site's folder, for the run.
 
         Raises:
-            WireError: the message does not fit, or the round is out of range; nothing is trained
-                then.
+            WireError: a message does not fit, A has not come, or the round is out of range;
+                nothing is trained or charged then.
             PrivacyError: a trained tensor did not move, or a frozen one did; it is named, and
                 nothing is released.
         """
@@ -236,6 +269,13 @@ class Site:
         rounds = self._config.federation.rounds
         if not 1 <= round_ <= rounds:
             raise WireError(f"round: got {round_}, accepted: 1 to {rounds}")
+        if self._lacks_A:
+            if frozen is None:
+                raise WireError("A: has not come from the server; accepted: a round with frozen=")
+            sent = frozen()
+            self._load_A(sent)
+            write_atomic(frozen_file(self._folder, self._run), sent)
+            self._make_private()
         trained = wire.trained_tensors(self._model)
         received = wire.decode(message, self._header("global", round_), trained)
         load_trained(self._model, received)
@@ -304,7 +344,7 @@ class Site:
         told = self._config.federation
         return Header(
             *(kind, self._run, round_, self.name, prints.base, prints.recipe),
-            *(told.weights, told.codec),
+            *(told.weights, "fp32" if kind == wire.FROZEN else told.codec),
         )
 
     def _endless(self) -> Iterator[Batch]:
@@ -319,6 +359,11 @@ class Site:
         entry = {"run": self._run, **entry, "not covered by epsilon": True}
         with (self._folder / "local.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(entry) + "\n")
+
+
+def frozen_file(folder: Path, run: str) -> Path:
+    """Where a site keeps the A that has come for a run."""
+    return folder / f"frozen-{run}.safetensors"
 
 
 def batch_size(train: Train, records: int) -> int:
@@ -369,9 +414,14 @@ def build_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:
     return adam(groups, lr=train.lr, weight_decay=train.weight_decay)
 
 
-def copy_sharing_frozen(model: nn.Module) -> nn.Module:
-    """A deep copy with its own trained parameters; every frozen parameter and buffer is shared."""
-    frozen = [p for p in model.parameters() if not p.requires_grad]
+def copy_sharing_frozen(model: nn.Module, but: Collection[str] = ()) -> nn.Module:
+    """A deep copy with its own trained parameters; every frozen parameter and buffer is shared.
+
+    Args:
+        but: names of frozen parameters that are not.
+    """
+    named = model.named_parameters(remove_duplicate=False)
+    frozen = [p for name, p in named if not p.requires_grad and name not in but]
     memo: dict[int, Any] = {id(t): t for t in [*frozen, *model.buffers()]}
     return copy.deepcopy(model, memo)
 
