@@ -1,10 +1,9 @@
 """A federation on Flower: its nodes carry our messages unread, and both ends check them as ever.
 
-A node is a site. It answers two kinds of message: a "query" with its name and, of a run whose A is
-sent, whether it lacks that; a "train" with the bytes of its update, or the type of the error that
-it met. Nothing else leaves it. A node may run each
-message in a process of its own, so the site is opened anew for each, and goes on where its folder
-and its ledger say that it was.
+A node is a site. It answers a "query" with its name or, where A is sent, with whether it lacks that
+of the run, and a "train" with the bytes of its update or the type of the error that it met; nothing
+else leaves it. A node may run each message in a process of its own, so the site is opened anew for
+each, and goes on where its folder and its ledger say that it was.
 
 Flower's telemetry, its update check and Ray's statistics are off, unless the environment says
 otherwise.
@@ -66,6 +65,7 @@ _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 _RECORD = "ffa"
+_FROZEN = "frozen"  # the query whether a site lacks A
 _WAYS = ("bytes_up", "bytes_down", "frozen_bytes_down")
 # Of this form only: it becomes part of a file's name.
 _RUN = re.compile(r"[0-9a-f]{16}")
@@ -102,9 +102,12 @@ def client_app(
 
     @app.query()
     def hello(message: Message, context: Context) -> Message:
-        place = here(context)
-        run = _field(message, "run", str) if _RECORD in message.content else None
-        return _reply(message, {"site": place.name, **_lack(place, run)})
+        return _reply(message, {"site": here(context).name})
+
+    @app.query(_FROZEN)
+    def frozen(message: Message, context: Context) -> Message:
+        file = frozen_file(here(context).folder, _run(message))
+        return _reply(message, {"lacks_A": not file.exists()})
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -142,15 +145,8 @@ def _place_of(node: Mapping[str, Any]) -> _Place:
     return _Place(node["site"], own, Path(node["out"]))
 
 
-def _lack(place: _Place, run: str | None) -> dict[str, bool]:
-    """Of an A that is sent: whether the site is without that of this run."""
-    if run is None or not place.config.sends_A:
-        return {}
-    return {"lacks_A": not frozen_file(place.folder, _checked(run)).exists()}
-
-
 def _update(place: _Place, message: Message, seed: int | None) -> bytes:
-    run, round_ = _checked(_field(message, "run", str)), _field(message, "round", int)
+    run, round_ = _run(message), _field(message, "round", int)
     with closing(_open(place, run, seed)) as site:
         return site.run_round(
             round_,
@@ -159,7 +155,8 @@ def _update(place: _Place, message: Message, seed: int | None) -> bytes:
         )
 
 
-def _checked(run: str) -> str:
+def _run(message: Message) -> str:
+    run = _field(message, "run", str)
     if not _RUN.fullmatch(run):
         raise WireError("run: accepted are 16 hexadecimal digits")
     return run
@@ -389,7 +386,8 @@ class _Nodes:
         failed: dict[str, bytes | FederationError] = {}
         if frozen is not None:
             asked = {name: {"run": run} for name in messages}
-            for name, lacks in self._exchange("query", group, asked, "lacks_A", bool).items():
+            answers = self._exchange(f"query.{_FROZEN}", group, asked, "lacks_A", bool)
+            for name, lacks in answers.items():
                 if isinstance(lacks, FederationError):
                     failed[name] = lacks
                     del contents[name]

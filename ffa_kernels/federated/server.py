@@ -133,7 +133,7 @@ class Server:
         return encode(self.header("global", round_, site), self._of(site), self._rounding)
 
     def frozen_message(self, site: str) -> bytes:
-        """The encoded A of `site`, its first rows of its layers; the same bytes for the whole run.
+        """The encoded A of `site`, its first rows of its layers; the same for the whole run.
 
         Raises:
             WireError: A holds NaN or infinity.
