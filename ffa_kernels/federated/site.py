@@ -10,6 +10,7 @@ import math
 import pickle
 import time
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ class Site:
             self._model = copy_sharing_frozen(model, wire.frozen_A(model) if config.sends_A else ())
             self._lacks_A = config.sends_A
             kept = frozen_file(folder, run)
-            if config.sends_A and kept.exists():
+            comes = config.sends_A and not kept.exists()
+            if config.sends_A and not comes:
                 try:
                     self._load_A(kept.read_bytes())
                 except WireError as error:
@@ -101,7 +103,7 @@ class Site:
                         f"site {name!r}: {kept.name} is damaged ({error}); accepted: the file as "
                         "it came, or none, and A is sent again"
                     ) from error
-            if not self._lacks_A:
+            if not comes:
                 self._make_private()
         except BaseException:
             self.close()
@@ -136,6 +138,7 @@ class Site:
                 self._engine.ledger, self._left, privacy.target_epsilon
             )
         self._batches = self._endless()
+        self._lacks_A = False
 
     def _load_A(self, message: bytes) -> None:
         """The model with the A of `message`; nothing is done if that does not fit (WireError)."""
@@ -144,8 +147,7 @@ class Site:
         for name, tensor in A.items():
             tensor.copy_(received[name])
         # Of what was loaded: a round's message must name the same.
-        self._fingerprint = wire.fingerprint(self._model)
-        self._lacks_A = False
+        self._fingerprint = replace(self._fingerprint, recipe=wire.digest(A))
 
     def close(self) -> None:
         """Gives the ledger back to other processes; the site trains no more."""
