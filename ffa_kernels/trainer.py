@@ -333,7 +333,7 @@ class PrivateTrainer(Trainer):
                 )
             # n in, and out of the mean's backward comes n / n, 1 exactly: with 1 / n instead, one
             # record more would round the gradients of all others differently.
-            loss.backward(torch.full_like(loss, piece.records))  # type: ignore[no-untyped-call]
+            loss.backward(torch.full_like(loss, piece.records))
             total += loss.detach() * piece.records
             rows, kept = rows + piece.records, kept + piece.kept
             if not piece.last:

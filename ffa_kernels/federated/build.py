@@ -60,6 +60,8 @@ def _base(config: Model) -> tuple[nn.Module, Any]:
         from ffa_kernels.federated.models import build_minilm_classifier
 
         model, tokenizer = build_minilm_classifier(config.classes, prompts=config.prompts)
+        if config.cached_layers:
+            return _above_cached_layers(model, tokenizer, config)
         return model, tokenizer
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -74,6 +76,20 @@ def _base(config: Model) -> tuple[nn.Module, Any]:
             "accepted: a folder with config, weights and tokenizer"
         ) from error
     return model, tokenizer
+
+
+def _above_cached_layers(model: Any, tokenizer: Any, config: Model) -> tuple[nn.Module, Any]:
+    from ffa_kernels.federated.models import without_lower_layers
+
+    try:
+        upper, lower = without_lower_layers(model, tokenizer, config.cached_layers)
+    except ConfigError as error:
+        raise ConfigError(f"[model] cached_layers: {error}") from error
+    # Many models of one process, the trials of a pilot say, share what is kept.
+    return upper, _lower_layers.setdefault((config.cached_layers, config.max_length), lower)
+
+
+_lower_layers: dict[tuple[int, int], Any] = {}
 
 
 def _convert(model: nn.Module, config: Config, site: SiteFiles | None) -> None:
@@ -106,8 +122,8 @@ def _add_lora(model: nn.Module, config: Config) -> None:
     adapter = config.model
     if adapter.dropout:
         raise ConfigError(
-            f"[model] dropout: got {adapter.dropout} with method = 'lora', whose masks are not "
-            "secret; accepted: 0, or method = 'ffa'"
+            f"[model] dropout: got {adapter.dropout} with method = {config.federation.method!r}, "
+            "whose masks are not secret; accepted: 0, or method = 'ffa'"
         )
     modules = dict(model.named_modules())
     for key in ("target_modules", "modules_to_save"):

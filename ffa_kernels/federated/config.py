@@ -21,7 +21,10 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ffa_kernels.errors import ConfigError, shown
 from ffa_kernels.federated.codecs import CODECS
+from ffa_kernels.memory.planning import parse_memory
 from ffa_kernels.nn.init import INITS
+
+METHODS = ("ffa", "lora", "alternating")
 
 _T = TypeVar("_T")
 # A hundred sites take 10 KB.
@@ -58,6 +61,14 @@ def _list(of: str, ok: Callable[[Any], bool], default: tuple[Any, ...]) -> Any:
     return _key(f"a list of {of}", lambda value: bool(value) and all(map(ok, value)), default)
 
 
+def _is_size(text: str) -> bool:
+    try:
+        parse_memory(text)
+    except ConfigError:
+        return False
+    return True
+
+
 def _path(default: Any = MISSING) -> Any:
     return _key("a file", lambda value: bool(value) and "\0" not in value, default)
 
@@ -68,7 +79,8 @@ class Federation:
 
     Attributes:
         name: shown in the report.
-        method: "ffa" (A frozen, B trained) or "lora" (PEFT's LoRA, both trained).
+        method: "ffa" (A frozen, B trained), "lora" (PEFT's LoRA, both trained), or "alternating"
+            (PEFT's LoRA, B trained in odd rounds and A in even ones, as RoLoRA, arXiv 2502.01755).
         rounds: averages taken.
         local_steps: optimizer steps of a site in a round.
         sites_per_round: sites drawn for each round; all of them by default. No privacy
@@ -90,7 +102,7 @@ class Federation:
     """
 
     name: str = _key("a text that is not empty", bool, "federation")
-    method: str = _one_of("ffa", "lora", default="ffa")
+    method: str = _one_of(*METHODS, default="ffa")
     rounds: int = _whole(1)
     local_steps: int = _whole(1)
     sites_per_round: int | None = _whole(1, None)
@@ -116,7 +128,7 @@ class Model:
         kind: "minilm", or the folder of a local transformers model for sequence classification.
         r, alpha: rank; the adapter is scaled by alpha / r.
         target_modules: linear layers that are adapted, by name or its last parts.
-        init: how A is made for method "ffa"; "lora" keeps PEFT's kaiming. "pissa" comes from an
+        init: how A is made for method "ffa"; the others keep PEFT's kaiming. "pissa" comes from an
             SVD, whose bits differ between machines: the server makes it, and sends it once.
         dropout: LoRA dropout.
         modules_to_save: modules trained and sent whole; () for none.
@@ -124,6 +136,8 @@ class Model:
         prompts: for "minilm": public sentences for each class, from which the head is made; a
             random head by default.
         classes: number of labels. Declared and not counted, for which labels occur is private.
+        cached_layers: for "minilm": so many of its lowest layers are run once for each text, whose
+            states are then kept in memory (fp32, tokens x width). Only layers above are adapted.
     """
 
     kind: str = _key("'minilm' or a folder", bool, "minilm")
@@ -138,6 +152,7 @@ class Model:
         "a list of lists of sentences, one list for each class", lambda v: all(map(all, v)), None
     )
     classes: int = _whole(2, 2)
+    cached_layers: int = _whole(0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +190,9 @@ class Train:
         max_physical_batch_size: records in memory at once; the whole draw by default.
         optimizer: with the learning rate `lr`, `head_lr` (for modules_to_save; `lr` by default),
             `weight_decay`, and `momentum` for "sgd" alone.
+        smoothing: s of a low-pass filter on the noised gradients, which costs no privacy: the
+            optimizer takes their mean with weights s^k for the k-th before, as in DOPPLER (arXiv
+            2408.13460) of first order.
         lr_decay: round t of R trains at (1 - lr_decay (t - 1) / R) of these learning rates.
     """
 
@@ -187,6 +205,7 @@ class Train:
     lr: float = _positive()
     head_lr: float | None = _positive(None)
     momentum: float = _fraction(0.0)
+    smoothing: float = _fraction(0.0)
     lr_decay: float = _fraction(0.0)
     weight_decay: float = _key("a finite number from 0", lambda value: 0.0 <= value < math.inf, 0.0)
 
@@ -238,7 +257,7 @@ class Pilot:
     records_per_site: int = _whole(20, 500)
     rounds: int | None = _whole(1, None)
     seeds: tuple[int, ...] = _list("whole numbers from 0", lambda v: v >= 0, (0, 1, 2))
-    method: tuple[str, ...] = _list("'ffa' or 'lora'", lambda v: v in ("ffa", "lora"), ())
+    method: tuple[str, ...] = _list("names of methods", lambda v: v in METHODS, ())
     init: tuple[str, ...] = _list("names of inits", lambda v: v in INITS, ())
     r: tuple[int, ...] = _list("whole numbers from 1", lambda v: v >= 1, ())
     lr: tuple[float, ...] = _list("numbers above 0", lambda v: 0.0 < v < math.inf, ())
@@ -261,6 +280,11 @@ class SiteFiles:
             and each column of B is averaged over the sites that have it.
         target_modules: some of the model's, for a weak machine (method "ffa").
         max_physical_batch_size: in place of [train]'s.
+        memory: what training may take beyond a process that has imported all, "2GiB" say; the
+            physical batch is then as large as fits, up to max_physical_batch_size.
+        device: "cpu", or a GPU as PyTorch names it.
+        dtype: of the forward and backward pass: "fp32", or "bf16" by autocast. What is trained,
+            clipped and sent stays fp32.
     """
 
     name: str = _key(
@@ -274,6 +298,13 @@ class SiteFiles:
     r: int | None = _whole(1, None)
     target_modules: tuple[str, ...] | None = _names(None)
     max_physical_batch_size: int | None = _whole(1, None)
+    memory: str | None = _key("a size such as 500MB, 2GiB", _is_size, None)
+    device: str = _key(
+        "'cpu', or a GPU such as 'cuda' or 'cuda:1'",
+        lambda value: re.fullmatch(r"cpu|cuda(:\d{1,3})?", value) is not None,
+        "cpu",
+    )
+    dtype: str = _one_of("fp32", "bf16", default="fp32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -459,6 +490,11 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"[model] prompts: got some with kind = {config.model.kind!r}; accepted: with "
             "'minilm' alone"
+        )
+    if config.model.cached_layers and config.model.kind != "minilm":
+        raise ConfigError(
+            f"[model] cached_layers: got {config.model.cached_layers} with kind = "
+            f"{config.model.kind!r}; accepted: 0, or kind = 'minilm'"
         )
     if (data.split == "natural") != (data.sites is None):
         raise ConfigError(

@@ -212,16 +212,19 @@ def split_iid(records: Records, sites: int, seed: int = 0) -> dict[str, Records]
 
 
 def split_dirichlet(
-    records: Records, sites: int, alpha: float, seed: int = 0
+    records: Records, sites: int, alpha: float, seed: int = 0, least: int = 1
 ) -> dict[str, Records]:
     """Label skew: each class is shared over the sites in proportions drawn from Dirichlet(alpha).
 
     A small `alpha` gives each site few classes, a large one tends to even shares (label skew as in
-    Hsu, Qi and Brown 2019, arXiv 1909.06335). The draw is repeated until no site is empty.
+    Hsu, Qi and Brown 2019, arXiv 1909.06335).
+
+    Args:
+        least: the draw is repeated until each site has so many records.
 
     Raises:
         ConfigError: `alpha` is not positive and finite, `sites` is below 1 or above the number of
-            records, or a hundred draws each left some site empty.
+            records, or a hundred draws each left some site with fewer than `least`.
     """
     _check_sites(records, sites)
     if not 0.0 < alpha < float("inf"):
@@ -245,11 +248,11 @@ def split_dirichlet(
                 end = len(members) if k == sites - 1 else round(len(members) * reached / total)
                 shares[k].extend(members[start:end])
                 start = end
-        if all(shares):
+        if min(map(len, shares)) >= least:
             return {f"site-{k}": records.take(sorted(share)) for k, share in enumerate(shares)}
     raise ConfigError(
-        f"alpha: {alpha} left one of {sites} sites empty in each of 100 draws; "
-        "a larger alpha or fewer sites are accepted"
+        f"alpha: {alpha} left one of {sites} sites with fewer than {least} records in each of 100 "
+        "draws; accepted: a larger alpha, or fewer sites"
     )
 
 

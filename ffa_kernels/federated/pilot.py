@@ -139,7 +139,7 @@ def _attempt(config: Config, trial: Trial, folder: Path) -> dict[str, Any]:
         changes[_KNOBS[knob]][knob] = value
     federation = {"seed": trial.seed, "rounds": config.pilot.rounds or config.federation.rounds}
     changes["federation"] |= federation
-    if changes["model"]["init"] != "pissa" and changes["federation"]["method"] == "lora":
+    if changes["model"]["init"] != "pissa" and changes["federation"]["method"] != "ffa":
         # PEFT's LoRA has its own; the knob does not apply.
         changes["model"].pop("init")
     tables = {name: replace(getattr(config, name), **new) for name, new in changes.items()}

@@ -23,6 +23,7 @@ from ffa_kernels.federated.wire import (
     digest,
     encode,
     is_B,
+    moves,
     part_of,
 )
 from ffa_kernels.privacy.keys import SecretStream
@@ -38,6 +39,7 @@ class Rules:
 
     Attributes:
         min_updates: valid updates below which a round changes nothing.
+        method: the federation's, which says what moves in a round; see `wire.moves`.
         policy: what sites are told of the weights, in every message: "equal", or another.
         weights: by site, positive, of any sum; equal by default. Weights taken from what sites say
             of their records would publish that.
@@ -51,6 +53,7 @@ class Rules:
     """
 
     min_updates: int = 1
+    method: str = "ffa"
     policy: str = "equal"
     weights: Mapping[str, float] | None = None
     codec: str = "fp32"
@@ -172,7 +175,7 @@ class Server:
                     raise WireError("site: was not asked in this round")
                 if site in accepted:
                     raise WireError("site: has answered already")
-                own = self._of(site)
+                own = {n: t for n, t in self._of(site).items() if self._moves(n, round_)}
                 tensors = decode(data, self.header("update", round_, site), own)
                 norm, most = _distance(tensors, own), self.rules.max_update_norm
                 if most is not None and norm > most:
@@ -183,13 +186,17 @@ class Server:
                 _log.warning("round %d: update of %r refused: %s", round_, site, error)
         averaged = len(accepted) >= self.rules.min_updates
         if averaged:
-            self._move({name: self._combined(name, accepted) for name in self.tensors})
+            moving = [name for name in self.tensors if self._moves(name, round_)]
+            self._move({name: self._combined(name, accepted) for name in moving})
         else:
             _log.warning(
                 "round %d: %d valid updates, %d needed: the model stays as it was",
                 *(round_, len(accepted), self.rules.min_updates),
             )
         return Outcome(dict(sorted(norms.items())), refused, averaged)
+
+    def _moves(self, name: str, round_: int) -> bool:
+        return moves(name, self.rules.method, round_)
 
     def state(self, notes: Mapping[str, Any]) -> bytes:
         """All that the server must know after a restart, and `notes`, which JSON can hold."""
@@ -291,7 +298,7 @@ class Server:
                 self.tensors[name].copy_(tensor)
             return
         for param, (name, old) in zip(self._params, self.tensors.items(), strict=True):
-            param.grad = old - average[name]
+            param.grad = old - average[name] if name in average else None
         self._optimizer.step()
 
 

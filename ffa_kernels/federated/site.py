@@ -9,7 +9,8 @@ import json
 import math
 import pickle
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,16 @@ from ffa_kernels.federated.config import Config, Train, site_of
 from ffa_kernels.federated.data import Records
 from ffa_kernels.federated.wire import Header
 from ffa_kernels.files import write_atomic
+from ffa_kernels.memory.allocator import give_freed_memory_back
+from ffa_kernels.memory.planning import plan
 from ffa_kernels.privacy import PrivacyEngine, epsilon, noise_multiplier_for
 from ffa_kernels.privacy.step import Plan
 
 Batch = tuple[dict[str, Tensor], Tensor]
+
+# A site that has lost most of its budget, in rounds that broke off say, would send noise alone.
+_MOST_NOISE = 4.0
+_NO_STATE = (KeyError, TypeError, ValueError, AttributeError)
 
 
 class Site:
@@ -78,45 +85,135 @@ class Site:
         self._folder = folder
         self._tokenizer = tokenizer
         self._fingerprint = wire.fingerprint(model)
-        train = config.train
-        self.batch_size = batch_size(train, len(records))
+        privacy = config.privacy
+        self.batch_size = batch_size(config.train, len(records))
         self.sample_rate = self.batch_size / len(records)
         self._engine = PrivacyEngine(
-            accountant=config.privacy.accountant,
+            accountant=privacy.accountant,
             ledger=ledger or folder / "ledger.jsonl",
-            new_ledger=config.privacy.new_ledger,
+            new_ledger=privacy.new_ledger,
             seed=seed,
         )
+        self._entry = site_of(config, name)
+        self._device = torch.device("cpu" if self._entry is None else self._entry.device)
+        if self._device.type == "cpu":
+            own = copy_sharing_frozen(model, wire.frozen_A(model) if config.sends_A else ())
+        else:
+            own = _on(self._device, copy.deepcopy(model), name)
+        self._own = own.train()
+        self._tensors = wire.trained_tensors(self._own)
+        self._rows = _by_length(records)
+        self._moving: frozenset[str] | None = None
+        self._lacks_A = config.sends_A
         try:
-            self._state, self._left = self._begin()
-            self.noise_multiplier: float = self._state["noise_multiplier"]
-            self._rows = _by_length(records)
-            self._model = copy_sharing_frozen(model, wire.frozen_A(model) if config.sends_A else ())
-            self._lacks_A = config.sends_A
-            kept = frozen_file(folder, run)
-            comes = config.sends_A and not kept.exists()
-            if config.sends_A and not comes:
-                try:
-                    self._load_A(kept.read_bytes())
-                except WireError as error:
-                    raise ConfigError(
-                        f"site {name!r}: {kept.name} is damaged ({error}); accepted: the file as "
-                        "it came, or none, and A is sent again"
-                    ) from error
-            if not comes:
-                self._make_private()
+            if config.sends_A and frozen_file(folder, run).exists():
+                self._load_kept_A()
+            self._state, again = self._begin()
+            done = self._rounds_done()
+            if again:
+                self._renew(config.federation.rounds - done)
+            self._ready(min(done + 1, config.federation.rounds), config.federation.rounds - done)
         except BaseException:
             self.close()
             raise
 
-    def _make_private(self) -> None:
-        """The model is whole: from here on its frozen tensors stay as they are."""
+    def _load_A(self, message: bytes) -> None:
+        """The model with the A of `message`; nothing is done if that does not fit (WireError)."""
+        A = wire.frozen_A(self._own)
+        received = wire.decode(message, self._header(wire.FROZEN, 0), A)
+        for name, tensor in A.items():
+            tensor.copy_(received[name])
+        # Of what was loaded: a round's message must name the same.
+        self._fingerprint = replace(self._fingerprint, recipe=wire.digest(A))
+        # Only a new guard takes another A.
+        self._moving, self._lacks_A = None, False
+
+    def _load_kept_A(self) -> None:
+        kept = frozen_file(self._folder, self._run)
+        try:
+            self._load_A(kept.read_bytes())
+        except WireError as error:
+            raise ConfigError(
+                f"site {self.name!r}: {kept.name} is damaged ({error}); accepted: the file as it "
+                "came, or none, and A is sent again"
+            ) from error
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Of the round that comes next."""
+        return float(self._state["noise_multiplier"])
+
+    def close(self) -> None:
+        """Gives the ledger back to other processes; the site trains no more."""
+        self._engine.ledger.close()
+
+    def epsilon(self) -> float:
+        """Spent so far, over all that the site's ledger holds, at the configured delta."""
+        return self._engine.get_epsilon(self._config.privacy.target_delta)
+
+    def _begin(self) -> tuple[dict[str, Any], bool]:
+        """(the run's state at this site, whether its noise no longer keeps the target)."""
+        ledger, state = self._engine.ledger, self._read_state()
+        if not math.isinf(self._config.privacy.target_epsilon) and not (
+            ledger.private or self._engine.seed is not None
+        ):
+            raise PrivacyError(
+                f"site {self.name!r}: its ledger holds steps that were not private; no "
+                "target_epsilon can be kept"
+            )
+        if state is None:
+            return {
+                **{"noise_multiplier": 0.0, "first_noise_multiplier": None},
+                **{"until": 0, "optimizers": {}},
+            }, True
+        return state, not self._fits(state["noise_multiplier"], state["until"] - ledger.steps)
+
+    def _rounds_done(self) -> int:
+        """The last round that the run has an update of; those before it will not be asked again."""
+        kept = self._folder.glob(f"update-{self._run}-*.safetensors")
+        return max((int(path.stem.rpartition("-")[2]) for path in kept), default=0)
+
+    def _ready(self, round_: int, rounds_left: int) -> None:
+        """Makes the model private for a round, unless it is so already.
+
+        Steps that were charged and lost, in a round that broke off say, come out of the budget: the
+        noise is chosen anew then, for the rounds that are left.
+        """
+        steps = rounds_left * self._config.federation.local_steps
+        method = self._config.federation.method
+        moving = frozenset(n for n in self._tensors if wire.moves(n, method, round_))
+        short = self._state["until"] - self._engine.ledger.steps < steps
+        if short:
+            self._renew(rounds_left)
+        # What does not move in this round has moved in others: only a new guard takes that.
+        if short or moving != self._moving or len(moving) < len(self._tensors):
+            self._prepare(moving)
+
+    def _renew(self, rounds_left: int) -> None:
+        """Chooses the noise that so many rounds can have."""
+        steps = rounds_left * self._config.federation.local_steps
+        if steps:
+            noise, first = self._solve_noise(steps), self._state["first_noise_multiplier"]
+            if first is not None and noise > _MOST_NOISE * first:
+                raise PrivacyError(
+                    f"site {self.name!r}: target_epsilon {self._config.privacy.target_epsilon:g} "
+                    f"is spent: the {steps} steps that are left would need noise {noise:.3g}, over "
+                    f"{_MOST_NOISE:g} times the {first:.3g} that the run began with, and harm the "
+                    "average; accepted: a larger target, or no part in these rounds"
+                )
+            self._state["noise_multiplier"] = noise
+            if first is None:
+                self._state["first_noise_multiplier"] = noise
+        self._state["until"] = self._engine.ledger.steps + steps
+        self._write_state(self._state)
+
+    def _prepare(self, moving: frozenset[str]) -> None:
         privacy, train = self._config.privacy, self._config.train
-        entry = site_of(self._config, self.name)
-        physical = None if entry is None else entry.max_physical_batch_size
+        for name, parameter in self._tensors.items():
+            parameter.requires_grad_(name in moving)
         self._model, self._optimizer, self._loader = self._engine.make_private(
-            module=self._model.train(),
-            optimizer=build_optimizer(self._model, train),
+            module=self._own,
+            optimizer=build_optimizer(self._own, train),
             data_loader=DataLoader(
                 self._rows,  # type: ignore[arg-type]
                 batch_size=self.batch_size,
@@ -127,58 +224,20 @@ class Site:
             clipping=privacy.clipping,
             loss_reduction="sum",
             target_delta=privacy.target_delta,
-            max_physical_batch_size=physical or train.max_physical_batch_size,
+            max_physical_batch_size=self._physical_batch_size(),
             pad_physical_batches=False,
         )
-        if self._state["optimizer"] is not None:
-            self._optimizer.load_state_dict(self._state["optimizer"])
+        self._moving = moving
+        held = self._state["optimizers"].get(_digest(moving))
+        if held is not None:
+            self._optimizer.load_state_dict(held)
         if self.noise_multiplier > 0.0:
             # A round that is tried again is charged again, and cannot overspend.
+            left = self._state["until"] - self._engine.ledger.steps
             self._optimizer.private_step.plan = Plan(
-                self._engine.ledger, self._left, privacy.target_epsilon
+                self._engine.ledger, max(left, 0), privacy.target_epsilon
             )
         self._batches = self._endless()
-        self._lacks_A = False
-
-    def _load_A(self, message: bytes) -> None:
-        """The model with the A of `message`; nothing is done if that does not fit (WireError)."""
-        A = wire.frozen_A(self._model)
-        received = wire.decode(message, self._header(wire.FROZEN, 0), A)
-        for name, tensor in A.items():
-            tensor.copy_(received[name])
-        # Of what was loaded: a round's message must name the same.
-        self._fingerprint = replace(self._fingerprint, recipe=wire.digest(A))
-
-    def close(self) -> None:
-        """Gives the ledger back to other processes; the site trains no more."""
-        self._engine.ledger.close()
-
-    def epsilon(self) -> float:
-        """Spent so far, over all that the site's ledger holds, at the configured delta."""
-        return self._engine.get_epsilon(self._config.privacy.target_delta)
-
-    def _begin(self) -> tuple[dict[str, Any], int]:
-        """(the run's state at this site, steps that are left of the run)."""
-        steps = self._config.federation.rounds * self._config.federation.local_steps
-        ledger, state = self._engine.ledger, self._read_state()
-        if not math.isinf(self._config.privacy.target_epsilon) and not (
-            ledger.private or self._engine.seed is not None
-        ):
-            raise PrivacyError(
-                f"site {self.name!r}: its ledger holds steps that were not private; no "
-                "target_epsilon can be kept"
-            )
-        if state is None:
-            state = {
-                "noise_multiplier": self._solve_noise(steps),
-                "charged": ledger.steps,
-                "optimizer": None,
-            }
-            self._write_state(state)
-            return state, steps
-        left = max(steps - (ledger.steps - state["charged"]), 0)
-        self._check_budget(state["noise_multiplier"], left)
-        return state, left
 
     def _solve_noise(self, steps: int) -> float:
         privacy = self._config.privacy
@@ -196,21 +255,48 @@ class Site:
         except PrivacyError as error:
             raise PrivacyError(f"site {self.name!r}: {error}") from error
 
-    def _check_budget(self, noise_multiplier: float, left: int) -> None:
-        """Raises PrivacyError unless `left` more steps with this noise keep the target."""
+    def _physical_batch_size(self) -> int | None:
+        """As configured for the site or all of them, or what fits in the site's memory."""
+        entry, train = self._entry, self._config.train
+        own = None if entry is None else entry.max_physical_batch_size
+        most = own or train.max_physical_batch_size
+        if entry is None or entry.memory is None:
+            return most
+        tokens = self._config.model.max_length
+        example = tokenize(self._tokenizer, ["word " * tokens], self._config)
+        example["labels"] = torch.zeros(1, dtype=torch.int64)
+
+        def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            return F.cross_entropy(model(**inputs).logits, batch["labels"], reduction="sum")
+
+        try:
+            made = plan(
+                self._own,
+                memory=entry.memory,
+                batch_size=min(most or self.batch_size, self.batch_size),
+                example=example,
+                loss=loss,
+                device=self._device.type,
+                optimizer="momentum" if train.momentum else train.optimizer,
+                clipping=self._config.privacy.clipping,
+                allow=(),
+            )
+        except ConfigError as error:
+            raise ConfigError(f"site {self.name!r}: {error}") from error
+        if self._device.type == "cpu":
+            give_freed_memory_back()
+        return made.max_physical_batch_size
+
+    def _fits(self, noise_multiplier: float, left: int) -> bool:
+        """Whether so many more steps with this noise keep the target."""
         privacy = self._config.privacy
         if math.isinf(privacy.target_epsilon):
-            return
-        more = [(noise_multiplier, self.sample_rate, left)] if left else []
-        total = epsilon(
-            [*self._engine.ledger.history, *more], privacy.target_delta, privacy.accountant
-        )
-        if not total <= privacy.target_epsilon:
-            raise PrivacyError(
-                f"site {self.name!r}: its ledger was charged for something else since the run "
-                f"began: the {left} steps that are left would end at epsilon {total:.4g}, beyond "
-                f"target_epsilon {privacy.target_epsilon:g}; accepted: a new run"
-            )
+            return True
+        more = [(noise_multiplier, self.sample_rate, left)] if left > 0 else []
+        history = [*self._engine.ledger.history, *more]
+        total = epsilon(history, privacy.target_delta, privacy.accountant)
+        return total <= privacy.target_epsilon
 
     def _state_file(self) -> Path:
         return self._folder / f"state-{self._run}.pt"
@@ -223,10 +309,11 @@ class Site:
             state = torch.load(path, weights_only=True)
             return {
                 "noise_multiplier": float(state["noise_multiplier"]),
-                "charged": int(state["charged"]),
-                "optimizer": state["optimizer"],
+                "first_noise_multiplier": float(state["first_noise_multiplier"]),
+                "until": int(state["until"]),
+                "optimizers": dict(state["optimizers"]),
             }
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+        except (RuntimeError, pickle.UnpicklingError, EOFError, *_NO_STATE) as error:
             raise ConfigError(
                 f"site {self.name!r}: its state of run {self._run} is damaged; accepted: the file "
                 "as it was written, or a new run"
@@ -277,10 +364,9 @@ class Site:
             sent = frozen()
             self._load_A(sent)
             write_atomic(frozen_file(self._folder, self._run), sent)
-            self._make_private()
-        trained = wire.trained_tensors(self._model)
-        received = wire.decode(message, self._header("global", round_), trained)
-        load_trained(self._model, received)
+        received = wire.decode(message, self._header("global", round_), self._tensors)
+        load_trained(self._own, received)
+        self._ready(round_, rounds - round_ + 1)
         # The guard's: what moves from here on has moved in this round.
         self._engine.check()
         if self._engine.seed is not None:
@@ -290,8 +376,11 @@ class Site:
         self._set_learning_rates(1.0 - self._config.train.lr_decay * (round_ - 1) / rounds)
         loss, seen = self._train(self._config.federation.local_steps, on_step)
         self._check_moved()
+        trained = wire.trained_tensors(self._model)
         update = wire.encode(self._header("update", round_), trained)
-        self._state["optimizer"] = self._optimizer.original_optimizer.state_dict()
+        assert self._moving is not None
+        held = self._optimizer.original_optimizer.state_dict()
+        self._state["optimizers"][_digest(self._moving)] = held
         self._write_state(self._state)
         write_atomic(kept, update)
         after = self._engine.stats
@@ -320,7 +409,9 @@ class Site:
             inputs, labels = next(self._batches)
             piece = self._optimizer.private_step.piece
             assert piece is not None
-            losses = F.cross_entropy(self._model(**inputs).logits, labels, reduction="none")
+            with self._autocast():
+                logits: Tensor = self._model(**inputs).logits
+            losses = F.cross_entropy(logits.float(), labels, reduction="none")
             self._optimizer.zero_grad()
             # Not their mean: dividing by a number that one record more would change, and
             # multiplying with it again, rounds the others' gradients otherwise.
@@ -334,6 +425,11 @@ class Site:
                 done += 1
                 on_step()
         return total / max(seen, 1), seen
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._entry is None or self._entry.dtype == "fp32":
+            return nullcontext()
+        return torch.autocast(self._device.type, dtype=torch.bfloat16)
 
     def _check_moved(self) -> None:
         try:
@@ -355,7 +451,8 @@ class Site:
 
     def _collate(self, rows: list[tuple[str, int]]) -> Batch:
         inputs = tokenize(self._tokenizer, [text for text, _ in rows], self._config)
-        return inputs, torch.tensor([label for _, label in rows])
+        labels = torch.tensor([label for _, label in rows])
+        return {k: t.to(self._device) for k, t in inputs.items()}, labels.to(self._device)
 
     def _log(self, entry: dict[str, Any]) -> None:
         entry = {"run": self._run, **entry, "not covered by epsilon": True}
@@ -408,12 +505,36 @@ def build_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:
         {"params": [p for name, p in trained.items() if not wire.is_adapter(name)], "lr": head_lr},
     ]
     groups = [group for group in groups if group["params"]]
+    settings: dict[str, Any] = {"lr": train.lr, "weight_decay": train.weight_decay}
+    optimizer: torch.optim.Optimizer
     if train.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay
-        )
-    adam = torch.optim.Adam if train.optimizer == "adam" else torch.optim.AdamW
-    return adam(groups, lr=train.lr, weight_decay=train.weight_decay)
+        optimizer = torch.optim.SGD(groups, momentum=train.momentum, **settings)
+    elif train.optimizer == "adam":
+        optimizer = torch.optim.Adam(groups, **settings)
+    else:
+        optimizer = torch.optim.AdamW(groups, **settings)
+    if train.smoothing:
+        optimizer.register_step_pre_hook(_Smoothing(train.smoothing))
+    return optimizer
+
+
+class _Smoothing:
+    """Gives the optimizer's step a weighted mean of the noised gradients so far.
+
+    What it holds lies in the optimizer's groups, and so in its state_dict.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            grads = [p.grad for p in group["params"]]
+            means = group.setdefault("smoothed", [torch.zeros_like(grad) for grad in grads])
+            steps = group["smoothed_steps"] = group.get("smoothed_steps", 0) + 1
+            for grad, mean in zip(grads, means, strict=True):
+                mean.lerp_(grad, 1.0 - self.share)
+                torch.div(mean, 1.0 - self.share**steps, out=grad)
 
 
 def copy_sharing_frozen(model: nn.Module, but: Collection[str] = ()) -> nn.Module:
@@ -428,11 +549,26 @@ def copy_sharing_frozen(model: nn.Module, but: Collection[str] = ()) -> nn.Modul
     return copy.deepcopy(model, memo)
 
 
-def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy `tensors` into the model's trained parameters, in place, whatever their dtype."""
+def _on(device: torch.device, model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"[[site]] device: site {name!r} got {str(device)!r}, which PyTorch does not have here "
+            f"({error}); accepted: 'cpu', or a GPU that is there"
+        ) from error
+
+
+def load_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `tensors` into the model's parameters of those names, whatever their dtype."""
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, parameter in wire.trained_tensors(model).items():
-            parameter.copy_(tensors[name])
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
+
+def _digest(names: Iterable[str]) -> str:
+    return hashlib.sha256(repr(sorted(names)).encode()).hexdigest()[:16]
 
 
 def tokenize(tokenizer: Any, texts: list[str], config: Config) -> dict[str, Tensor]:

@@ -123,6 +123,17 @@ def is_B(name: str) -> bool:
     return "lora_B" in name.split(".")
 
 
+def moves(name: str, method: str, round_: int) -> bool:
+    """Whether a trained tensor is trained and sent in a round.
+
+    Method "alternating" has each B in odd rounds and each A in even ones; the other, the same at
+    all sites, makes averages exact. The head, and with other methods everything, always moves.
+    """
+    if method != "alternating" or not is_adapter(name):
+        return True
+    return is_B(name) == (round_ % 2 == 1)
+
+
 def fingerprint(model: nn.Module, ranks: Mapping[str, int] | None = None) -> Fingerprint:
     """Digests of everything that is not trained: two ends with equal digests mean the same model.
 

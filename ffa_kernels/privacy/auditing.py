@@ -179,8 +179,8 @@ def audit(
     _require(fits, "seed", seed, "None, or an integer of 0 or more")
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, TypeError, AssertionError) as error:
-        raise ConfigError(f"device is {device!r}; accepted: one that PyTorch has here") from error
+    except (RuntimeError, TypeError, AssertionError) as unknown:
+        raise ConfigError(f"device is {device!r}; accepted: one that PyTorch has here") from unknown
 
     coins = np.random.default_rng(seed).integers(0, 2, canaries).astype(bool)
     inside = np.flatnonzero(coins).tolist()

@@ -139,6 +139,10 @@ class PrivateOptimizer(Optimizer):
         # SGD without momentum in one group and with it in another has no common buffer list.
         momenta = {group.get("momentum", 0) == 0 for group in groups}
         plain = all(not group.get("amsgrad", False) for group in groups)
+        # Hooks on its step see gradients, and may change them: only its own step calls them.
+        inner = self.original_optimizer
+        plain = plain and not inner._optimizer_step_pre_hooks
+        plain = plain and not inner._optimizer_step_post_hooks
         if not (kind and shared and plain and len(momenta) == 1):
             return "none"
         # Adam's own flag makes it AdamW.
