@@ -588,7 +588,8 @@ def test_a_run_writes_a_report_that_adds_up(config: Config, tmp_path: Path) -> N
     assert set(report) == {
         *("method", "accuracy", "accuracy_without_adapters", "baseline_accuracy", "epsilon"),
         *("delta", "seconds", "bytes_up", "bytes_down", "rounds", "adapter_bytes_up"),
-        *("head_bytes_up", "header_bytes_up", "sites", "adapter_norms", "environment"),
+        *("head_bytes_up", "header_bytes_up", "frozen_bytes_down", "sites", "adapter_norms"),
+        "environment",
     }
     kept = {p: p.stat().st_size for p in out.glob("sites/*/update-*.safetensors")}
     assert len(kept) == 3 * 2 and report["bytes_up"] == sum(kept.values())

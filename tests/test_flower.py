@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from test_federated import document, settled, tiny_bert  # noqa: F401
@@ -116,6 +117,7 @@ class FakeGrid(Grid):
     def __init__(self, nodes: dict[int, Callable[[Message], Message | None]]) -> None:
         self.nodes, self.registered = nodes, dict.fromkeys(nodes, "")
         self.replies: dict[str, Message] = {}
+        self.seen: list[tuple[int, Message]] = []
         self.count = 0
 
     def set_run(self, run: Any) -> None: ...
@@ -137,6 +139,7 @@ class FakeGrid(Grid):
         sent = []
         for message in messages:
             self.count += 1
+            self.seen.append((message.metadata.dst_node_id, message))
             message.metadata.__dict__["_message_id"] = str(self.count)
             sent.append(str(self.count))
             try:
@@ -158,6 +161,11 @@ class FakeGrid(Grid):
 
 def record(**values: Any) -> RecordDict:
     return RecordDict({"ffa": ConfigRecord(values)})
+
+
+def carried(message: Message) -> dict[str, Any]:
+    found: Any = message.content.get("ffa", {})
+    return found
 
 
 def says(site: Any, update: Any = b"an update") -> Answer:
@@ -315,6 +323,13 @@ def fleet(config: Config, out: Path) -> FakeGrid:
     return FakeGrid({k: node(k) for k in range(len(SITES))})
 
 
+def serve_with(grid: Grid, file: Path, out: Path, resume: bool) -> None:
+    given = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    own = {"config": str(file), "out": str(out), "wait": 5.0, "timeout": 5.0, "resume": resume}
+    assert own.keys() == given.keys()
+    flower.server_app()(grid, Context(1, 0, {}, RecordDict(), own))
+
+
 def test_the_server_goes_on_after_a_round_that_failed(
     document: dict[str, Any],  # noqa: F811
     tmp_path: Path,
@@ -328,13 +343,7 @@ def test_the_server_goes_on_after_a_round_that_failed(
     out, file = tmp_path / "there", tmp_path / "federation.toml"
     file.write_text(as_toml(document))
     grid = fleet(with_ledgers(config, out), out)
-    given = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-
-    def serve(resume: bool) -> None:
-        own = {"config": str(file), "out": str(out), "wait": 5.0, "timeout": 5.0, "resume": resume}
-        assert own.keys() == given.keys()
-        flower.server_app()(grid, Context(1, 0, {}, RecordDict(), own))
-
+    serve = functools.partial(serve_with, grid, file, out)
     south = grid.nodes[2]
     grid.nodes[2] = lambda m: broken(m) if m.metadata.group_id == "2" else south(m)
     with pytest.raises(FederationError, match="round 2: got 2 valid updates in 2 attempts"):
@@ -349,6 +358,58 @@ def test_the_server_goes_on_after_a_round_that_failed(
     kept = sum(path.stat().st_size for path in out.glob("sites/*/update-*"))
     assert result["bytes_up"] == kept
     assert not {"accuracy", "epsilon"} & result.keys()
+    flower._model.cache_clear()
+    flower._records.cache_clear()
+
+
+def test_A_goes_to_the_nodes_that_lack_it(
+    document: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    document = {**document, **{k: document[k] | v for k, v in ADAM.items()}}
+    document["model"]["init"] = "pissa"
+    document["federation"] |= {"min_updates": 3, "attempts": 2}
+    document["site"][0] |= {"r": 1}
+    config = settled(document, tmp_path)
+    expected = in_process(config, tmp_path / "here", monkeypatch)
+    out, file = tmp_path / "there", tmp_path / "federation.toml"
+    file.write_text(as_toml(document))
+    grid = fleet(with_ledgers(config, out), out)
+    spoilt: list[int] = []
+
+    def elsewhere(node: Callable[[Message], Message | None]) -> Callable[[Message], Message | None]:
+        """A node of a machine that makes no SVD; the first A that comes to south's is cut off."""
+
+        def answer(message: Message) -> Message | None:
+            if "frozen" in carried(message) and node is south and not spoilt:
+                spoilt.append(1)
+                carried(message)["frozen"] = carried(message)["frozen"][:-1]
+            flower._model.cache_clear()
+            with monkeypatch.context() as patched:
+                patched.setattr(torch.linalg, "svd", None)
+                return node(message)
+
+        return answer
+
+    south = grid.nodes[2]
+    grid.nodes = {k: elsewhere(node) for k, node in grid.nodes.items()}
+    serve_with(grid, file, out, resume=False)
+    assert_same(tmp_path / "here", out, updates_sent=6)
+    assert caplog.text.count("'south' is absent: failed: WireError") == 1
+    assert [k for k, m in grid.seen if "frozen" in carried(m)] == [0, 1, 2, 2]
+    result = json.loads((out / "report.json").read_text())
+    first, second = (entry["sites"] for entry in result["rounds"])
+    once = {name: of_site["frozen_bytes_down"] for name, of_site in expected["sites"].items()}
+    assert once == {"east": 2048, "north": 2048, "south": 512}
+    found = {name: of_site["frozen_bytes_down"] for name, of_site in first.items()}
+    assert found == {**once, "south": 2 * 512}
+    assert not any(of_site["frozen_bytes_down"] for of_site in second.values())
+    assert result["frozen_bytes_down"] == sum(found.values())
+    sent = [value for _, m in grid.seen for value in carried(m).values()]
+    # And the byte that was cut off.
+    assert result["bytes_down"] == sum(len(v) for v in sent if isinstance(v, bytes)) + 1
     flower._model.cache_clear()
     flower._records.cache_clear()
 
@@ -388,9 +449,11 @@ class Spoiler(Console):
         super().print(*objects, **options)
 
 
+@pytest.mark.parametrize("init", ["orthogonal", pytest.param("pissa", marks=pytest.mark.full)])
 def test_the_simulation_trains_the_same_B(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, init: str
 ) -> None:
+    config = replace(config, model=replace(config.model, init=init))
     honest = Site.run_round
 
     def failing(self: Site, round_: int, *arguments: Any) -> bytes:
@@ -631,11 +694,14 @@ def app_folder(folder: Path) -> Path:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("init", ["orthogonal", "pissa"])
 def test_machines_apart_train_the_same_B(
     document: dict[str, Any],  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    init: str,
 ) -> None:
+    document["model"]["init"] = init
     config = settled(document, tmp_path, **ADAM)
     in_process(config, tmp_path / "here", monkeypatch)
     out = tmp_path / "there"
@@ -665,4 +731,7 @@ def test_machines_apart_train_the_same_B(
     assert [entry["absent"] for entry in result["rounds"]] == [[], []]
     kept = sum(path.stat().st_size for path in out.glob("sites/*/update-*"))
     assert result["bytes_up"] == kept and result["bytes_down"] > 0
+    frozen = [wire.measure(path.read_bytes()) for path in out.glob("sites/*/frozen-*")]
+    assert len(frozen) == (3 if init == "pissa" else 0)
+    assert result["frozen_bytes_down"] == sum(size.frozen for size in frozen)
     assert not list(out.rglob("report.md"))

@@ -11,11 +11,15 @@ from torch import nn
 from ffa_kernels.errors import ConfigError
 from ffa_kernels.federated.config import Config, Model, SiteFiles
 from ffa_kernels.nn import FFALinear, convert
-from ffa_kernels.nn.init import frozen_A
+from ffa_kernels.nn.adapter import Adapter
+from ffa_kernels.nn.init import frozen_A, pissa_A
+from ffa_kernels.nn.linear import OwnAdapter
 
 
 def build(config: Config, site: SiteFiles | None = None) -> tuple[nn.Module, Any]:
     """(adapted model, its tokenizer), the same in every process with the same configuration.
+
+    An A that the server sends is zeros here: with it nothing can be trained (see `derive_A`).
 
     Args:
         site: a site whose rank or layers may be its own; the whole federation's by default.
@@ -36,6 +40,19 @@ def build(config: Config, site: SiteFiles | None = None) -> tuple[nn.Module, Any
         else:
             _add_lora(model, config)
     return model, tokenizer
+
+
+@torch.no_grad()
+def derive_A(model: nn.Module) -> None:
+    """Makes the A that the server sends, in place, from each adapted layer's weight.
+
+    Raises:
+        ConfigError: the rank is larger than a weight has singular vectors.
+    """
+    for layer in model.modules():
+        if isinstance(layer, Adapter):
+            A = layer.frozen_A()
+            A.copy_(pissa_A(layer.base_weight(), len(A)))
 
 
 def _base(config: Model) -> tuple[nn.Module, Any]:
@@ -84,15 +101,17 @@ def _convert(model: nn.Module, config: Config, site: SiteFiles | None) -> None:
         # One s = alpha / r for all.
         alpha=adapter.alpha * r / adapter.r,
         target_modules=(site and site.target_modules) or adapter.target_modules,
-        init=adapter.init,
+        # Any recipe: what is sent takes its place.
+        init="kaiming" if config.sends_A else adapter.init,
         seed=config.federation.seed,
         dropout=adapter.dropout,
         modules_to_save=adapter.modules_to_save,
     )
-    if r == adapter.r or adapter.init == "pissa":
-        return
     for name, layer in model.named_modules():
-        if isinstance(layer, FFALinear):
+        if config.sends_A and isinstance(layer, OwnAdapter):
+            layer.lora_A.zero_()
+            layer.init = adapter.init
+        elif r != adapter.r and isinstance(layer, FFALinear):
             A = frozen_A(adapter.init, config.federation.seed, name, adapter.r, layer.in_features)
             layer.lora_A.copy_(A[:r])
 

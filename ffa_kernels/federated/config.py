@@ -128,7 +128,8 @@ class Model:
         kind: "minilm", or the folder of a local transformers model for sequence classification.
         r, alpha: rank; the adapter is scaled by alpha / r.
         target_modules: linear layers that are adapted, by name or its last parts.
-        init: how A is made for method "ffa"; the others keep PEFT's kaiming.
+        init: how A is made for method "ffa"; the others keep PEFT's kaiming. "pissa" comes from an
+            SVD, whose bits differ between machines: the server makes it, and sends it once.
         dropout: LoRA dropout.
         modules_to_save: modules trained and sent whole; () for none.
         max_length: tokens of a record; the rest is cut off.
@@ -317,6 +318,11 @@ class Config:
     data: Data
     pilot: Pilot = field(default_factory=Pilot)
     sites: tuple[SiteFiles, ...] = ()
+
+    @property
+    def sends_A(self) -> bool:
+        """Whether sites have A from the server, and do not derive it."""
+        return self.federation.method == "ffa" and self.model.init == "pissa"
 
 
 _TABLES: dict[str, type[Any]] = {

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ffa_kernels.errors import ConfigError, FederationError
 from ffa_kernels.federated import data, report, wire
-from ffa_kernels.federated.build import build
+from ffa_kernels.federated.build import build, derive_A
 from ffa_kernels.federated.config import Config, SiteFiles, site_of
 from ffa_kernels.federated.data import Records
 from ffa_kernels.federated.server import Rules, Server, Share
@@ -123,6 +124,10 @@ class _Run:
             began: what time.monotonic() said at the start of the whole run.
         """
         self.console.print(_plan(self.config, self.sites), highlight=False, markup=False)
+        if self.server.frozen:
+            # A resumed run has the A that it began with.
+            for name, A in wire.frozen_A(self.model).items():
+                A.copy_(self.server.frozen[name])
         load_trained(self.model, self.server.tensors)
         with _progress(self.config, len(self.sites), len(self.rounds), self.console) as show:
             step, note = show
@@ -153,6 +158,7 @@ class _Run:
             "adapter_bytes_up": up.adapter,
             "head_bytes_up": up.head,
             "header_bytes_up": up.header,
+            "frozen_bytes_down": down.frozen,
             "rounds": self.rounds,
             "sites": {
                 name: {
@@ -165,6 +171,7 @@ class _Run:
                     "test_records": len(self.tests[name]),
                     "bytes_up": self.up[name].total,
                     "bytes_down": self.down[name].total,
+                    "frozen_bytes_down": self.down[name].frozen,
                 }
                 for name, site in self.sites.items()
             },
@@ -186,6 +193,12 @@ class _Run:
         attempts, federation = 0, self.config.federation
         updates: dict[str, bytes] = {}
         absent: list[dict[str, str]] = []
+
+        def frozen(name: str) -> bytes:
+            message = self.server.frozen_message(name)
+            sent[name] += wire.measure(message)
+            return message
+
         while True:
             attempts += 1
             for name in asked:
@@ -195,7 +208,8 @@ class _Run:
                 message = self.server.message(round_, name)
                 sent[name] += wire.measure(message)
                 try:
-                    updates[name] = self.sites[name].run_round(round_, message, step)
+                    site, A = self.sites[name], partial(frozen, name)
+                    updates[name] = site.run_round(round_, message, step, A)
                 except Exception as error:
                     reason = f"{type(error).__name__}: {error}"
                     absent.append({"site": name, "reason": reason})
@@ -232,6 +246,7 @@ class _Run:
                     "epsilon": _finite(site.epsilon()),
                     "bytes_up": got[name].total,
                     "bytes_down": sent[name].total,
+                    "frozen_bytes_down": sent[name].frozen,
                 }
                 for name, site in self.sites.items()
             },
@@ -252,6 +267,7 @@ def make_server(
     """The configuration's server for the model that all sites begin with.
 
     Args:
+        model: as built; an A that is sent is made in it here.
         run_id: the run's identifier.
         counts: training records of each site, for weights = "records".
 
@@ -282,9 +298,12 @@ def make_server(
         momentum=federation.server_momentum,
         tau=federation.server_tau,
     )
+    if config.sends_A:
+        derive_A(model)
+    A = wire.frozen_A(model) if config.sends_A else None
     tensors = wire.trained_tensors(model)
     shares = {site.name: _share(config, model, site) for site in config.sites if _has_less(site)}
-    return Server(tensors, wire.fingerprint(model), run_id, rules, shares)
+    return Server(tensors, wire.fingerprint(model), run_id, rules, shares, A)
 
 
 def _has_less(site: SiteFiles) -> bool:

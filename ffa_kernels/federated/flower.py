@@ -1,9 +1,9 @@
 """A federation on Flower: its nodes carry our messages unread, and both ends check them as ever.
 
-A node is a site. It answers two kinds of message: a "query" with its name, a "train" with the bytes
-of its update, or the type of the error that it met; nothing else leaves it. A node may run each
-message in a process of its own, so the site is opened anew for each, and goes on where its folder
-and its ledger say that it was.
+A node is a site. It answers a "query" with its name or, where A is sent, with whether it lacks that
+of the run, and a "train" with the bytes of its update or the type of the error that it met; nothing
+else leaves it. A node may run each message in a process of its own, so the site is opened anew for
+each, and goes on where its folder and its ledger say that it was.
 
 Flower's telemetry, its update check and Ray's statistics are off, unless the environment says
 otherwise.
@@ -40,7 +40,7 @@ from ffa_kernels.federated.build import build
 from ffa_kernels.federated.config import Config, SiteFiles
 from ffa_kernels.federated.data import Records
 from ffa_kernels.federated.server import Server
-from ffa_kernels.federated.site import Site
+from ffa_kernels.federated.site import Site, frozen_file
 from ffa_kernels.files import write_atomic
 from ffa_kernels.privacy.ledger import read_account
 
@@ -65,6 +65,8 @@ _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 _RECORD = "ffa"
+_FROZEN = "frozen"  # the query whether a site lacks A
+_WAYS = ("bytes_up", "bytes_down", "frozen_bytes_down")
 # Of this form only: it becomes part of a file's name.
 _RUN = re.compile(r"[0-9a-f]{16}")
 _POLL_SECONDS = 0.5
@@ -101,6 +103,11 @@ def client_app(
     @app.query()
     def hello(message: Message, context: Context) -> Message:
         return _reply(message, {"site": here(context).name})
+
+    @app.query(_FROZEN)
+    def frozen(message: Message, context: Context) -> Message:
+        file = frozen_file(here(context).folder, _run(message))
+        return _reply(message, {"lacks_A": not file.exists()})
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -139,11 +146,20 @@ def _place_of(node: Mapping[str, Any]) -> _Place:
 
 
 def _update(place: _Place, message: Message, seed: int | None) -> bytes:
-    run, round_ = _field(message, "run", str), _field(message, "round", int)
+    run, round_ = _run(message), _field(message, "round", int)
+    with closing(_open(place, run, seed)) as site:
+        return site.run_round(
+            round_,
+            _field(message, "message", bytes),
+            frozen=lambda: _field(message, "frozen", bytes),
+        )
+
+
+def _run(message: Message) -> str:
+    run = _field(message, "run", str)
     if not _RUN.fullmatch(run):
         raise WireError("run: accepted are 16 hexadecimal digits")
-    with closing(_open(place, run, seed)) as site:
-        return site.run_round(round_, _field(message, "message", bytes))
+    return run
 
 
 def _open(place: _Place, run: str, seed: int | None) -> Site:
@@ -218,7 +234,7 @@ def _federate(config: Config, nodes: _Nodes, out: Path, resume: bool) -> None:
     result = {
         "method": federation.method,
         "seconds": time.monotonic() - began,
-        **{way: sum(site[way] for site in per_site) for way in ("bytes_up", "bytes_down")},
+        **{way: sum(site[way] for site in per_site) for way in _WAYS},
         "rounds": rounds,
         "adapter_norms": {
             name: float(tensor.double().norm())
@@ -235,15 +251,22 @@ def _round(config: Config, server: Server, nodes: _Nodes, round_: int) -> dict[s
     """What became of a round; asked again, as often as is configured, while too few answer."""
     began, federation = time.monotonic(), config.federation
     asked = driver.draw_sites(config, round_, nodes.names)
-    up, down = dict.fromkeys(nodes.names, 0), dict.fromkeys(nodes.names, 0)
+    up, down, of_A = ({name: 0 for name in nodes.names} for _ in _WAYS)
     updates: dict[str, bytes] = {}
     absent: list[dict[str, str]] = []
+
+    def frozen(name: str) -> bytes:
+        message = server.frozen_message(name)
+        down[name] += len(message)
+        of_A[name] += wire.measure(message).frozen
+        return message
+
     for attempt in range(1, federation.attempts + 1):
         if attempt > 1:
             # Who has gone may come back.
             nodes.wait(nodes.timeout or 0.0, least=0)
         messages = {name: server.message(round_, name) for name in asked if name not in updates}
-        answers = nodes.ask(server.run, round_, messages)
+        answers = nodes.ask(server.run, round_, messages, frozen if config.sends_A else None)
         for name, answer in answers.items():
             down[name] += len(messages[name])
             if isinstance(answer, bytes):
@@ -265,6 +288,7 @@ def _round(config: Config, server: Server, nodes: _Nodes, round_: int) -> dict[s
                         "update_norm": outcome.norms.get(name),
                         "bytes_up": up[name],
                         "bytes_down": down[name],
+                        "frozen_bytes_down": of_A[name],
                     }
                     for name in nodes.names
                 },
@@ -340,35 +364,66 @@ class _Nodes:
         self._node[name] = node
 
     def ask(
-        self, run: str, round_: int, messages: Mapping[str, bytes]
+        self,
+        run: str,
+        round_: int,
+        messages: Mapping[str, bytes],
+        frozen: Callable[[str], bytes] | None = None,
     ) -> dict[str, bytes | FederationError]:
-        """Each site's update, or why it is absent."""
+        """Each site's update, or why it is absent.
+
+        Args:
+            frozen: where A is sent: gives it for a site, of those that say they lack it.
+        """
         # Who has failed or was refused may say better now.
         admitted = set(self._node.values())
         self._greeted = {n: sent for n, sent in self._greeted.items() if sent or n in admitted}
         self.greet()
-        content = {"run": run, "round": round_}
+        group = str(round_)
+        contents: dict[str, dict[str, Any]] = {
+            name: {"run": run, "round": round_, "message": data} for name, data in messages.items()
+        }
+        failed: dict[str, bytes | FederationError] = {}
+        if frozen is not None:
+            asked = {name: {"run": run} for name in messages}
+            answers = self._exchange(f"query.{_FROZEN}", group, asked, "lacks_A", bool)
+            for name, lacks in answers.items():
+                if isinstance(lacks, FederationError):
+                    failed[name] = lacks
+                    del contents[name]
+                elif lacks:
+                    contents[name]["frozen"] = frozen(name)
+        updates = self._exchange("train", group, contents, "update", bytes)
+        return {name: failed[name] if name in failed else updates[name] for name in messages}
+
+    def _exchange(
+        self,
+        kind: str,
+        group: str,
+        contents: Mapping[str, Mapping[str, Any]],
+        key: str,
+        type_: type[_T],
+    ) -> dict[str, _T | FederationError]:
+        """What each site answers under `key` to a message of its own, or why it does not."""
         sent = {
             name: Message(
-                *(_record({**content, "message": data}), self._node[name], "train"),
-                ttl=self.timeout,
-                group_id=str(round_),
+                *(_record(content), self._node[name], kind), ttl=self.timeout, group_id=group
             )
-            for name, data in messages.items()
+            for name, content in contents.items()
             if name in self._node
         }
         replies: Iterable[Message] = []
         if sent:
             replies = self._grid.send_and_receive(list(sent.values()), timeout=self.timeout)
         by_id = {reply.metadata.reply_to_message_id: reply for reply in replies}
-        answers: dict[str, bytes | FederationError] = {}
-        for name in messages:
+        answers: dict[str, _T | FederationError] = {}
+        for name in contents:
             try:
                 if name not in sent:
                     raise FederationError("is not there")
                 if (reply := by_id.get(sent[name].metadata.message_id)) is None:
                     raise FederationError(f"has not answered within {self.timeout:g} s")
-                answers[name] = _field(reply, "update", bytes)
+                answers[name] = _field(reply, key, type_)
             except (FederationError, WireError) as error:
                 answers[name] = FederationError(str(error))
         return answers
@@ -455,6 +510,7 @@ class _Remote:
         self.noise_multiplier, self.sample_rate = site.noise_multiplier, site.sample_rate
         self.nodes: _Nodes | None = None
         self.answer: bytes | FederationError | None = None
+        self.answered_with_A = False
         self._place, self._run = place, run
 
     def epsilon(self) -> float:
@@ -462,12 +518,21 @@ class _Remote:
         ledger = _ledger(self._place) or self._place.folder / "ledger.jsonl"
         return read_account(ledger).epsilon(privacy.target_delta, privacy.accountant)
 
-    def run_round(self, round_: int, message: bytes, on_step: Callable[[], None]) -> bytes:
+    def run_round(
+        self,
+        round_: int,
+        message: bytes,
+        on_step: Callable[[], None],
+        frozen: Callable[[], bytes],
+    ) -> bytes:
         """The update that the site's node has sent, asked for if that has not been done."""
         assert self.nodes is not None
         name, answer, self.answer = self._place.name, self.answer, None
         if answer is None:
-            answer = self.nodes.ask(self._run, round_, {name: message})[name]
+            send = (lambda _: frozen()) if self._place.config.sends_A else None
+            answer = self.nodes.ask(self._run, round_, {name: message}, send)[name]
+        elif self.answered_with_A:
+            frozen()  # sent already; the driver counts it
         if isinstance(answer, FederationError):
             raise answer
         for _ in range(self._place.config.federation.local_steps):
@@ -486,9 +551,15 @@ class _Simulated(driver._Run):
         asked = driver.draw_sites(self.config, round_, sorted(sites))
         note(f"round {round_}, {len(asked)} sites")
         messages = {name: self.server.message(round_, name) for name in asked}
-        nodes = sites[asked[0]].nodes
-        for name, answer in nodes.ask(self.server.run, round_, messages).items():
-            sites[name].answer = answer
+        nodes, lacked = sites[asked[0]].nodes, set()
+
+        def frozen(name: str) -> bytes:
+            lacked.add(name)
+            return self.server.frozen_message(name)
+
+        send = frozen if self.config.sends_A else None
+        for name, answer in nodes.ask(self.server.run, round_, messages, send).items():
+            sites[name].answer, sites[name].answered_with_A = answer, name in lacked
         asking = time.monotonic() - began
         entry = super()._round(round_, step, note)
         return {**entry, "seconds": asking + entry["seconds"]}

@@ -61,12 +61,14 @@ def markdown(name: str, result: dict[str, Any]) -> str:
         ("of these saved modules", f"{result['head_bytes_up']:,}"),
         ("of these headers", f"{result['header_bytes_up']:,}"),
         ("bytes down", f"{result['bytes_down']:,}"),
+        ("of these A, which is sent once", f"{result['frozen_bytes_down']:,}"),
     ]
     sites = [
         (
             *(site, entry["train_records"], entry["test_records"], _share(entry["accuracy"])),
             *(_share(entry["baseline_accuracy"]), _epsilon(entry["epsilon"])),
             *(f"{entry['noise_multiplier']:.3f}", f"{entry['bytes_up']:,}"),
+            f"{entry['frozen_bytes_down']:,}",
         )
         for site, entry in result["sites"].items()
     ]
@@ -91,7 +93,11 @@ def markdown(name: str, result: dict[str, Any]) -> str:
         table(("", ""), facts),
         "## Sites",
         table(
-            ("site", "train", "test", "accuracy", "majority", "epsilon", "noise", "bytes up"), sites
+            (
+                *("site", "train", "test", "accuracy", "majority", "epsilon", "noise", "bytes up"),
+                "A, bytes down",
+            ),
+            sites,
         ),
         "## Rounds",
         "Accuracy of the averaged model on a part of the held-out records.",

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,17 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from ffa_kernels.errors import ConfigError, WireError
-from ffa_kernels.federated.wire import Fingerprint, Header, decode, encode, is_B, moves
+from ffa_kernels.federated.wire import (
+    FROZEN,
+    Fingerprint,
+    Header,
+    decode,
+    digest,
+    encode,
+    is_B,
+    moves,
+    part_of,
+)
 from ffa_kernels.privacy.keys import SecretStream
 
 _log = logging.getLogger(__name__)
@@ -92,6 +102,8 @@ class Server:
         run: the run's identifier.
         rules: how it takes updates.
         shares: what a site has that has less than all.
+        frozen: where sites cannot derive A: the A that is sent, of any float dtype that fp32
+            holds, and of which `fingerprint` is.
 
     Raises:
         ConfigError: rules that ask for Flower, which is not installed.
@@ -104,10 +116,12 @@ class Server:
         run: str,
         rules: Rules | None = None,
         shares: Mapping[str, Share] | None = None,
+        frozen: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.tensors = {
             name: t.detach().to("cpu", torch.float32, copy=True) for name, t in tensors.items()
         }
+        self.frozen = {name: A.detach().to("cpu", copy=True) for name, A in (frozen or {}).items()}
         self.run, self.rules = run, rules or Rules()
         self._fingerprint, self._shares = fingerprint, dict(shares or {})
         self._rounding = SecretStream("rounding")
@@ -120,6 +134,16 @@ class Server:
     def message(self, round_: int, site: str) -> bytes:
         """The encoded global tensors with which `site` begins round `round_`."""
         return encode(self.header("global", round_, site), self._of(site), self._rounding)
+
+    def frozen_message(self, site: str) -> bytes:
+        """The encoded A of `site`, its first rows of its layers; the same for the whole run.
+
+        Raises:
+            WireError: A holds NaN or infinity.
+        """
+        share = self._shares.get(site)
+        A = self.frozen if share is None else part_of(self.frozen, share.ranks)
+        return encode(self.header(FROZEN, 0, site), A)
 
     def _of(self, site: str) -> dict[str, Tensor]:
         """The part of the global tensors that a site has."""
@@ -177,6 +201,7 @@ class Server:
     def state(self, notes: Mapping[str, Any]) -> bytes:
         """All that the server must know after a restart, and `notes`, which JSON can hold."""
         held = {f"tensor.{name}": t for name, t in self.tensors.items()}
+        held |= {f"frozen.{name}": A for name, A in self.frozen.items()}
         if self._optimizer is not None:
             for k, values in self._optimizer.state_dict()["state"].items():
                 held |= {f"optimizer.{k}.{key}": value for key, value in values.items()}
@@ -185,7 +210,7 @@ class Server:
         return safetensors.save({key: t.clone() for key, t in held.items()}, metadata=told)
 
     def restore(self, data: bytes) -> dict[str, Any]:
-        """Takes over what `state` gave, the run's identifier included.
+        """Takes over what `state` gave, the run's identifier and an A that is sent included.
 
         Returns:
             The notes.
@@ -199,8 +224,14 @@ class Server:
             notes = json.loads(told["notes"])
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(f"state of the server is damaged: {error}") from error
+        frozen = {
+            key.removeprefix("frozen."): A for key, A in held.items() if key.startswith("frozen.")
+        }
         prints = Fingerprint(told.get("base"), told.get("recipe"))
-        if told.get("format") != _STATE or prints != self._fingerprint:
+        # An A that is sent is the run's, whatever bits this process has made of the weights.
+        recipe = digest(frozen) if self.frozen else self._fingerprint.recipe
+        expected = Fingerprint(self._fingerprint.base, recipe)
+        if told.get("format") != _STATE or prints != expected:
             raise ConfigError(
                 f"state of the server is of format {told.get('format')!r} and of another base or "
                 f"A; accepted: {_STATE!r}, of this configuration's model"
@@ -208,8 +239,7 @@ class Server:
         tensors = {
             key.removeprefix("tensor."): t for key, t in held.items() if key.startswith("tensor.")
         }
-        shapes = {name: t.shape for name, t in self.tensors.items()}
-        if {name: t.shape for name, t in tensors.items()} != shapes:
+        if _forms(tensors) != _forms(self.tensors) or _forms(frozen) != _forms(self.frozen):
             raise ConfigError(
                 "state of the server has other tensors; accepted: those of this configuration"
             )
@@ -223,6 +253,12 @@ class Server:
         if self._optimizer is not None and moments:
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        if self.frozen:
+            self.frozen, self._fingerprint = frozen, prints
+            for site, share in self._shares.items():
+                part = digest(part_of(frozen, share.ranks))
+                own = replace(share.fingerprint, recipe=part)
+                self._shares[site] = replace(share, fingerprint=own)
         self.run = told["run"]
         return dict(notes)
 
@@ -230,8 +266,9 @@ class Server:
         """What a message of this kind, to or from `site`, must say of itself."""
         share, rules = self._shares.get(site), self.rules
         prints = self._fingerprint if share is None else share.fingerprint
+        codec = "fp32" if kind == FROZEN else rules.codec
         return Header(
-            *(kind, self.run, round_, site, prints.base, prints.recipe), rules.policy, rules.codec
+            *(kind, self.run, round_, site, prints.base, prints.recipe), rules.policy, codec
         )
 
     def _combined(self, name: str, updates: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
@@ -263,6 +300,10 @@ class Server:
         for param, (name, old) in zip(self._params, self.tensors.items(), strict=True):
             param.grad = old - average[name] if name in average else None
         self._optimizer.step()
+
+
+def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def _distance(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:

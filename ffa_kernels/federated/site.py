@@ -9,8 +9,9 @@ import json
 import math
 import pickle
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Site:
         name: as in the configuration; messages carry it.
         records: its training records; their number is taken as public.
         model: the adapted model that all sites begin with; a copy is trained, which shares what is
-            frozen.
+            frozen. Where A is sent, the copy has an A of its own, and knows none until it has come.
         tokenizer: of the model, as transformers calls it.
         config: the federation's.
         run: the run's identifier; an update is kept under (run, round).
@@ -96,14 +97,17 @@ class Site:
         self._entry = site_of(config, name)
         self._device = torch.device("cpu" if self._entry is None else self._entry.device)
         if self._device.type == "cpu":
-            own = copy_sharing_frozen(model)
+            own = copy_sharing_frozen(model, wire.frozen_A(model) if config.sends_A else ())
         else:
             own = _on(self._device, copy.deepcopy(model), name)
         self._own = own.train()
         self._tensors = wire.trained_tensors(self._own)
         self._rows = _by_length(records)
         self._moving: frozenset[str] | None = None
+        self._lacks_A = config.sends_A
         try:
+            if config.sends_A and frozen_file(folder, run).exists():
+                self._load_kept_A()
             self._state, again = self._begin()
             done = self._rounds_done()
             if again:
@@ -112,6 +116,27 @@ class Site:
         except BaseException:
             self.close()
             raise
+
+    def _load_A(self, message: bytes) -> None:
+        """The model with the A of `message`; nothing is done if that does not fit (WireError)."""
+        A = wire.frozen_A(self._own)
+        received = wire.decode(message, self._header(wire.FROZEN, 0), A)
+        for name, tensor in A.items():
+            tensor.copy_(received[name])
+        # Of what was loaded: a round's message must name the same.
+        self._fingerprint = replace(self._fingerprint, recipe=wire.digest(A))
+        # Only a new guard takes another A.
+        self._moving, self._lacks_A = None, False
+
+    def _load_kept_A(self) -> None:
+        kept = frozen_file(self._folder, self._run)
+        try:
+            self._load_A(kept.read_bytes())
+        except WireError as error:
+            raise ConfigError(
+                f"site {self.name!r}: {kept.name} is damaged ({error}); accepted: the file as it "
+                "came, or none, and A is sent again"
+            ) from error
 
     @property
     def noise_multiplier(self) -> float:
@@ -306,7 +331,11 @@ class Site:
         self._engine.reseed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
 
     def run_round(
-        self, round_: int, message: bytes, on_step: Callable[[], None] = lambda: None
+        self,
+        round_: int,
+        message: bytes,
+        on_step: Callable[[], None] = lambda: None,
+        frozen: Callable[[], bytes] | None = None,
     ) -> bytes:
         """The site's update for a round: trained once, and sent as the same bytes ever after.
 
@@ -314,10 +343,12 @@ class Site:
             round_: from 1 to the configured rounds; the noise was chosen for so many.
             message: the server's global tensors for this round and site.
             on_step: called after each local step.
+            frozen: gives the server's message with A; called where A is sent and has not come yet,
+                or is lost. What has come is kept in the site's folder, for the run.
 
         Raises:
-            WireError: the message does not fit, or the round is out of range; nothing is trained
-                then.
+            WireError: a message does not fit, A has not come, or the round is out of range;
+                nothing is trained or charged then.
             PrivacyError: a trained tensor did not move, or a frozen one did; it is named, and
                 nothing is released.
         """
@@ -327,6 +358,12 @@ class Site:
         rounds = self._config.federation.rounds
         if not 1 <= round_ <= rounds:
             raise WireError(f"round: got {round_}, accepted: 1 to {rounds}")
+        if self._lacks_A:
+            if frozen is None:
+                raise WireError("A: has not come from the server; accepted: a round with frozen=")
+            sent = frozen()
+            self._load_A(sent)
+            write_atomic(frozen_file(self._folder, self._run), sent)
         received = wire.decode(message, self._header("global", round_), self._tensors)
         load_trained(self._own, received)
         self._ready(round_, rounds - round_ + 1)
@@ -405,7 +442,7 @@ class Site:
         told = self._config.federation
         return Header(
             *(kind, self._run, round_, self.name, prints.base, prints.recipe),
-            *(told.weights, told.codec),
+            *(told.weights, "fp32" if kind == wire.FROZEN else told.codec),
         )
 
     def _endless(self) -> Iterator[Batch]:
@@ -421,6 +458,11 @@ class Site:
         entry = {"run": self._run, **entry, "not covered by epsilon": True}
         with (self._folder / "local.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(entry) + "\n")
+
+
+def frozen_file(folder: Path, run: str) -> Path:
+    """Where a site keeps the A that has come for a run."""
+    return folder / f"frozen-{run}.safetensors"
 
 
 def batch_size(train: Train, records: int) -> int:
@@ -495,9 +537,14 @@ class _Smoothing:
                 torch.div(mean, 1.0 - self.share**steps, out=grad)
 
 
-def copy_sharing_frozen(model: nn.Module) -> nn.Module:
-    """A deep copy with its own trained parameters; every frozen parameter and buffer is shared."""
-    frozen = [p for p in model.parameters() if not p.requires_grad]
+def copy_sharing_frozen(model: nn.Module, but: Collection[str] = ()) -> nn.Module:
+    """A deep copy with its own trained parameters; every frozen parameter and buffer is shared.
+
+    Args:
+        but: names of frozen parameters that are not.
+    """
+    named = model.named_parameters(remove_duplicate=False)
+    frozen = [p for name, p in named if not p.requires_grad and name not in but]
     memo: dict[int, Any] = {id(t): t for t in [*frozen, *model.buffers()]}
     return copy.deepcopy(model, memo)
 

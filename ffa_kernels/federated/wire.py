@@ -1,5 +1,7 @@
 """The messages between server and sites: the trained tensors, with a header that must match.
 
+Where A cannot be derived at every end to the same bits, one message more carries it, in fp32.
+
 A message is a plain safetensors file. Its metadata is the header: protocol, kind, run, round, site,
 the fingerprints of the frozen base and of the frozen A, how the average is weighted, and the codec
 of the values. A reader says
@@ -26,6 +28,7 @@ from ffa_kernels.federated.codecs import CODECS
 from ffa_kernels.privacy.keys import SecretStream
 
 PROTOCOL = "ffa-kernels/1"
+FROZEN = "frozen"
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8"}  # as safetensors' header
 _LENGTH_BYTES = 8  # a safetensors file opens with the length of its JSON header, little-endian
@@ -46,13 +49,14 @@ class Header:
     """What a message says of itself.
 
     Attributes:
-        kind: "global" from the server to a site, "update" from a site to the server.
+        kind: "global" from the server to a site, "update" from a site to the server, or "frozen":
+            the A with which a site begins a run, from the server.
         run: the run's identifier.
-        round: counted from 1; 0 is the state before the first.
-        site: the addressee of a "global", the sender of an "update".
-        base, recipe: see Fingerprint.
+        round: counted from 1; 0 is the state before the first, and that of "frozen".
+        site: the addressee of a "global" or "frozen", the sender of an "update".
+        base, recipe: see Fingerprint; the recipe of "frozen" is of the A that it carries.
         weights: how the server weights sites, so that each knows: "equal", or another policy.
-        codec: how values are stored, as `codecs` has it.
+        codec: how values are stored, as `codecs` has it; "fp32" in "frozen", whose bits count.
     """
 
     kind: str
@@ -67,26 +71,46 @@ class Header:
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of messages: values of adapters, values of saved modules (`head`), and all the rest."""
+    """Bytes of messages: values of trained adapters, of saved modules (`head`), of an A that was
+    sent (`frozen`), and all the rest (`header`)."""
 
     adapter: int = 0
     head: int = 0
     header: int = 0
+    frozen: int = 0
 
     @property
     def total(self) -> int:
         """Bytes on the wire."""
-        return self.adapter + self.head + self.header
+        return self.adapter + self.head + self.header + self.frozen
 
     def __add__(self, other: Size) -> Size:
         return Size(
-            self.adapter + other.adapter, self.head + other.head, self.header + other.header
+            self.adapter + other.adapter,
+            self.head + other.head,
+            self.header + other.header,
+            self.frozen + other.frozen,
         )
 
 
 def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require a gradient, by name: what an update consists of."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def frozen_A(model: nn.Module) -> dict[str, Tensor]:
+    """The A that are not trained, (r, d_in) each, by name; they share the model's memory."""
+    return {n: t.detach() for n, t in _frozen(model).items() if is_adapter(n)}
+
+
+def part_of(A: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str, Tensor]:
+    """What a site has of `A` that has less: the first rows, of some layers.
+
+    Args:
+        ranks: the rank of each B that it has, by the B's name.
+    """
+    whose = {name: name.replace("lora_A", "lora_B") for name in A}
+    return {name: A[name][: ranks[B]] for name, B in whose.items() if B in ranks}
 
 
 def is_adapter(name: str) -> bool:
@@ -118,21 +142,19 @@ def fingerprint(model: nn.Module, ranks: Mapping[str, int] | None = None) -> Fin
     Args:
         ranks: of a site that has less: the rank of each B that it has, by the B's name.
     """
-    trained = trained_tensors(model)
-    base, recipe = hashlib.sha256(), hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name in trained:
-            continue
-        digest = base
-        if is_adapter(name):
-            digest, B = recipe, name.replace("lora_A", "lora_B")
-            if ranks is not None and B not in ranks:
-                continue
-            tensor = tensor if ranks is None else tensor[: ranks[B]]
+    A = frozen_A(model)
+    base = {name: t for name, t in _frozen(model).items() if name not in A}
+    return Fingerprint(digest(base), digest(A if ranks is None else part_of(A, ranks)))
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hexadecimal, of names, shapes, dtypes and bytes, in any order."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype), flat.numel())).encode())
-        digest.update(memoryview(flat.numpy()))
-    return Fingerprint(base.hexdigest(), recipe.hexdigest())
+        found.update(repr((name, tuple(tensor.shape), str(tensor.dtype), flat.numel())).encode())
+        found.update(flat.numpy().data)
+    return found.hexdigest()
 
 
 def encode(
@@ -164,6 +186,9 @@ def encode(
 def decode(data: bytes, expected: Header, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a message that says exactly `expected` and has the names and shapes of `like`.
 
+    The recipe of a "frozen" message is not known beforehand: in place of the one expected it must
+    be the digest of its own tensors, in the dtypes of `like`.
+
     Returns:
         fp32 CPU tensors that share nothing with `data`, in the order of `like`.
 
@@ -186,7 +211,7 @@ def decode(data: bytes, expected: Header, like: Mapping[str, Tensor]) -> dict[st
         raise WireError(f"protocol: got {_shown(metadata.get('protocol'))}, accepted: {PROTOCOL!r}")
     wanted = {key: str(value) for key, value in asdict(expected).items()}
     for key, value in wanted.items():
-        if metadata.get(key) != value:
+        if metadata.get(key) != value and (key, expected.kind) != ("recipe", FROZEN):
             raise WireError(f"{key}: got {_shown(metadata.get(key))}, expected {value!r}")
     if unknown := set(metadata) - set(wanted) - {"protocol"}:
         raise WireError(f"header: unknown entry {_shown(min(unknown))}")
@@ -212,6 +237,12 @@ def decode(data: bytes, expected: Header, like: Mapping[str, Tensor]) -> dict[st
     for name, tensor in tensors.items():
         # Finite scales may still give what is not.
         _check_finite(name, tensor)
+    if expected.kind == FROZEN:
+        own = digest({name: tensor.to(like[name].dtype) for name, tensor in tensors.items()})
+        if metadata.get("recipe") != own:
+            raise WireError(
+                f"recipe: got {_shown(metadata.get('recipe'))}, expected that of its A, {own!r}"
+            )
     return tensors
 
 
@@ -221,22 +252,25 @@ def measure(data: bytes) -> Size:
     Raises:
         WireError: it is no such message.
     """
-    entries, _ = _parse(data, len(data))
-    adapter = head = 0
+    entries, metadata = _parse(data, len(data))
+    adapter = head = frozen = 0
     for name, entry in entries.items():
         match entry.get("data_offsets"):
             case [int(start), int(end)] if 0 <= start <= end:
                 count = end - start
             case _:
                 raise WireError(f"{_shown(name)}: has no data_offsets")
-        if is_adapter(name):
+        if metadata.get("kind") == FROZEN:
+            frozen += count
+        elif is_adapter(name):
             adapter += count
         else:
             head += count
     header = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
-    if header + adapter + head != len(data):
-        raise WireError(f"message: {adapter + head} bytes of tensors in {len(data) - header}")
-    return Size(adapter, head, header)
+    size = Size(adapter, head, header, frozen)
+    if size.total != len(data):
+        raise WireError(f"message: {size.total - header} bytes of tensors in {len(data) - header}")
+    return size
 
 
 def _parse(data: bytes, header_limit: int) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
@@ -264,6 +298,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(unique) != len(pairs):
         raise ValueError("a key is repeated")
     return unique
+
+
+def _frozen(model: nn.Module) -> dict[str, Tensor]:
+    # Not by name: a layer with two has its B under both.
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if not tensor.requires_grad}
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
