@@ -306,12 +306,12 @@ def server_process(parts: Parts, life: int, supervisor: int, events: int) -> Non
     config, log, rounds = parts.config, Log(Path("server.log")), parts.spec.rounds
     server = driver.make_server(config, parts.model, RUN)
     notes: dict[str, Any] = {"rounds": []}
-    if Path(driver._STATE).exists():
+    if Path(driver.STATE).exists():
         notes = driver.restored(server, Path())
     line = Line(supervisor)
     for round_ in range(len(notes["rounds"]) + 1, rounds + 1):
         event(events, "began", round_)
-        asked = driver.draw_sites(config, round_, parts.names)
+        asked = rounds.draw_sites(config, round_, parts.names)
         attempts = 0
         updates: dict[str, bytes] = {}
         while True:
@@ -347,7 +347,7 @@ def server_process(parts: Parts, life: int, supervisor: int, events: int) -> Non
                 os._exit(GAVE_UP)
         event(events, "averaged", round_)
         notes["rounds"].append({"round": round_, "accepted": accepted})
-        write_atomic(Path(driver._STATE), server.state(notes))
+        write_atomic(Path(driver.STATE), server.state(notes))
         event(events, "kept", round_)
     load_trained(parts.model, server.tensors)
     tests = {name: parts.records[name][1] for name in parts.honest}

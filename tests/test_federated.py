@@ -15,7 +15,7 @@ from safetensors import torch as safetensors
 from torch import Tensor
 
 from ffa_kernels.errors import ConfigError, FederationError, FFAError, PrivacyError, WireError
-from ffa_kernels.federated import driver, wire
+from ffa_kernels.federated import driver, rounds, wire
 from ffa_kernels.federated.build import build
 from ffa_kernels.federated.config import Config, parse, site_of
 from ffa_kernels.federated.data import Records
@@ -657,14 +657,14 @@ def test_the_draw_of_sites_is_public_and_each_round_pays_for_its_own(
 ) -> None:
     config = settled(document, tmp_path, federation={"rounds": 4, "sites_per_round": 1})
     names = ["east", "north", "south"]
-    draws = [driver.draw_sites(config, r, names) for r in range(1, 30)]
-    assert draws == [driver.draw_sites(config, r, names) for r in range(1, 30)]
+    draws = [rounds.draw_sites(config, r, names) for r in range(1, 30)]
+    assert draws == [rounds.draw_sites(config, r, names) for r in range(1, 30)]
     assert {name for draw in draws for name in draw} == set(names)
     other = replace(config, federation=replace(config.federation, seed=1))
-    assert draws != [driver.draw_sites(other, r, names) for r in range(1, 30)]
+    assert draws != [rounds.draw_sites(other, r, names) for r in range(1, 30)]
     report = driver.run(config, tmp_path / "out")
     for round_, entry in enumerate(report["rounds"], start=1):
-        asked = driver.draw_sites(config, round_, names)
+        asked = rounds.draw_sites(config, round_, names)
         assert [n for n, s in entry["sites"].items() if s["bytes_up"]] == asked
         assert [n for n, s in entry["sites"].items() if s["update_norm"] is not None] == asked
 

@@ -306,6 +306,11 @@ class SiteFiles:
     )
     dtype: str = _one_of("fp32", "bf16", default="fp32")
 
+    @property
+    def has_less(self) -> bool:
+        """Whether its rank or its layers are its own."""
+        return self.r is not None or self.target_modules is not None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

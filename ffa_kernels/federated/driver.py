@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from ffa_kernels.errors import ConfigError, FederationError
-from ffa_kernels.federated import data, report, wire
+from ffa_kernels.errors import ConfigError
+from ffa_kernels.federated import data, report, rounds, wire
 from ffa_kernels.federated.build import build, derive_A
 from ffa_kernels.federated.config import Config, SiteFiles, site_of
 from ffa_kernels.federated.data import Records
@@ -30,7 +30,7 @@ from ffa_kernels.files import write_atomic
 
 _log = logging.getLogger(__name__)
 _EVAL_BATCH = 64
-_STATE = "server.safetensors"
+STATE = "server.safetensors"
 
 
 def run(
@@ -63,7 +63,7 @@ def run(
     began = time.monotonic()
     console = console or Console(quiet=True)
     records = load_records(config) if records is None else records
-    _check_counts(config, len(records))
+    rounds.check_counts(config, len(records))
     model, tokenizer = build(config)
     out.mkdir(parents=True, exist_ok=True)
     counts = {name: len(train) for name, (train, _) in records.items()}
@@ -76,7 +76,7 @@ def run(
         sites = {}
         for name in sorted(records):
             own, entry = model, site_of(config, name)
-            if entry is not None and _has_less(entry):
+            if entry is not None and entry.has_less:
                 own, _ = build(config, entry)
             site = Site(
                 *(name, records[name][0], own, tokenizer, config, server.run),
@@ -85,13 +85,13 @@ def run(
             )
             sites[name] = open_sites.enter_context(closing(site))
         tests = {name: records[name][1] for name in sites}
-        result = _Run(config, model, tokenizer, sites, tests, server, out, notes, console).go(began)
+        result = Run(config, model, tokenizer, sites, tests, server, out, notes, console).go(began)
     write_atomic(out / "trained.safetensors", trained_file(server, config.federation.rounds))
     report.write(out, config.federation.name, result)
     return result
 
 
-class _Run:
+class Run:
     """One run's parts and its account of bytes."""
 
     def __init__(
@@ -138,7 +138,7 @@ class _Run:
                     for way, of_sites in (("up", self.up), ("down", self.down))
                 }
                 state = self.server.state({"rounds": self.rounds, "sizes": sizes})
-                write_atomic(self.out / _STATE, state)
+                write_atomic(self.out / STATE, state)
             note("final evaluation")
             right = self._correct(self.tests)
             with adapters_off(self.model):
@@ -186,73 +186,39 @@ class _Run:
     def _round(
         self, round_: int, step: Callable[[], None], note: Callable[[str], None]
     ) -> dict[str, Any]:
-        began = time.monotonic()
-        sent = dict.fromkeys(self.sites, wire.Size())
-        got = dict.fromkeys(self.sites, wire.Size())
-        asked = draw_sites(self.config, round_, sorted(self.sites))
-        attempts, federation = 0, self.config.federation
-        updates: dict[str, bytes] = {}
-        absent: list[dict[str, str]] = []
-
-        def frozen(name: str) -> bytes:
-            message = self.server.frozen_message(name)
-            sent[name] += wire.measure(message)
-            return message
-
-        while True:
-            attempts += 1
-            for name in asked:
-                if name in updates:
-                    continue
-                note(f"round {round_}, {name}")
-                message = self.server.message(round_, name)
-                sent[name] += wire.measure(message)
-                try:
-                    site, A = self.sites[name], partial(frozen, name)
-                    updates[name] = site.run_round(round_, message, step, A)
-                except Exception as error:
-                    reason = f"{type(error).__name__}: {error}"
-                    absent.append({"site": name, "reason": reason})
-                    _log.warning("round %d: site %r is absent: %s", round_, name, reason)
-                else:
-                    got[name] += wire.measure(updates[name])
-            outcome = self.server.aggregate(round_, asked, updates.items())
-            if outcome.averaged:
-                break
-            if attempts == federation.attempts:
-                raise FederationError(
-                    f"round {round_}: got {len(outcome.norms)} valid updates in {attempts} "
-                    f"attempts; accepted: {federation.min_updates} or more. What was done is kept, "
-                    "and --resume goes on"
-                )
-            updates = {name: updates[name] for name in outcome.norms}
+        ask = partial(self._ask, round_, step, note)
+        held = rounds.hold(self.config, self.server, round_, list(self.sites), ask)
         note(f"round {round_}, evaluation")
         load_trained(self.model, self.server.tensors)
         right = self._correct(self.samples)
         for name in self.sites:
-            self.up[name] += got[name]
-            self.down[name] += sent[name]
-        entry = {
-            "round": round_,
-            "accuracy": sum(right.values()) / _total(self.samples),
-            "attempts": attempts,
-            "absent": absent,
-            "refused": [{"site": site, "reason": why} for site, why in outcome.refused],
-            "seconds": time.monotonic() - began,
-            "sites": {
-                name: {
-                    "accuracy": right[name] / len(self.samples[name]),
-                    "update_norm": outcome.norms.get(name),
-                    "epsilon": _finite(site.epsilon()),
-                    "bytes_up": got[name].total,
-                    "bytes_down": sent[name].total,
-                    "frozen_bytes_down": sent[name].frozen,
-                }
-                for name, site in self.sites.items()
-            },
-        }
+            self.up[name] += held.up[name]
+            self.down[name] += held.down[name]
+        entry = {"accuracy": sum(right.values()) / _total(self.samples), **held.entry()}
+        for name, site in self.sites.items():
+            entry["sites"][name] |= {
+                "accuracy": right[name] / len(self.samples[name]),
+                "epsilon": _finite(site.epsilon()),
+            }
         self.console.print(_line(entry), highlight=False, markup=False)
         return entry
+
+    def _ask(
+        self,
+        round_: int,
+        step: Callable[[], None],
+        note: Callable[[str], None],
+        _attempt: int,
+        messages: Mapping[str, bytes],
+        frozen: Callable[[str], bytes],
+    ) -> Iterator[tuple[str, bytes | Exception]]:
+        """One site after the other, in this process."""
+        for name, message in messages.items():
+            note(f"round {round_}, {name}")
+            try:
+                yield name, self.sites[name].run_round(round_, message, step, partial(frozen, name))
+            except Exception as error:
+                yield name, error
 
     def _correct(self, records: Mapping[str, Records]) -> dict[str, int]:
         return {
@@ -302,12 +268,8 @@ def make_server(
         derive_A(model)
     A = wire.frozen_A(model) if config.sends_A else None
     tensors = wire.trained_tensors(model)
-    shares = {site.name: _share(config, model, site) for site in config.sites if _has_less(site)}
+    shares = {site.name: _share(config, model, site) for site in config.sites if site.has_less}
     return Server(tensors, wire.fingerprint(model), run_id, rules, shares, A)
-
-
-def _has_less(site: SiteFiles) -> bool:
-    return site.r is not None or site.target_modules is not None
 
 
 def _share(config: Config, model: nn.Module, site: SiteFiles) -> Share:
@@ -327,7 +289,7 @@ def restored(server: Server, out: Path) -> dict[str, Any]:
     Raises:
         ConfigError: there is none, or one of another model.
     """
-    path = out / _STATE
+    path = out / STATE
     if not path.is_file():
         raise ConfigError(f"--resume: {path} is not there; accepted: the folder of a run begun")
     return server.restore(path.read_bytes())
@@ -413,20 +375,6 @@ def _check_labels(name: str, train: Records, test: Records, classes: int) -> Non
             )
 
 
-def _check_counts(config: Config, sites: int) -> None:
-    for key in ("sites_per_round", "min_updates"):
-        count = getattr(config.federation, key)
-        if count is not None and count > sites:
-            raise ConfigError(
-                f"[federation] {key}: got {count} for {sites} sites; accepted: 1 to {sites}"
-            )
-    if config.federation.min_updates > (config.federation.sites_per_round or sites):
-        raise ConfigError(
-            f"[federation] min_updates: got {config.federation.min_updates}; "
-            f"accepted: 1 to sites_per_round ({config.federation.sites_per_round})"
-        )
-
-
 def _total(records: Mapping[str, Records]) -> int:
     return sum(map(len, records.values()))
 
@@ -439,13 +387,6 @@ def _sample(config: Config, name: str, test: Records) -> Records:
     rng = random.Random(f"evaluation {config.federation.seed} {name}")
     count = min(config.federation.eval_records_per_site, len(test))
     return test.take(rng.sample(range(len(test)), count))
-
-
-def draw_sites(config: Config, round_: int, names: list[str]) -> list[str]:
-    """The sites asked in a round: a public draw, the same wherever it is made."""
-    count = config.federation.sites_per_round or len(names)
-    rng = random.Random(f"sites {config.federation.seed} {round_}")
-    return sorted(rng.sample(names, count))
 
 
 def _finite(value: float) -> float | None:

@@ -35,11 +35,10 @@ from torch import nn
 
 from ffa_kernels.errors import ConfigError, FederationError, WireError, shown
 from ffa_kernels.federated import config as settings
-from ffa_kernels.federated import driver, report, wire
+from ffa_kernels.federated import driver, report, rounds, wire
 from ffa_kernels.federated.build import build
 from ffa_kernels.federated.config import Config, SiteFiles
 from ffa_kernels.federated.data import Records
-from ffa_kernels.federated.server import Server
 from ffa_kernels.federated.site import Site, frozen_file
 from ffa_kernels.files import write_atomic
 from ffa_kernels.privacy.ledger import read_account
@@ -164,7 +163,7 @@ def _run(message: Message) -> str:
 
 def _open(place: _Place, run: str, seed: int | None) -> Site:
     config, own = place.config, settings.site_of(place.config, place.name)
-    model, tokenizer = _model(config, own if own is not None and driver._has_less(own) else None)
+    model, tokenizer = _model(config, own if own is not None and own.has_less else None)
     return Site(
         *(place.name, _records(config)[place.name][0], model, tokenizer, config, run),
         folder=place.folder,
@@ -209,7 +208,7 @@ def server_app() -> ServerApp:
         given = context.run_config
         config, names = _load_for_server(str(given["config"]))
         out = Path(str(given["out"]))
-        driver._check_counts(config, len(names))
+        rounds.check_counts(config, len(names))
         nodes = _Nodes(grid, names, float(given["timeout"]))
         nodes.wait(float(given["wait"]), config.federation.min_updates)
         _federate(config, nodes, out, bool(given["resume"]))
@@ -222,20 +221,21 @@ def _federate(config: Config, nodes: _Nodes, out: Path, resume: bool) -> None:
     began, federation = time.monotonic(), config.federation
     model, _ = build(config)
     server = driver.make_server(config, model, secrets.token_hex(8))
-    rounds: list[dict[str, Any]] = []
+    told: list[dict[str, Any]] = []
     if resume:
-        rounds = list(driver.restored(server, out)["rounds"])
+        told = list(driver.restored(server, out)["rounds"])
     out.mkdir(parents=True, exist_ok=True)
-    for round_ in range(len(rounds) + 1, federation.rounds + 1):
-        rounds.append(_round(config, server, nodes, round_))
-        write_atomic(out / driver._STATE, server.state({"rounds": rounds}))
+    for round_ in range(len(told) + 1, federation.rounds + 1):
+        ask = nodes.asking(server.run, round_, config.sends_A)
+        told.append(rounds.hold(config, server, round_, nodes.names, ask).entry())
+        write_atomic(out / driver.STATE, server.state({"rounds": told}))
         _log.warning("round %d of %d is done", round_, federation.rounds)
-    per_site = [site for entry in rounds for site in entry["sites"].values()]
+    per_site = [site for entry in told for site in entry["sites"].values()]
     result = {
         "method": federation.method,
         "seconds": time.monotonic() - began,
         **{way: sum(site[way] for site in per_site) for way in _WAYS},
-        "rounds": rounds,
+        "rounds": told,
         "adapter_norms": {
             name: float(tensor.double().norm())
             for name, tensor in server.tensors.items()
@@ -245,59 +245,6 @@ def _federate(config: Config, nodes: _Nodes, out: Path, resume: bool) -> None:
     }
     write_atomic(out / "trained.safetensors", driver.trained_file(server, federation.rounds))
     write_atomic(out / "report.json", (json.dumps(result, indent=1) + "\n").encode())
-
-
-def _round(config: Config, server: Server, nodes: _Nodes, round_: int) -> dict[str, Any]:
-    """What became of a round; asked again, as often as is configured, while too few answer."""
-    began, federation = time.monotonic(), config.federation
-    asked = driver.draw_sites(config, round_, nodes.names)
-    up, down, of_A = ({name: 0 for name in nodes.names} for _ in _WAYS)
-    updates: dict[str, bytes] = {}
-    absent: list[dict[str, str]] = []
-
-    def frozen(name: str) -> bytes:
-        message = server.frozen_message(name)
-        down[name] += len(message)
-        of_A[name] += wire.measure(message).frozen
-        return message
-
-    for attempt in range(1, federation.attempts + 1):
-        if attempt > 1:
-            # Who has gone may come back.
-            nodes.wait(nodes.timeout or 0.0, least=0)
-        messages = {name: server.message(round_, name) for name in asked if name not in updates}
-        answers = nodes.ask(server.run, round_, messages, frozen if config.sends_A else None)
-        for name, answer in answers.items():
-            down[name] += len(messages[name])
-            if isinstance(answer, bytes):
-                updates[name] = answer
-                up[name] += len(answer)
-            else:
-                absent.append({"site": name, "reason": str(answer)})
-                _log.warning("round %d: site %r is absent: %s", round_, name, answer)
-        outcome = server.aggregate(round_, asked, updates.items())
-        if outcome.averaged:
-            return {
-                "round": round_,
-                "attempts": attempt,
-                "absent": absent,
-                "refused": [{"site": site, "reason": why} for site, why in outcome.refused],
-                "seconds": time.monotonic() - began,
-                "sites": {
-                    name: {
-                        "update_norm": outcome.norms.get(name),
-                        "bytes_up": up[name],
-                        "bytes_down": down[name],
-                        "frozen_bytes_down": of_A[name],
-                    }
-                    for name in nodes.names
-                },
-            }
-        updates = {name: updates[name] for name in outcome.norms}
-    raise FederationError(
-        f"round {round_}: got {len(outcome.norms)} valid updates in {attempt} attempts; accepted: "
-        f"{federation.min_updates} or more. What was done is kept, and resume goes on"
-    )
 
 
 class _Nodes:
@@ -396,6 +343,18 @@ class _Nodes:
         updates = self._exchange("train", group, contents, "update", bytes)
         return {name: failed[name] if name in failed else updates[name] for name in messages}
 
+    def asking(self, run: str, round_: int, sends_A: bool) -> rounds.Ask:
+        """`ask` as `rounds.hold` calls it; before another attempt, who has gone may come back."""
+
+        def ask(
+            attempt: int, messages: Mapping[str, bytes], frozen: Callable[[str], bytes]
+        ) -> Iterable[tuple[str, bytes | Exception]]:
+            if attempt > 1:
+                self.wait(self.timeout or 0.0, least=0)
+            return self.ask(run, round_, messages, frozen if sends_A else None).items()
+
+        return ask
+
     def _exchange(
         self,
         kind: str,
@@ -459,7 +418,7 @@ def run_simulation(
     console = console or Console(quiet=True)
     (model, tokenizer), records = _model(config, None), _records(config)
     names = sorted(records)
-    driver._check_counts(config, len(names))
+    rounds.check_counts(config, len(names))
     out.mkdir(parents=True, exist_ok=True)
     counts = {name: len(train) for name, (train, _) in records.items()}
     server = driver.make_server(config, model, secrets.token_hex(8), counts)
@@ -469,7 +428,7 @@ def run_simulation(
         # What forbids it to take part is found before anything starts.
         place = _Place(name, config, out / "sites" / name)
         with closing(_open(place, server.run, seed)) as site:
-            sites[name] = _Remote(place, server.run, site)
+            sites[name] = _Remote(place, site)
     tests = {name: records[name][1] for name in names}
     run = _Simulated(config, model, tokenizer, sites, tests, server, out, notes, console)
     results: list[dict[str, Any]] = []
@@ -479,8 +438,7 @@ def run_simulation(
     def main(grid: Grid, context: Context) -> None:
         nodes = _Nodes(grid, names, None)
         nodes.wait(_START_SECONDS, len(names))
-        for site in sites.values():
-            site.nodes = nodes
+        run.nodes = nodes
         results.append(run.go(began))
 
     cores = min(len(names), os.cpu_count() or 1) if processes is None else processes
@@ -503,66 +461,40 @@ def run_simulation(
 
 
 class _Remote:
-    """Stands in the driver for a site that trains in another process of this machine."""
+    """What the driver tells of a site that trains in another process of this machine."""
 
-    def __init__(self, place: _Place, run: str, site: Site) -> None:
+    def __init__(self, place: _Place, site: Site) -> None:
         self.records = site.records
         self.noise_multiplier, self.sample_rate = site.noise_multiplier, site.sample_rate
-        self.nodes: _Nodes | None = None
-        self.answer: bytes | FederationError | None = None
-        self.answered_with_A = False
-        self._place, self._run = place, run
+        self._place = place
 
     def epsilon(self) -> float:
         privacy = self._place.config.privacy
         ledger = _ledger(self._place) or self._place.folder / "ledger.jsonl"
         return read_account(ledger).epsilon(privacy.target_delta, privacy.accountant)
 
-    def run_round(
+
+class _Simulated(driver.Run):
+    """The driver's run, whose sites are nodes and are asked all at once."""
+
+    nodes: _Nodes
+
+    def _ask(
         self,
         round_: int,
-        message: bytes,
-        on_step: Callable[[], None],
-        frozen: Callable[[], bytes],
-    ) -> bytes:
-        """The update that the site's node has sent, asked for if that has not been done."""
-        assert self.nodes is not None
-        name, answer, self.answer = self._place.name, self.answer, None
-        if answer is None:
-            send = (lambda _: frozen()) if self._place.config.sends_A else None
-            answer = self.nodes.ask(self._run, round_, {name: message}, send)[name]
-        elif self.answered_with_A:
-            frozen()  # sent already; the driver counts it
-        if isinstance(answer, FederationError):
-            raise answer
-        for _ in range(self._place.config.federation.local_steps):
-            on_step()
-        return answer
-
-
-class _Simulated(driver._Run):
-    """The driver's run, whose sites are asked all at once."""
-
-    def _round(
-        self, round_: int, step: Callable[[], None], note: Callable[[str], None]
-    ) -> dict[str, Any]:
-        began = time.monotonic()
-        sites: dict[str, Any] = dict(self.sites)
-        asked = driver.draw_sites(self.config, round_, sorted(sites))
-        note(f"round {round_}, {len(asked)} sites")
-        messages = {name: self.server.message(round_, name) for name in asked}
-        nodes, lacked = sites[asked[0]].nodes, set()
-
-        def frozen(name: str) -> bytes:
-            lacked.add(name)
-            return self.server.frozen_message(name)
-
-        send = frozen if self.config.sends_A else None
-        for name, answer in nodes.ask(self.server.run, round_, messages, send).items():
-            sites[name].answer, sites[name].answered_with_A = answer, name in lacked
-        asking = time.monotonic() - began
-        entry = super()._round(round_, step, note)
-        return {**entry, "seconds": asking + entry["seconds"]}
+        step: Callable[[], None],
+        note: Callable[[str], None],
+        attempt: int,
+        messages: Mapping[str, bytes],
+        frozen: Callable[[str], bytes],
+    ) -> Iterator[tuple[str, bytes | Exception]]:
+        note(f"round {round_}, {len(messages)} sites")
+        ask = self.nodes.asking(self.server.run, round_, self.config.sends_A)
+        for name, answer in ask(attempt, messages, frozen):
+            if isinstance(answer, bytes):
+                for _ in range(self.config.federation.local_steps):
+                    step()
+            yield name, answer
 
 
 @contextmanager
