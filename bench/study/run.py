@@ -5,7 +5,7 @@
 For a data set, a method and an epsilon the learning rate is the best of RATES on the tuning seed
 and the even split; with that each split is run with each of SEEDS. A run is a line of
 bench/results/study/runs.jsonl, and one that is there is not made again, so that a study that was
-stopped goes on. The table is bench/results/study/study.md.
+stopped goes on.
 """
 
 from __future__ import annotations
@@ -50,11 +50,10 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
 }
 
 
-_TUNING = (
-    f"The learning rate is that of {', '.join(map(str, RATES))} which is best, and better than its "
-    "neighbours, on a seed of its own and the even split: found so for each method, epsilon and "
-    "data set."
-)
+TITLES = {
+    **{"sentiment": "rated sentences", "news": "20 newsgroups"},
+    **{"iid": "dealt evenly", "skew": f"Dirichlet({SKEW:g})"},
+}
 
 
 @dataclass(frozen=True)
@@ -201,50 +200,46 @@ def newsgroups() -> None:
     target.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
 
 
-def table(log: Log) -> str:
-    """What the runs say: mean ± standard deviation over seeds."""
-    found = log.read()
-    parts = [
-        "# FFA-LoRA against LoRA under differential privacy",
-        "Accuracy in percent on held-out records of all sites, mean ± standard deviation over "
-        f"seeds; MiniLM-L6, adapters in the encoder, the head of public words. {_TUNING}",
-    ]
+def tables(log: Log) -> str:
+    """Mean ± standard deviation over seeds, in percent; a table for each data set and split."""
+    found = {run: row for run, row in log.read().items() if run.seed in SEEDS}
+    parts = []
     for data, split in itertools.product(DATA, SPLITS):
         of_split = {r: row for r, row in found.items() if (r.data, r.split) == (data, split)}
-        of_seeds = {r: row for r, row in of_split.items() if r.seed in SEEDS}
-        if not of_seeds:
+        if not of_split:
             continue
-        bare = statistics.mean(row["accuracy_without_adapters"] for row in of_seeds.values())
-        lines = ["| method | " + " | ".join(f"epsilon {e:g}" for e in EPSILONS) + " | bytes up |"]
-        lines.append("|---" * (len(EPSILONS) + 2) + "|")
+        bare = statistics.mean(row["accuracy_without_adapters"] for row in of_split.values())
+        title = f"{TITLES[data]}, {TITLES[split]} ({100 * bare:.1f} without adapters)"
+        head = [title, *(f"epsilon {e:g}" for e in EPSILONS), "adapter bytes up"]
+        lines = [head, ["---"] * len(head)]
         for name in METHODS:
-            shown, sent = [], {r["adapter_bytes_up"] for c, r in of_seeds.items() if c.name == name}
-            for epsilon in EPSILONS:
-                cell = {
-                    run.seed: (run.lr, row["accuracy"])
-                    for run, row in of_seeds.items()
-                    if (run.name, run.epsilon) == (name, epsilon)
-                }
-                shown.append(_spelled(cell))
-            lines.append(f"| {name} | {' | '.join(shown)} | {max(sent, default=0):,} |")
-        parts.append(f"## {data}, {split}\n\nWithout adapters: {bare:.4f}.\n\n" + "\n".join(lines))
-    return "\n\n".join(parts) + "\n"
+            of_name = {run: row for run, row in of_split.items() if run.name == name}
+            if not of_name:
+                continue
+            shown = [
+                _spelled({r: row for r, row in of_name.items() if r.epsilon == epsilon})
+                for epsilon in EPSILONS
+            ]
+            sent = max(row["adapter_bytes_up"] for row in of_name.values())
+            lines.append([name, *shown, f"{sent:,}"])
+        parts.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    return "\n".join(parts)
 
 
-def _spelled(cell: dict[int, tuple[float, float]]) -> str:
-    if len(cell) < 2:
-        return "–"
-    accuracies = [accuracy for _, accuracy in cell.values()]
-    rates = ", ".join(sorted({f"{lr:g}" for lr, _ in cell.values()}))
-    missing = "" if len(cell) == len(SEEDS) else f", {len(cell)} seeds"
+def _spelled(runs: dict[Run, dict[str, Any]]) -> str:
+    if len(runs) < 2:
+        return ""
+    accuracies = [100 * row["accuracy"] for row in runs.values()]
+    rates = ", ".join(sorted({f"{run.lr:g}" for run in runs}))
+    missing = "" if len(runs) == len(SEEDS) else f", {len(runs)} seeds"
     mean, spread = statistics.mean(accuracies), statistics.stdev(accuracies)
-    return f"{100 * mean:.2f} ± {100 * spread:.2f} (lr {rates}{missing})"
+    return f"{mean:.1f} ± {spread:.1f} (lr {rates}{missing})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--only", choices=DATA, help="one data set; both, side by side, else")
-    parser.add_argument("--table", action="store_true", help="of the runs there are; make none")
+    parser.add_argument("--table", action="store_true", help="show what there is; make no run")
     arguments = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     if not arguments.table:
@@ -252,7 +247,7 @@ def main() -> None:
         wanted = [data for data in DATA if arguments.only in (None, data)]
         with ProcessPoolExecutor(len(wanted)) as pool:
             list(pool.map(work, wanted))
-    (RESULTS / "study.md").write_text(table(Log(RESULTS / "runs.jsonl")), encoding="utf-8")
+    print(tables(Log(RESULTS / "runs.jsonl")))
 
 
 if __name__ == "__main__":
