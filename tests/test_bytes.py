@@ -43,7 +43,7 @@ def sent(tmp_path_factory: pytest.TempPathFactory) -> functools._lru_cache_wrapp
                     "target_delta": 1e-3,
                     "new_ledger": True,
                 },
-                "train": {"batch_size": 4, "optimizer": "sgd", "lr": 0.1},
+                "train": {"batch_size": 24, "optimizer": "sgd", "lr": 0.1},
                 "data": {"source": "files"},
                 "site": [{"name": "north", "train": "north.jsonl"}],
             },

@@ -492,7 +492,7 @@ def test_a_round_tried_again_cannot_overspend(
     noise: list[float] = []
     with closing(bench.site()) as site:
         monkeypatch.setattr(site, "_check_moved", lambda: 1 / 0)
-        monkeypatch.setattr("ffa_kernels.federated.site._MOST_NOISE", 1.1)
+        monkeypatch.setattr("ffa_kernels.federated.site._MOST_NOISE", 1.4)
         with pytest.raises(PrivacyError, match="is spent"):
             while len(noise) < 100:
                 with pytest.raises(ZeroDivisionError):

@@ -475,7 +475,7 @@ def test_the_simulation_trains_the_same_B(
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(result))
     assert [entry["absent"] for entry in result["rounds"]] == [
         [],
-        [{"site": "south", "reason": "FederationError: failed: LedgerError"}],
+        [{"site": "south", "reason": "failed: LedgerError"}],
     ]
     assert "holds it" in (out / "sites" / "south" / "errors.log").read_text()
     varying = ("seconds", "rounds")

@@ -307,9 +307,10 @@ class Site:
             return None
         try:
             state = torch.load(path, weights_only=True)
+            first = state["first_noise_multiplier"]
             return {
                 "noise_multiplier": float(state["noise_multiplier"]),
-                "first_noise_multiplier": float(state["first_noise_multiplier"]),
+                "first_noise_multiplier": None if first is None else float(first),
                 "until": int(state["until"]),
                 "optimizers": dict(state["optimizers"]),
             }
