@@ -41,6 +41,7 @@ from ffa_kernels.federated import data, driver
 from ffa_kernels.federated.build import build
 from ffa_kernels.federated.config import Config, parse, site_of
 from ffa_kernels.federated.data import Records
+from ffa_kernels.federated.rounds import draw_sites
 from ffa_kernels.federated.site import Site, load_trained
 from ffa_kernels.files import write_atomic
 from ffa_kernels.privacy import epsilon
@@ -311,7 +312,7 @@ def server_process(parts: Parts, life: int, supervisor: int, events: int) -> Non
     line = Line(supervisor)
     for round_ in range(len(notes["rounds"]) + 1, rounds + 1):
         event(events, "began", round_)
-        asked = rounds.draw_sites(config, round_, parts.names)
+        asked = draw_sites(config, round_, parts.names)
         attempts = 0
         updates: dict[str, bytes] = {}
         while True:
