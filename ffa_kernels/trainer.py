@@ -221,7 +221,7 @@ class PrivateTrainer(Trainer):
             noise_multiplier=noise,
             max_grad_norm=self.max_grad_norm,
             clipping=self.clipping,
-            # Of a mean that `training_step` multiplies by its count again.
+            # `training_step` sees to it.
             loss_reduction="sum",
             target_delta=delta,
             max_physical_batch_size=int(self._train_batch_size),
@@ -320,21 +320,26 @@ class PrivateTrainer(Trainer):
         private = self._private
         assert private is not None
         total, rows, kept = torch.zeros((), device=self.args.device), 0, 0
+        own = type(self).compute_loss is PrivateTrainer.compute_loss
         for batch, piece in inputs:
             prepared = self._prepare_inputs(batch)
             if piece.kept > 1:
                 self._probe(model, prepared, piece)
             with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, prepared)
+                if own:
+                    loss = self._losses(model, prepared)[0].sum()
+                else:
+                    loss = self.compute_loss(model, prepared)
             if loss.dim() != 0:
                 raise ConfigError(
                     f"compute_loss returned {tuple(loss.shape)}; accepted: a scalar, the mean over "
                     "records of each record's own loss"
                 )
-            # n in, and out of the mean's backward comes n / n, 1 exactly: with 1 / n instead, one
-            # record more would round the gradients of all others differently.
-            loss.backward(torch.full_like(loss, piece.records))
-            total += loss.detach() * piece.records
+            # Of a mean, times its count: 1 / n, which one record more changes, would round the
+            # gradients of all others differently; n / n does so in fewer cases, and a sum in none.
+            loss = loss if own else _at_least_fp32(loss) * piece.records
+            loss.backward()
+            total += loss.detach()
             rows, kept = rows + piece.records, kept + piece.kept
             if not piece.last:
                 private.step()
@@ -364,6 +369,12 @@ class PrivateTrainer(Trainer):
         """In training, the mean over records of each record's own loss; otherwise Trainer's."""
         if not model.training and self.compute_loss_func is None:
             return super().compute_loss(model, inputs, return_outputs=return_outputs)
+        losses, outputs = self._losses(model, inputs)
+        mean = losses.mean()
+        return (mean, outputs) if return_outputs else mean
+
+    def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """(each record's own loss (n,), what the model returned)."""
         names = self.label_names if self.compute_loss_func is None else ["labels"]
         labels = inputs.get("labels")
         if names != ["labels"] or labels is None:
@@ -372,10 +383,7 @@ class PrivateTrainer(Trainer):
                 "or a compute_loss_func that needs no other"
             )
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        losses = self._record_losses(outputs, labels)
-        # At least fp32, which holds any batch's count exactly.
-        mean = losses.to(torch.promote_types(losses.dtype, torch.float32)).mean()
-        return (mean, outputs) if return_outputs else mean
+        return _at_least_fp32(self._record_losses(outputs, labels)), outputs
 
     def _record_losses(self, outputs: Any, labels: Tensor) -> Tensor:
         if self.compute_loss_func is not None:
@@ -434,6 +442,10 @@ class PrivateTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         return None
+
+
+def _at_least_fp32(losses: Tensor) -> Tensor:
+    return losses.to(torch.promote_types(losses.dtype, torch.float32))
 
 
 class _Draws:

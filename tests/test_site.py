@@ -251,3 +251,44 @@ def test_smoothing_gives_the_step_a_mean_of_the_gradients_so_far() -> None:
         p.grad = grad.clone()
         optimizer.step()
         torch.testing.assert_close(p.detach(), expected)
+
+
+def test_a_round_that_fails_before_a_step_can_be_tried_again(
+    north: North, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = north.server()
+    with closing(north.open()) as site:
+        with monkeypatch.context() as patched:
+            patched.setattr(site._model, "forward", lambda **_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                site.run_round(1, server.message(1, "north"))
+        assert site.epsilon() == 0.0
+        site.run_round(1, server.message(1, "north"))
+
+
+def test_a_frozen_tensor_that_moved_stays_refused(north: North) -> None:
+    """Also when the round is tried again, with another noise and another guard."""
+    server = north.server()
+    with closing(north.open()) as site:
+        frozen = next(p for p in site._own.parameters() if not p.requires_grad)
+        message = server.message(1, "north")
+        with pytest.raises(PrivacyError, match="frozen tensor moved"):
+            site.run_round(1, message, on_step=lambda: frozen.data.view(-1)[0].add_(1e-4))
+        for _ in range(2):
+            with pytest.raises(PrivacyError, match="a frozen tensor has moved since"):
+                site.run_round(1, message)
+
+
+def test_what_was_made_is_sent_again_though_the_budget_is_spent(north: North) -> None:
+    server = north.server()
+    with closing(north.open()) as site:
+        update = site.run_round(1, server.message(1, "north"))
+        noise, rate = site.noise_multiplier, site.sample_rate
+    ledger = Ledger(north.folder / "ledger.jsonl")
+    ledger.charge(0.3 * noise, rate, steps=20)
+    ledger.close()
+    with closing(north.open()) as site:
+        assert site.run_round(1, b"") == update
+        for _ in range(2):
+            with pytest.raises(PrivacyError, match="spent"):
+                site.run_round(2, server.message(2, "north"))

@@ -3,9 +3,9 @@
     python bench/study/run.py [--only sentiment] [--table]
 
 For a data set, a method and an epsilon the learning rate is the best of RATES on the tuning seed
-and the even split; with that each split is run with each of SEEDS. A run is a line of
-bench/results/study/runs.jsonl, and one that is there is not made again, so that a study that was
-stopped goes on.
+and the even split, by accuracy on held-out records of which other seeds train on some; with that
+each split is run with each of SEEDS. A run is a line of bench/results/study/runs.jsonl, and one
+that is there is not made again, so that a study that was stopped goes on.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,6 +131,9 @@ def _head_from_prompts(
 class LowerLayers:
     """A tokenizer whose encodings are the states that the lower layers make of each text, kept.
 
+    Matrix kernels round by the batch's size: what is kept of a text has the last bits that it came
+    with, beside whatever texts it was first seen.
+
     Args:
         encoder: a transformers BERT of those layers alone; nothing in it is trained.
         tokenizer: of the encoder.
@@ -182,6 +186,13 @@ def without_lower_layers(
     below: Any = copy.deepcopy(upper)
     below.encoder.layer = below.encoder.layer[:count]
     lower = LowerLayers(below, tokenizer)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(below.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(memoryview(tensor.contiguous().view(torch.uint8).numpy()))
+    # In the fingerprint that messages carry, as the layers themselves would be.
+    lower_layers = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+    model.register_buffer("lower_layers", lower_layers)
     upper.embeddings = _Embedded()
     for index in range(count):
         layers[index] = _Passed()

@@ -31,7 +31,7 @@ class Held:
     Attributes:
         outcome: of its last attempt, which was averaged.
         absent: (site, reason) of each update that did not come.
-        up, down: what was sent by and to each site, failed attempts included.
+        up, down: what came from each site, and what was made for it, failed attempts included.
     """
 
     round: int

@@ -104,15 +104,20 @@ class Site:
         self._tensors = wire.trained_tensors(self._own)
         self._rows = _by_length(records)
         self._moving: frozenset[str] | None = None
+        self._ffa = config.federation.method == "ffa"
         self._lacks_A = config.sends_A
         try:
             if config.sends_A and frozen_file(folder, run).exists():
                 self._load_kept_A()
-            self._state, again = self._begin()
+            self._state, self._unfit = self._begin()
             done = self._rounds_done()
-            if again:
-                self._renew(config.federation.rounds - done)
-            self._ready(min(done + 1, config.federation.rounds), config.federation.rounds - done)
+            try:
+                if done < config.federation.rounds:
+                    self._ready(done + 1, config.federation.rounds - done)
+            except PrivacyError:
+                # What was made can be sent again all the same; a round that trains will say it.
+                if not done:
+                    raise
         except BaseException:
             self.close()
             raise
@@ -182,32 +187,37 @@ class Site:
         steps = rounds_left * self._config.federation.local_steps
         method = self._config.federation.method
         moving = frozenset(n for n in self._tensors if wire.moves(n, method, round_))
-        short = self._state["until"] - self._engine.ledger.steps < steps
+        short = self._unfit or self._state["until"] - self._engine.ledger.steps < steps
         if short:
             self._renew(rounds_left)
+            self._unfit = False
         # What does not move in this round has moved in others: only a new guard takes that.
         if short or moving != self._moving or len(moving) < len(self._tensors):
             self._prepare(moving)
 
     def _renew(self, rounds_left: int) -> None:
-        """Chooses the noise that so many rounds can have."""
+        """Chooses the noise that so many rounds, one or more, can have."""
         steps = rounds_left * self._config.federation.local_steps
-        if steps:
-            noise, first = self._solve_noise(steps), self._state["first_noise_multiplier"]
-            if first is not None and noise > _MOST_NOISE * first:
-                raise PrivacyError(
-                    f"site {self.name!r}: target_epsilon {self._config.privacy.target_epsilon:g} "
-                    f"is spent: the {steps} steps that are left would need noise {noise:.3g}, over "
-                    f"{_MOST_NOISE:g} times the {first:.3g} that the run began with, and harm the "
-                    "average; accepted: a larger target, or no part in these rounds"
-                )
-            self._state["noise_multiplier"] = noise
-            if first is None:
-                self._state["first_noise_multiplier"] = noise
+        noise, first = self._solve_noise(steps), self._state["first_noise_multiplier"]
+        if first is not None and noise > _MOST_NOISE * first:
+            raise PrivacyError(
+                f"site {self.name!r}: target_epsilon {self._config.privacy.target_epsilon:g} is "
+                f"spent: the {steps} steps that are left would need noise {noise:.3g}, over "
+                f"{_MOST_NOISE:g} times the {first:.3g} that the run began with, and harm the "
+                "average; accepted: a larger target, or no part in these rounds"
+            )
+        self._state["noise_multiplier"] = noise
+        if first is None:
+            self._state["first_noise_multiplier"] = noise
         self._state["until"] = self._engine.ledger.steps + steps
         self._write_state(self._state)
 
     def _prepare(self, moving: frozenset[str]) -> None:
+        """Makes the model private, with a new guard, which takes what is frozen as it is.
+
+        Raises:
+            PrivacyError: a frozen tensor has moved since the site was opened.
+        """
         privacy, train = self._config.privacy, self._config.train
         for name, parameter in self._tensors.items():
             parameter.requires_grad_(name in moving)
@@ -227,10 +237,17 @@ class Site:
             max_physical_batch_size=self._physical_batch_size(),
             pad_physical_batches=False,
         )
+        # Not before: the guard that was would find what other rounds have moved.
+        now, then = wire.fingerprint(self._own), self._fingerprint
+        if now.base != then.base or (self._ffa and now.recipe != then.recipe):
+            raise PrivacyError(
+                f"site {self.name!r}: a frozen tensor has moved since the site was opened, and may "
+                "have learned from records without noise; accepted: the site opened anew"
+            )
         self._moving = moving
         held = self._state["optimizers"].get(_digest(moving))
         if held is not None:
-            self._optimizer.load_state_dict(held)
+            self._restore(held)
         if self.noise_multiplier > 0.0:
             # A round that is tried again is charged again, and cannot overspend.
             left = self._state["until"] - self._engine.ledger.steps
@@ -254,6 +271,22 @@ class Site:
             )
         except PrivacyError as error:
             raise PrivacyError(f"site {self.name!r}: {error}") from error
+
+    def _restore(self, held: dict[str, Any]) -> None:
+        """What the optimizer has gathered; its settings are the configuration's of today."""
+        gathered = ("params", *_Smoothing.GATHERED)
+        groups = self._optimizer.param_groups
+        settings = [{k: v for k, v in group.items() if k not in gathered} for group in groups]
+        try:
+            self._optimizer.load_state_dict(held)
+        except (ValueError, KeyError) as error:
+            raise ConfigError(
+                f"site {self.name!r}: its state of run {self._run} is of another optimizer "
+                f"({error}); accepted: the [train] it began with, or a new run"
+            ) from error
+        for group, own in zip(self._optimizer.param_groups, settings, strict=True):
+            group.pop("first_lr", None)
+            group.update(own)
 
     def _physical_batch_size(self) -> int | None:
         """As configured for the site or all of them, or what fits in the site's memory."""
@@ -368,15 +401,20 @@ class Site:
         received = wire.decode(message, self._header("global", round_), self._tensors)
         load_trained(self._own, received)
         self._ready(round_, rounds - round_ + 1)
-        # The guard's: what moves from here on has moved in this round.
-        self._engine.check()
-        if self._engine.seed is not None:
-            self._repeat_noise(round_)
         began = time.monotonic()
         before = dict(self._engine.stats)
-        self._set_learning_rates(1.0 - self._config.train.lr_decay * (round_ - 1) / rounds)
-        loss, seen = self._train(self._config.federation.local_steps, on_step)
-        self._check_moved()
+        try:
+            # The guard's: what moves from here on has moved in this round.
+            self._engine.check()
+            if self._engine.seed is not None:
+                self._repeat_noise(round_)
+            self._set_learning_rates(1.0 - self._config.train.lr_decay * (round_ - 1) / rounds)
+            loss, seen = self._train(self._config.federation.local_steps, on_step)
+            self._check_moved()
+        except BaseException:
+            # A batch may be under way, and a draw half read: another try begins anew.
+            self._moving = None
+            raise
         trained = wire.trained_tensors(self._model)
         update = wire.encode(self._header("update", round_), trained)
         assert self._moving is not None
@@ -524,6 +562,8 @@ class _Smoothing:
 
     What it holds lies in the optimizer's groups, and so in its state_dict.
     """
+
+    GATHERED = ("smoothed", "smoothed_steps")
 
     def __init__(self, share: float) -> None:
         self.share = share

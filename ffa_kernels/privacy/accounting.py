@@ -217,7 +217,8 @@ def _least(total: Callable[[float], float], target: float, guess: float) -> floa
             return high[0]
         if low[0] == 0.0 or math.isinf(high[0]):
             # Epsilon falls about as noise^-1.3; not far at once, for what it does is not a law.
-            factor = (spent / target) ** (1 / 1.3) if 0 < spent < math.inf else 2.0
+            known = 0 < spent < math.inf
+            factor = (spent / target) ** (1 / 1.3) if known else 0.5 if spent <= target else 2.0
             factor = min(max(factor, 0.5), 2.0)
             noise *= min(factor, 0.995) if spent <= target else max(factor, 1.005)
             noise = min(noise, _MAX_NOISE)

@@ -317,6 +317,9 @@ class PrivateStep:
         """Ends this step's life: the model belongs to another engine from now on."""
         self.abandon()
         self.detached = True
+        # Nothing is summed any more; what was counted stays.
+        self._stats = self._stats.cpu()
+        self._sums = [total.new_zeros(0) for total in self._sums]
         if self.probe is not None:
             self.probe.end()
 
