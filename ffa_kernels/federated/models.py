@@ -43,13 +43,26 @@ class PooledClassifier(nn.Module):
         self.register_buffer("centre", torch.zeros(width))
         self.classifier = nn.Linear(width, num_labels)
 
-    def pooled(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+    def pooled(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **inputs: Tensor,
+    ) -> Tensor:
         """The mean of each record's token states: (n, width) from inputs of (n, T, ...)."""
-        states: Tensor = self.encoder(attention_mask=attention_mask, **inputs).last_hidden_state
+        assert attention_mask is not None
+        states: Tensor = self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask, **inputs
+        ).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(states.dtype)
         return (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
 
-    def forward(self, attention_mask: Tensor, **inputs: Tensor) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **inputs: Tensor,
+    ) -> Any:
         """A transformers SequenceClassifierOutput with `logits` (n, num_labels).
 
         Args:
@@ -58,7 +71,7 @@ class PooledClassifier(nn.Module):
         """
         from transformers.modeling_outputs import SequenceClassifierOutput
 
-        features = self.features(self.pooled(attention_mask, **inputs))
+        features = self.features(self.pooled(input_ids, attention_mask, **inputs))
         return SequenceClassifierOutput(logits=self.classifier(features))
 
     def features(self, pooled: Tensor) -> Tensor:
