@@ -221,7 +221,7 @@ class PrivateTrainer(Trainer):
             noise_multiplier=noise,
             max_grad_norm=self.max_grad_norm,
             clipping=self.clipping,
-            # `training_step` sees to it.
+            # Whatever compute_loss returns: what goes back in `training_step` is a sum.
             loss_reduction="sum",
             target_delta=delta,
             max_physical_batch_size=int(self._train_batch_size),
@@ -335,8 +335,9 @@ class PrivateTrainer(Trainer):
                     f"compute_loss returned {tuple(loss.shape)}; accepted: a scalar, the mean over "
                     "records of each record's own loss"
                 )
-            # Of a mean, times its count: 1 / n, which one record more changes, would round the
-            # gradients of all others differently; n / n does so in fewer cases, and a sum in none.
+            # Not a mean, whose 1 / n one record more would change, and with it how the gradients
+            # of all others are rounded. Of a subclass' mean times n, n / n comes back: 1, or on a
+            # device that divides by multiplying, nearly.
             loss = loss if own else _at_least_fp32(loss) * piece.records
             loss.backward()
             total += loss.detach()

@@ -233,3 +233,13 @@ def test_majority_accuracy_counts_the_most_frequent_label():
     assert majority_accuracy(Records(list("abcd"), [1, 2, 1, 1])) == 0.75
     with pytest.raises(ConfigError, match="records: got none"):
         majority_accuracy(Records())
+
+
+def test_a_skewed_split_leaves_every_site_as_many_records_as_are_asked_for():
+    pooled = Records([f"text {k}" for k in range(600)], [k % 2 for k in range(600)])
+    smallest = {}
+    for least in (1, 60):
+        splits = [split_dirichlet(pooled, 3, 0.3, seed, least) for seed in range(8)]
+        assert all(sum(map(len, split.values())) == 600 for split in splits)
+        smallest[least] = min(len(of_site) for split in splits for of_site in split.values())
+    assert smallest[1] < 60 <= smallest[60]

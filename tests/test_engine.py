@@ -781,6 +781,22 @@ def test_merge_gives_plain_layers_back_after_private_training():
     ffa.convert(model, r=2, target_modules=["body", "head"])
 
 
+def test_a_step_that_was_replaced_keeps_its_counts_and_no_sums():
+    model, engine = converted(), PrivacyEngine()
+    inner = torch.optim.SGD(trained(model), lr=0.1)
+    steps = []
+    for _ in range(2):
+        settings = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "poisson_sampling": False}
+        _, optimizer, loader = engine.make_private(
+            module=model, optimizer=inner, data_loader=loader_of(batch_size=4), **settings
+        )
+        loss_of(model, next(iter(loader))).backward()
+        optimizer.step()
+        steps.append(optimizer.private_step)
+    assert engine.stats["steps"] == 2
+    assert [sum(total.numel() for total in step._sums) > 0 for step in steps] == [False, True]
+
+
 def test_an_optimizer_that_raises_leaves_no_gradients_behind():
     model = converted()
     inner = torch.optim.RMSprop(trained(model), lr=0.01)

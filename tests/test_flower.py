@@ -330,19 +330,28 @@ def serve_with(grid: Grid, file: Path, out: Path, resume: bool) -> None:
     flower.server_app()(grid, Context(1, 0, {}, RecordDict(), own))
 
 
+def here_and_there(
+    document: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[dict[str, Any], Any, Path, Path]:
+    """The report of a run in process, and a grid, a file and a folder to make the same in."""
+    document = {**document, **{k: document[k] | v for k, v in ADAM.items()}}
+    document["federation"] |= {"min_updates": 3, "attempts": 2}
+    config = settled(document, tmp_path)
+    expected = in_process(config, tmp_path / "here", monkeypatch)
+    out, file = tmp_path / "there", tmp_path / "federation.toml"
+    file.write_text(as_toml(document))
+    return expected, fleet(with_ledgers(config, out), out), file, out
+
+
 def test_the_server_goes_on_after_a_round_that_failed(
     document: dict[str, Any],  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    document = {**document, **{k: document[k] | v for k, v in ADAM.items()}}
-    document["federation"] |= {"min_updates": 3, "attempts": 2}
-    config = settled(document, tmp_path)
-    in_process(config, tmp_path / "here", monkeypatch)
-    out, file = tmp_path / "there", tmp_path / "federation.toml"
-    file.write_text(as_toml(document))
-    grid = fleet(with_ledgers(config, out), out)
+    _, grid, file, out = here_and_there(document, tmp_path, monkeypatch)
     serve = functools.partial(serve_with, grid, file, out)
     south = grid.nodes[2]
     grid.nodes[2] = lambda m: broken(m) if m.metadata.group_id == "2" else south(m)
@@ -368,15 +377,9 @@ def test_A_goes_to_the_nodes_that_lack_it(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    document = {**document, **{k: document[k] | v for k, v in ADAM.items()}}
     document["model"]["init"] = "pissa"
-    document["federation"] |= {"min_updates": 3, "attempts": 2}
     document["site"][0] |= {"r": 1}
-    config = settled(document, tmp_path)
-    expected = in_process(config, tmp_path / "here", monkeypatch)
-    out, file = tmp_path / "there", tmp_path / "federation.toml"
-    file.write_text(as_toml(document))
-    grid = fleet(with_ledgers(config, out), out)
+    expected, grid, file, out = here_and_there(document, tmp_path, monkeypatch)
     spoilt: list[int] = []
 
     def elsewhere(node: Callable[[Message], Message | None]) -> Callable[[Message], Message | None]:

@@ -9,7 +9,7 @@ import torch
 from safetensors import torch as safetensors
 
 from ffa_kernels.errors import ConfigError
-from ffa_kernels.federated import driver
+from ffa_kernels.federated import driver, wire
 from ffa_kernels.federated.build import build
 from ffa_kernels.federated.config import parse
 from ffa_kernels.federated.data import synthetic
@@ -41,6 +41,14 @@ def test_logits_of_a_record_do_not_depend_on_its_neighbours_or_padding(built):
     # Rounding alone may differ: the logits are of order 1.
     torch.testing.assert_close(both[1], alone[0], rtol=0, atol=1e-4)
     assert not torch.allclose(both[0], both[1], atol=1e-2)
+
+
+def test_no_mask_is_a_mask_of_ones(built):
+    model, tokenizer = built
+    inputs = tokenizer(["one text alone"], return_tensors="pt")
+    with torch.no_grad():
+        whole, bare = model(**inputs).logits, model(inputs["input_ids"]).logits
+    torch.testing.assert_close(bare, whole)
 
 
 def test_features_have_unit_length_and_the_prompts_lie_around_their_centre(built):
@@ -87,6 +95,11 @@ def test_what_lies_above_cached_layers_computes_what_the_whole_model_does(built)
         # Not computed again, and with whatever others.
         lower.encoder = None
         assert torch.equal(lower(texts[:1], **settings)["attention_mask"], torch.ones(1, 5).long())
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.encoder.embeddings.word_embeddings.weight[0, 0] += 1.0
+    of_others, _ = without_lower_layers(other, tokenizer, 4)
+    assert wire.fingerprint(of_others).base != wire.fingerprint(upper).base
     names = {name for name, _ in upper.named_parameters()}
     assert names < {name for name, _ in model.named_parameters()}
     assert {n.split(".")[3] for n in names if ".layer." in n} == {"4", "5"}

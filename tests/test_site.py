@@ -292,3 +292,30 @@ def test_what_was_made_is_sent_again_though_the_budget_is_spent(north: North) ->
         for _ in range(2):
             with pytest.raises(PrivacyError, match="spent"):
                 site.run_round(2, server.message(2, "north"))
+
+
+def test_a_run_that_goes_on_takes_the_learning_rate_of_today(
+    document: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """And the moments that were gathered; those of another optimizer are refused by name."""
+    settings: dict[str, Any] = {"optimizer": "adam", "lr": 0.05, "lr_decay": 0.5}
+    north = North(document, tmp_path, train=settings)
+    with closing(north.open()) as site:
+        site.run_round(1, north.server().message(1, "north"))
+    path = north.folder / f"state-{RUN}.pt"
+    whole = path.read_bytes()
+    state = torch.load(path, weights_only=True)
+    for held in state["optimizers"].values():
+        held["param_groups"] = held["param_groups"][:1]
+    torch.save(state, path)
+    with pytest.raises(ConfigError, match="is of another optimizer"):
+        north.open()
+    path.write_bytes(whole)
+    again = North(document, tmp_path, train={**settings, "lr": 0.002})
+    with closing(again.open()) as site:
+        site.run_round(2, again.server().message(2, "north"))
+        # lr_decay has it at 3/4 in round 2 of 2.
+        assert {group["lr"] for group in site._optimizer.param_groups} == {0.002 * 0.75}
+        moments = site._optimizer.state.values()
+        assert {int(of_one["step"]) for of_one in moments} == {2 * 2}

@@ -328,6 +328,26 @@ def test_no_gradient_is_rounded_by_how_many_records_there_are(tmp_path, monkeypa
     assert all((g == 1).all() for g in seen)
 
 
+def test_a_mean_of_ones_own_compute_loss_trains_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(Probe, "done", True)
+
+    class Own(ffa.PrivateTrainer):
+        def compute_loss(self, model, inputs, **options):
+            return super().compute_loss(model, inputs, **options)
+
+    results = []
+    for kind in (ffa.PrivateTrainer, Own):
+        monkeypatch.setattr(ffa, "PrivateTrainer", kind)
+        engine = PrivacyEngine(accountant="rdp", seed=6)
+        trainer = trainer_of(tmp_path, engine=engine, changed_args={"max_steps": 2})
+        trainer.train()
+        results.append((trained(trainer.model), trainer.state.log_history[-1]["train_loss"]))
+    (ours, loss), (theirs, their_loss) = results
+    assert loss == pytest.approx(their_loss, rel=1e-6) and loss > 0.1
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-4, atol=1e-6)
+
+
 def test_evaluation_is_trainers_own(tmp_path):
     trainer = trainer_of(
         tmp_path,

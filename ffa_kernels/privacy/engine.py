@@ -280,9 +280,8 @@ class PrivacyEngine:
                 charged at rate 1, and at half its noise, since one record more shifts the batches
                 after it and so can change two records of a step.
             clipping: "flat" (one norm over all trained tensors) or "per_layer".
-            loss_reduction: "mean" or "sum": how the loss combines the records' own losses. A sum,
-                or a mean that goes back with its count (`loss.backward(torch.full_like(loss, n))`,
-                "sum" here), rounds no record by how many there are.
+            loss_reduction: "mean" or "sum": how the loss combines the records' own losses. A sum
+                rounds no record by how many there are; see SECURITY.md.
             max_physical_batch_size: draws are cut into batches of at most this size.
             pad_physical_batches: pad those to that size with rows that are left out of the sum,
                 for the static shapes of `torch.compile` and CUDA graphs. They are the last
