@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ffa_kernels.errors import ConfigError
 
 # `Library.define` and not `custom_op`: half the overhead a call, which small models feel.
 LIBRARY: Any = torch.library.Library("ffa", "DEF")  # type: ignore[no-untyped-call]
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), float, int, bool, torch.dtype))
 
 
 def define(
@@ -31,7 +32,9 @@ def define(
         fake: given the op's arguments, its outputs without values.
 
     Returns:
-        The callable op.
+        The callable op. Where no gradient is recorded it runs the implementation on plain tensors
+        without the dispatcher, whose way into Python takes longer than a small layer; one that
+        writes to its inputs never does, for the dispatcher counts their versions.
     """
     name = schema.split("(", 1)[0]
 
@@ -42,7 +45,26 @@ def define(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ffa::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.ffa, name).default
+    registered = getattr(torch.ops.ffa, name).default
+    if "!" in schema:
+        return registered
+
+    def op(*arguments: Any) -> Any:
+        direct = not torch.is_grad_enabled() and values_alone(arguments)
+        return (implementation if direct else registered)(*arguments)
+
+    return op
+
+
+def values_alone(arguments: Iterable[object]) -> bool:
+    """Whether nobody asks for more than values: no compiler, mode, transform, subclass, profile."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._autograd._profiler_enabled()
+        or not _PLAIN.issuperset(map(type, arguments))
+    )
 
 
 def by_first(first: torch.Tensor, *_: object) -> tuple[torch.Tensor]:

@@ -18,7 +18,9 @@ from ffa_kernels.ops._library import (
     check_rng_state,
     define,
     require,
+    values_alone,
 )
+from ffa_kernels.ops.per_sample_grad import per_sample_grad
 
 
 def _shape(t: Tensor | None) -> tuple[int, ...] | None:
@@ -187,18 +189,25 @@ _backward_op = define(
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, weight, _, lora_A, lora_B, tap, _, dropout_state, cu_seqlens = inputs[:9]
-    h = output[1]
-    ctx.mark_non_differentiable(h)
-    ctx.set_materialize_grads(False)
-    # Not x: backward needs it for nothing, and it is d_in / r times the size of h.
-    ctx.save_for_backward(h, weight, lora_A, lora_B, dropout_state, cu_seqlens)
-    ctx.tapped = tap is not None
-    ctx.scaling, ctx.dropout_p, ctx.mean_loss = inputs[9:]
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        y, h = _op(*inputs)
+        _, weight, _, lora_A, lora_B, tap, _, dropout_state, cu_seqlens = inputs[:9]
+        ctx.mark_non_differentiable(h)
+        ctx.set_materialize_grads(False)
+        # Not x: backward needs it for nothing, and it is d_in / r times the size of h.
+        ctx.save_for_backward(h, weight, lora_A, lora_B, dropout_state, cu_seqlens)
+        ctx.tapped = tap is not None
+        ctx.scaling, ctx.dropout_p, ctx.mean_loss = inputs[9:]
+        return y, h
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, grads[0])
 
 
-def _autograd(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
     if g is None:
         return (None,) * 12
     if torch.is_grad_enabled() and g.requires_grad:
@@ -209,8 +218,10 @@ def _autograd(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | No
     wants_x, wants_B, wants_norms = (ctx.needs_input_grad[i] for i in (0, 4, 6))
     u = tap_grad = norm_tap_grad = grad_B = None
     if ctx.tapped:
-        u, tap_grad, squares = torch.ops.ffa.per_sample_grad(
-            g, h, lora_B if wants_x else None, cu_seqlens, ctx.scaling, ctx.mean_loss
+        u, tap_grad, squares = per_sample_grad(
+            *(g, h, lora_B if wants_x else None, cu_seqlens),
+            scaling=ctx.scaling,
+            mean_loss=ctx.mean_loss,
         )
         if wants_norms:
             # Autograd adds up the calls of a layer: the second row then counts them.
@@ -218,13 +229,9 @@ def _autograd(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | No
     elif wants_B:
         # The whole batch as one record gives the ordinary gradient.
         flat_g, flat_h = g.flatten(0, -2), h.flatten(0, -2)
-        u, summed, _ = torch.ops.ffa.per_sample_grad(
-            flat_g.unsqueeze(0),
-            flat_h.unsqueeze(0),
-            lora_B if wants_x else None,
-            None,
-            ctx.scaling,
-            False,
+        u, summed, _ = per_sample_grad(
+            *(flat_g.unsqueeze(0), flat_h.unsqueeze(0), lora_B if wants_x else None),
+            scaling=ctx.scaling,
         )
         grad_B = summed[0]
         u = u.view(h.shape) if wants_x else None
@@ -232,13 +239,19 @@ def _autograd(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | No
         u = g @ lora_B
     grad_x = None
     if wants_x:
-        grad_x = torch.ops.ffa.linear_backward(
-            g, u, weight, lora_A, dropout_state, ctx.scaling, ctx.dropout_p
-        )
+        grad_x = _backward_op(g, u, weight, lora_A, dropout_state, ctx.scaling, ctx.dropout_p)
     return grad_x, None, None, None, grad_B, tap_grad, norm_tap_grad, *(None,) * 5
 
 
-torch.library.register_autograd("ffa::linear", _autograd, setup_context=_setup_context, lib=LIBRARY)
+def _differentiable(*inputs: Any) -> Any:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:9]):
+        return _Linear.apply(*inputs)  # type: ignore[no-untyped-call]
+    with torch._C._AutoDispatchBelowAutograd():
+        return _op(*inputs)
+
+
+# Not `register_autograd`: what it puts around each call takes longer than a small layer.
+LIBRARY.impl("linear", _differentiable, "Autograd")
 
 
 def linear(
@@ -288,18 +301,7 @@ def linear(
     Raises:
         ConfigError: shapes or dtypes that do not fit together.
     """
-    y: Tensor = _op(
-        x,
-        weight,
-        bias,
-        lora_A,
-        lora_B,
-        tap,
-        norm_tap,
-        dropout_state,
-        cu_seqlens,
-        scaling,
-        dropout_p,
-        mean_loss,
-    )[0]
+    tensors = (x, weight, bias, lora_A, lora_B, tap, norm_tap, dropout_state, cu_seqlens)
+    op = _differentiable if values_alone(tensors) else torch.ops.ffa.linear.default
+    y: Tensor = op(*tensors, scaling, dropout_p, mean_loss)[0]
     return y

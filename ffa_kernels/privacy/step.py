@@ -202,16 +202,20 @@ class PrivateStep:
             self._keep = torch.arange(piece.records, device=device) < piece.kept
         self._taps, self._norm_taps = [], []
         self_ref = weakref.ref(self)
+        zeros = {form: torch.zeros((), device=form[0], dtype=form[1]) for form in set(self._forms)}
+        norm_zeros = {
+            d: torch.zeros((), device=d, dtype=torch.float64) for d, _ in set(self._forms)
+        }
         for k, t in enumerate(self.trained):
             t.parameter.grad_sample = None  # type: ignore[attr-defined]
-            tap = t.parameter.new_zeros(()).expand(piece.records, *t.parameter.shape)
+            tap = zeros[self._forms[k]].expand(piece.records, *t.parameter.shape)
             tap = tap.detach().requires_grad_()
             hook = functools.partial(_arrived, self_ref, k)
             tap.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             self._taps.append(tap)
             norm_tap = None
             if all(name == "lora_B" for _, name in t.holders):
-                zero = torch.zeros((), dtype=torch.float64, device=t.parameter.device)
+                zero = norm_zeros[t.parameter.device]
                 norm_tap = zero.expand(2, piece.records).detach().requires_grad_()
             self._norm_taps.append(norm_tap)
             for record_taps, name in t.holders:
