@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import ops
+import measure
 
 import ffa_kernels as ffa
 from ffa_kernels.federated.data import load_demo, train_test_split
@@ -285,7 +285,7 @@ def main() -> int:
             "max_length": LENGTH, "lr": LEARNING_RATE, "max_grad_norm": CLIP, "dtype": "float32",
         }  # fmt: skip
         result = {
-            "environment": ops.environment(torch.device("cpu")), "settings": settings, "rows": rows
+            "environment": measure.environment(torch.device("cpu")), "settings": settings, "rows": rows
         }  # fmt: skip
         chosen.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -1,0 +1,49 @@
+"""How the cost of a private step grows with records, tokens, rank and depth; full suite alone.
+
+One model after another differs in one size from the middle of the sweep. Beside each step stands
+the frozen model's own passes on the same batch. Opacus' ghost clipping, whose norms take products
+of tokens with tokens, shows what growth with T^2 looks like.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import models
+import pytest
+import subjects
+import torch
+
+MIDDLE = models.Setting(
+    "RoBERTa-like 256 wide, all", lambda: models.roberta(256, 2, 8), False, 8, 64, 16,
+    models.ALL_ROBERTA, models.ROBERTA_EMBEDDING,
+)  # fmt: skip
+SWEEPS = {"n": (4, 8, 16, 32), "T": (64, 128, 256, 512), "r": (8, 16, 32, 64),
+          "depth": (1, 2, 4, 8)}  # fmt: skip
+
+
+def at(knob: str, value: int) -> models.Setting:
+    """The middle of the sweep, but for one size."""
+    if knob == "depth":
+        return replace(MIDDLE, build=lambda: models.roberta(256, value, 8))
+    return replace(MIDDLE, **{{"n": "n", "T": "length", "r": "r"}[knob]: value})
+
+
+@pytest.mark.parametrize("subject", [subjects.OURS, "Opacus, ghost"])
+@pytest.mark.parametrize("knob,value", [(k, v) for k, values in SWEEPS.items() for v in values])
+def bench_growth(
+    race: Any, knob: str, value: int, subject: str, device: torch.device, pytestconfig: Any
+) -> None:
+    if pytestconfig.getoption("--suite") != "full":
+        pytest.skip("full suite alone")
+    if subject not in subjects.names("full"):
+        pytest.skip("not installed")
+    setting = at(knob, value)
+    model = setting.build().to(device)
+    floor = subjects.floor(setting, models.sharing(model), device)
+    race(
+        subjects.make(subject, setting, models.sharing(model), device), floor, rounds=10, warmup=2,
+        op="growth", subject=subject, model=setting.name, knob=knob, value=value,
+        against=subjects.FLOOR,
+    )  # fmt: skip

@@ -1,0 +1,92 @@
+"""Time, memory and surroundings of a measurement."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from ffa_kernels import __version__
+from ffa_kernels.backends import dispatch, native
+from ffa_kernels.doctor import cpu_model, version
+
+LIBRARIES = ("opacus", "peft", "transformers", "triton", "fastDP", "dp-lora")
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall time of a call that waits for its device."""
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
+def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Median, and the interquartile range as a part of it."""
+    median = statistics.median(values)
+    if len(values) < 2:
+        return median, 0.0
+    quartiles = statistics.quantiles(values, n=4)
+    return median, (quartiles[2] - quartiles[0]) / median
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """The most that `run` holds at once beyond what is there when it begins.
+
+    Bytes of tensors as PyTorch's allocator counts them, on a CPU by the profiler's account of each
+    allocation; what csrc's kernels take for themselves (under 1 MiB a thread) is not in it.
+    """
+    if device.type == "cuda":
+        wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        wait(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as account:
+        run()
+    held = peak = 0
+    result = account.profiler.kineto_results  # type: ignore[union-attr]
+    for event in sorted(result.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def backends(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The backends that serve an op here, the one that is preferred first."""
+    import importlib
+
+    candidates = dispatch.CANDIDATES.get(device.type, ("reference",))
+    return [
+        name
+        for name in candidates
+        if importlib.import_module(f"ffa_kernels.backends.{name}").supports(op, device, dtype)
+    ]
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on; neither host name nor path."""
+    cuda = device.type == "cuda"
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "ffa_kernels": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if cuda else cpu_model(),
+        "instructions": native.describe()["cpu"]["isa"],
+        "threads": torch.get_num_threads(),
+        "libraries": {name: found for name in LIBRARIES if (found := version(name)) is not None},
+    }
