@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ffa_kernels as ffa
 from ffa_kernels.errors import ConfigError, PrivacyError
-from ffa_kernels.privacy import PrivacyEngine
+from ffa_kernels.privacy import AdaptiveClipping, PrivacyEngine
 
 TESTS = Path(__file__).parent
 WIDTH, CLASSES, SHARDS, DELTA = 6, 3, (7, 6), 1e-3
@@ -88,11 +88,15 @@ SETTINGS = {
     "flat": dict(max_grad_norm=0.5, clipping="flat"),
     "per_layer": dict(max_grad_norm=0.5, clipping="per_layer"),
     "scaled": dict(max_grad_norm=0.5, loss_scale=256.0),
+    "adaptive": dict(
+        max_grad_norm=0.5, adaptive_clipping=AdaptiveClipping(0.7, count_noise_multiplier=1.0)
+    ),
 }
 OPTIMIZERS = {
     "flat": lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9),
     "per_layer": lambda p: torch.optim.AdamW(p, lr=0.01),
     "scaled": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "adaptive": lambda p: torch.optim.Adam(p, lr=0.01),
 }
 COMMON = dict(noise_multiplier=0.7, max_physical_batch_size=1, pad_physical_batches=False)
 
@@ -145,6 +149,7 @@ def same_as_one(rank, folder, name):
         "parameters": {n: p.detach() for n, p in model.named_parameters()},
         "history": engine.ledger.history,
         "stats": engine.stats,
+        "bound": optimizer.max_grad_norm,
     }
 
 
@@ -176,6 +181,13 @@ def one_rank_refuses(rank, folder):
     error = failure(lambda: train(model, optimizer, loader))
     same = all(torch.equal(p, q) for p, q in zip(before, trained(model).values(), strict=True))
     return {"error": error, "unchanged": same, "steps": engine.ledger.steps}
+
+
+def bounds_differ(rank, folder):
+    engine, model, optimizer, loader = private(rank, **SETTINGS["adaptive"])
+    state = optimizer.state_dict()
+    optimizer.load_state_dict({**state, "max_grad_norm": 0.5 * 2**rank})
+    return {"error": failure(lambda: train(model, optimizer, loader)), "steps": engine.ledger.steps}
 
 
 def rates_differ(rank, folder):
@@ -248,6 +260,7 @@ SCENARIOS = {
     **{name: lambda rank, folder, name=name: same_as_one(rank, folder, name) for name in SETTINGS},
     "a_charge_fails": a_charge_fails,
     "one_rank_refuses": one_rank_refuses,
+    "bounds_differ": bounds_differ,
     "rates_differ": rates_differ,
     "refusals": refusals,
     "to_a_target": to_a_target,
@@ -341,6 +354,8 @@ def test_the_bits_of_one_process_with_all_the_records(pair, name):
         for rank in ranks:
             assert torch.equal(rank["parameters"][key], p), key
         assert torch.equal(p, start.get_parameter(key)) is not p.requires_grad
+    assert all(rank["bound"] == optimizer.max_grad_norm for rank in ranks)
+    assert (optimizer.max_grad_norm == 0.5) is (name in ("flat", "scaled"))
     both = {k: ranks[0]["stats"][k] + ranks[1]["stats"][k] for k in ("clipped", "dropped")}
     assert engine.stats == {"steps": steps, **both} and both["clipped"] > 0
 
@@ -364,6 +379,12 @@ def test_what_one_ranks_guard_refuses_all_refuse(pair):
     assert "1 of 2 ranks refused the step" in first["error"]
     for rank in (first, second):
         assert rank["unchanged"] and rank["steps"] == 0
+
+
+def test_ranks_that_clip_at_other_bounds_release_nothing(pair):
+    for rank in pair[1]["bounds_differ"]:
+        assert "clipped at 0.5 on one rank and at 1.0 on another" in rank["error"]
+        assert rank["steps"] == 0
 
 
 def test_ranks_that_drift_apart_are_stopped_at_the_end_of_the_epoch(pair):

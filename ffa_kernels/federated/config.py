@@ -165,6 +165,8 @@ class Privacy:
         target_delta: must be below 1 / n at every site of n records.
         max_grad_norm: bound C of one record's gradient.
         clipping: "flat" (one norm) or "per_layer" (C / sqrt(K) for each of K tensors).
+        target_quantile: of the norms of a site's records, which its own C then follows, beginning
+            with max_grad_norm (adaptive clipping, arXiv 1905.03871); fixed by default.
         accountant: Opacus' "prv" or "rdp".
         new_ledger: begin another account for records that have one on this machine: for public
             ones, say.
@@ -174,6 +176,9 @@ class Privacy:
     target_delta: float = _key("a number between 0 and 1", lambda value: 0.0 < value < 1.0)
     max_grad_norm: float = _positive(1.0)
     clipping: str = _one_of("flat", "per_layer", default="flat")
+    target_quantile: float | None = _key(
+        "a number between 0 and 1", lambda value: 0.0 < value < 1.0, None
+    )
     accountant: str = _one_of("prv", "rdp", default="prv")
     new_ledger: bool = _key("true or false", lambda value: True, False)
 
@@ -559,6 +564,11 @@ def _check_together(config: Config) -> None:
                 f"[[site]] {site.name}: target_modules: got {foreign[0]!r}; accepted: some of "
                 f"{', '.join(config.model.target_modules)}"
             )
+    if config.privacy.target_quantile is not None and config.privacy.clipping != "flat":
+        raise ConfigError(
+            f"[privacy] target_quantile: got {config.privacy.target_quantile} with clipping = "
+            f"{config.privacy.clipping!r}; accepted: none, or clipping = 'flat'"
+        )
     if train.momentum and train.optimizer != "sgd":
         raise ConfigError(
             f"[train] momentum: got {train.momentum} with optimizer = {train.optimizer!r}; "

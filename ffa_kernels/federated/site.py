@@ -28,7 +28,7 @@ from ffa_kernels.federated.wire import Header
 from ffa_kernels.files import write_atomic
 from ffa_kernels.memory.allocator import give_freed_memory_back
 from ffa_kernels.memory.planning import plan
-from ffa_kernels.privacy import PrivacyEngine, epsilon, noise_multiplier_for
+from ffa_kernels.privacy import AdaptiveClipping, PrivacyEngine, epsilon, noise_multiplier_for
 from ffa_kernels.privacy.step import Plan
 
 Batch = tuple[dict[str, Tensor], Tensor]
@@ -237,6 +237,7 @@ class Site:
             target_delta=privacy.target_delta,
             max_physical_batch_size=self._physical_batch_size(),
             pad_physical_batches=False,
+            adaptive_clipping=self._adaptive_clipping(),
         )
         # Not before: the guard that was would find what other rounds have moved.
         now, then = wire.fingerprint(self._own), self._fingerprint
@@ -256,6 +257,14 @@ class Site:
                 self._engine.ledger, max(left, 0), privacy.target_epsilon
             )
         self._batches = self._endless()
+
+    def _adaptive_clipping(self) -> AdaptiveClipping | None:
+        quantile = self._config.privacy.target_quantile
+        if quantile is None:
+            return None
+        # The gradients' own noise is 1.16 times as much at most, however small the batches.
+        count_noise = max(self.batch_size / 20, self.noise_multiplier)
+        return AdaptiveClipping(quantile, count_noise_multiplier=count_noise)
 
     def _solve_noise(self, steps: int) -> float:
         privacy = self._config.privacy
@@ -419,13 +428,14 @@ class Site:
         trained = wire.trained_tensors(self._model)
         update = wire.encode(self._header("update", round_), trained)
         assert self._moving is not None
-        held = self._optimizer.original_optimizer.state_dict()
+        held = self._optimizer.unchecked_state_dict()
         self._state["optimizers"][_key(self._moving)] = held
         self._write_state(self._state)
         write_atomic(kept, update)
         after = self._engine.stats
         groups = len(trained) if self._config.privacy.clipping == "per_layer" else 1
         clipped = after["clipped"] - before["clipped"]
+        adaptive = self._config.privacy.target_quantile is not None
         self._log(
             {
                 "round": round_,
@@ -433,6 +443,7 @@ class Site:
                 "clipped_fraction": clipped / max(seen * groups, 1),
                 "dropped_records": after["dropped"] - before["dropped"],
                 "seconds": time.monotonic() - began,
+                **({"max_grad_norm": self._optimizer.max_grad_norm} if adaptive else {}),
             }
         )
         return update

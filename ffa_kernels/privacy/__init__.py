@@ -1,6 +1,7 @@
 """Private training: the engine, the sampler, the ledger, the accounting and the audit."""
 
 from ffa_kernels.privacy.accounting import epsilon, noise_multiplier_for
+from ffa_kernels.privacy.adaptive import AdaptiveClipping
 from ffa_kernels.privacy.auditing import (
     AuditReport,
     audit,
@@ -13,6 +14,7 @@ from ffa_kernels.privacy.engine import PrivacyEngine
 from ffa_kernels.privacy.ledger import Ledger
 
 __all__ = [
+    "AdaptiveClipping",
     "AuditReport",
     "Ledger",
     "PrivacyEngine",

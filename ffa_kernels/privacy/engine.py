@@ -24,6 +24,7 @@ from ffa_kernels.nn.record_taps import RecordTaps
 from ffa_kernels.nn.recorded import RECORDED, is_recorded
 from ffa_kernels.nn.wrapped import mixes_records
 from ffa_kernels.privacy.accounting import check_accountant, check_delta, noise_multiplier_for
+from ffa_kernels.privacy.adaptive import AdaptiveClipping
 from ffa_kernels.privacy.guard import Guard
 from ffa_kernels.privacy.keys import SecretStream, forget_seeds
 from ffa_kernels.privacy.ledger import Ledger
@@ -260,6 +261,7 @@ class PrivacyEngine:
         loss_scale: float = 1.0,
         target_delta: float | None = None,
         process_group: Any = None,
+        adaptive_clipping: AdaptiveClipping | None = None,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
         """Prepares a model, its optimizer and its data for private training.
 
@@ -299,6 +301,9 @@ class PrivacyEngine:
                 all records are drawn at one rate. Trained tensors are those of rank 0, whose
                 engine alone has a `ledger` on disk, and is charged. What the processes tell each
                 other is not private: theirs must be a network that may carry the records.
+            adaptive_clipping: with "flat": `max_grad_norm` is the bound of the first step, and
+                then follows a quantile of the records' norms, at no cost in epsilon. The bound is
+                `optimizer.max_grad_norm`. Each step waits for a GPU then.
 
         Returns:
             (module, optimizer, data loader).
@@ -345,6 +350,7 @@ class PrivacyEngine:
                 return made[0].data, {
                     **{"noise_multiplier": noise_multiplier, "max_grad_norm": made[0].bounds},
                     **{"clipping": clipping, "loss_scale": loss_scale, "poisson_sampling": poisson},
+                    "adaptive_clipping": adaptive_clipping,
                     "optimizer": type(optimizer).__name__,
                     "the seed": self.seed,
                     "module's trained tensors": [
@@ -357,6 +363,13 @@ class PrivacyEngine:
             mine, data = made[0], _all_data(ranks, [d for d, _ in facts], poisson)
         if target_delta is not None:
             check_delta(target_delta, data.records)
+        if adaptive_clipping is not None:
+            if not isinstance(adaptive_clipping, AdaptiveClipping):
+                raise ConfigError(
+                    f"adaptive_clipping is {adaptive_clipping!r}; accepted: None, or "
+                    "AdaptiveClipping(...)"
+                )
+            adaptive_clipping.check(clipping, mine.bounds, float(noise_multiplier), data.batch_size)
         self._bind(ranks, mine.data.loader, target_delta)
         if ranks is not None:
             self._follow(ranks, mine.names)
@@ -370,6 +383,7 @@ class PrivacyEngine:
             poisson=poisson,
             keep_grad_sample=keep_grad_sample,
             loss_scale=float(loss_scale),
+            adaptive=adaptive_clipping,
         )
         guard = Guard(module, mine.names, noised=noise_multiplier > 0)
         if ranks is not None:

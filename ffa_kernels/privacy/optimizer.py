@@ -68,10 +68,25 @@ class PrivateOptimizer(Optimizer):
             PrivacyError: see `PrivacyEngine.check`.
         """
         self.private_step.check(saving=True)
-        return self.original_optimizer.state_dict()
+        return self.unchecked_state_dict()
+
+    def unchecked_state_dict(self) -> dict[str, Any]:
+        """`state_dict()` of a model that was checked just now."""
+        state: dict[str, Any] = self.original_optimizer.state_dict()
+        if self.private_step.mechanism.adaptive is not None:
+            state["max_grad_norm"] = self.max_grad_norm
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state_dict of the optimizer's own type."""
+        """Loads a state_dict of the optimizer's own type; adaptive clipping goes on from its C.
+
+        Raises:
+            ConfigError: its C is none.
+            PrivacyError: the draw under way is clipped in part; nothing was loaded then.
+        """
+        held = state_dict.get("max_grad_norm")
+        if held is not None and self.private_step.mechanism.adaptive is not None:
+            self.private_step.clip_at(held)
         self.original_optimizer.load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -83,6 +98,17 @@ class PrivateOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"Private({self.original_optimizer!r})"
+
+    @property
+    def max_grad_norm(self) -> float | list[float]:
+        """The bound C on a record's gradient in the step to come; of each tensor if per layer.
+
+        It changes with each step of adaptive clipping, is made of what was released, and is kept
+        in `state_dict()` then.
+        """
+        mechanism = self.private_step.mechanism
+        bounds = mechanism.max_grad_norm
+        return list(bounds) if mechanism.per_layer else bounds[0]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the last batch's gradients; the sum over a draw's earlier pieces stays.

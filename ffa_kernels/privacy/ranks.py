@@ -105,6 +105,18 @@ class Ranks:
                 "same number of draws on every rank"
             )
 
+    def check_bound(self, bound: float, device: torch.device) -> None:
+        """Raises PrivacyError, on all ranks or none, unless each has clipped at this bound."""
+        self._check_process()
+        ends = torch.tensor([bound, -bound], dtype=torch.float64, device=device)
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=self._group)
+        most, least = ends[0].item(), -ends[1].item()
+        if least != most:
+            raise PrivacyError(
+                f"process_group: records were clipped at {least!r} on one rank and at {most!r} on "
+                "another; accepted: the same state_dict on every rank"
+            )
+
     def charged(self, charge: Callable[[], None], device: torch.device) -> None:
         """Runs `charge` on rank 0; no rank returns before it is known to have succeeded there."""
         self._check_process()

@@ -6,7 +6,7 @@ import functools
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ffa_kernels import ops
 from ffa_kernels.errors import PrivacyError
 from ffa_kernels.nn.record_taps import RecordTaps
+from ffa_kernels.privacy.adaptive import AdaptiveClipping, check_bound
 from ffa_kernels.privacy.guard import Guard
 from ffa_kernels.privacy.keys import SecretStream
 from ffa_kernels.privacy.ledger import Ledger
@@ -42,6 +43,9 @@ class Mechanism:
     Gradients come multiplied by `loss_scale` S, a power of two. They are clipped at S C on a grid S
     times as wide, and the noised sum is divided by S L: the bits of S = 1, but for what then
     neither over- nor underflows.
+
+    With `adaptive`, a count of the records within the bound is released beside them, of which the
+    next step's bound is made; `noise_multiplier` is that of the two together.
     """
 
     noise_multiplier: float
@@ -52,6 +56,24 @@ class Mechanism:
     poisson: bool
     keep_grad_sample: bool
     loss_scale: float = 1.0
+    adaptive: AdaptiveClipping | None = None
+
+    @property
+    def gradient_noise(self) -> float:
+        """The noise multiplier of the gradients alone."""
+        if self.adaptive is None:
+            return self.noise_multiplier
+        return self.adaptive.gradient_noise(self.noise_multiplier, self.expected_batch_size)
+
+    def after(self, doubled_count: int, gaussian: float) -> Mechanism:
+        """That of the next step: this one releases the count with this Gaussian."""
+        assert self.adaptive is not None
+        noised = self.adaptive.noised(
+            doubled_count, gaussian, self.noise_multiplier, self.expected_batch_size
+        )
+        (bound,) = self.max_grad_norm
+        bound = self.adaptive.next_bound(bound, noised, self.expected_batch_size)
+        return replace(self, max_grad_norm=(bound,))
 
     @property
     def scaled_bounds(self) -> tuple[float, ...]:
@@ -134,6 +156,10 @@ class PrivateStep:
             for k, t in enumerate(self.trained)
         ]
         self._stats = torch.zeros(2, dtype=torch.int64, device=self._sums[0].device)
+        # Of the draw under way, for adaptive clipping: records within the bound less those beyond.
+        self._count: Tensor | None = None
+        if mechanism.adaptive is not None:
+            self._count = torch.zeros((), dtype=torch.int64, device=self._sums[0].device)
         self._piece: Piece | None = None
         self._dropped = False
         self._keep: Tensor | None = None
@@ -277,8 +303,25 @@ class PrivateStep:
     def _forget(self) -> None:
         for total in self._sums:
             total.zero_()
+        if self._count is not None:
+            self._count.zero_()
         self._reached.clear()
         self._records = False
+
+    def clip_at(self, max_grad_norm: object) -> None:
+        """Adaptive clipping goes on from this bound, which another run of it has come to.
+
+        Raises:
+            ConfigError: no bound that it takes.
+            PrivacyError: records of the draw under way were clipped at another.
+        """
+        bound = check_bound(max_grad_norm)
+        if self._reached:
+            raise PrivacyError(
+                "load_state_dict in the middle of a draw, part of which is clipped at the bound "
+                "that was; accepted: before the loop, or after a step"
+            )
+        self.mechanism = replace(self.mechanism, max_grad_norm=(bound,))
 
     def restart(self) -> None:
         """A new iteration of the data begins: what was under way is not released."""
@@ -375,7 +418,7 @@ class PrivateStep:
             self._whole = _Whole(grads, squares, self._keep)
         elif present:
             bounds = self.mechanism.scaled_bounds
-            ops.clip_accumulate(
+            factors = ops.clip_accumulate(
                 grads,
                 [self._sums[k] for k in present],
                 self._stats,
@@ -383,6 +426,8 @@ class PrivateStep:
                 [bounds[k] for k in present] if self.mechanism.per_layer else list(bounds),
                 squares=squares,
             )
+            if self._count is not None:
+                self._count += _within_less_beyond(factors)
         self._end_batch()
         return piece.last
 
@@ -432,7 +477,7 @@ class PrivateStep:
         settings: dict[str, Any] = {
             "tensor_ids": list(range(len(self.trained))),
             "max_grad_norm": list(self.mechanism.scaled_bounds),
-            "noise_multiplier": self.mechanism.noise_multiplier,
+            "noise_multiplier": self.mechanism.gradient_noise,
             "expected_batch_size": self.mechanism.loss_scale * self.mechanism.expected_batch_size,
             "optimizer": optimizer,
             "nesterov": nesterov,
@@ -442,20 +487,30 @@ class PrivateStep:
         with self._stream.lock, torch.no_grad():
             # On a GPU the state is not read: one launch uses it, and counts on by itself.
             drawn = int(self._noise_state[4]) if self._noise_state.device.type == "cpu" else None
+            gaussian: Tensor | None = None
+            if self._count is not None:
+                # Of this step, which the update counts on, and of an id that no tensor has.
+                gaussian = ops.gaussian(self._noise_state, len(self.trained), 1, torch.float64)
             try:
                 if whole is None:
                     ops.private_update(params, self._sums, *update, **settings)
                 else:
-                    ops.private_step(
+                    factors = ops.private_step(
                         *(whole.grads, self._stats, whole.keep, params, *update),
                         squares=whole.squares,
                         **settings,
                     )
+                    if self._count is not None:
+                        self._count += _within_less_beyond(factors)
             finally:
                 # Interrupted halfway, some tensors have shown this step's noise: never draw it
                 # again.
                 if drawn is not None:
                     self._noise_state[4] = drawn + 1
+        if self._count is not None and gaussian is not None:
+            # The next step's bound: here the host waits for the device.
+            self.mechanism = self.mechanism.after(int(self._count), float(gaussian))
+            self._count.zero_()
 
     def _look_and_add(self) -> None:
         """The guard's look at this process, and the other ranks' sums; or all ranks stop."""
@@ -466,7 +521,11 @@ class PrivateStep:
             error = raised
         try:
             if self.ranks is not None:
-                self.ranks.add(self._sums, self.steps, error is not None)
+                counts = [] if self._count is None else [self._count]
+                self.ranks.add([*self._sums, *counts], self.steps, error is not None)
+                # Where one fails, the others stopped in `add`.
+                if counts and error is None:
+                    self.ranks.check_bound(self.mechanism.max_grad_norm[0], counts[0].device)
             if error is not None:
                 raise error
         except BaseException:
@@ -483,6 +542,11 @@ class PrivateStep:
         self.guard.released(self._reached, self._records, moving)
         self._reached.clear()
         self._records = False
+
+
+def _within_less_beyond(factors: Tensor) -> Tensor:
+    """The sum of 2 b_i - 1 over the records that are used: a factor of 0 is none of theirs."""
+    return (factors == 1).sum() - ((factors > 0) & (factors < 1)).sum()
 
 
 def _arrived(step_ref: weakref.ref[PrivateStep], k: int, tap: Tensor) -> None:
