@@ -37,9 +37,9 @@ def to_bf16(model: nn.Module) -> None:
     kept = {id(layer.frozen_A()) for layer in layers}
     for parameter in model.parameters():
         ordinary = type(parameter.data) is Tensor and type(parameter) is nn.Parameter
-        if ordinary and parameter.is_floating_point() and not parameter.requires_grad:
-            if id(parameter) not in kept:
-                parameter.data = parameter.data.to(torch.bfloat16)
+        frozen = not parameter.requires_grad and id(parameter) not in kept
+        if ordinary and frozen and parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.bfloat16)
     inner = {id(module) for layer in layers for module in layer.inner_modules()}
     for module in model.modules():
         if id(module) not in inner and any(True for _ in module.parameters(recurse=False)):
@@ -96,7 +96,8 @@ def quantised(modules: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:
     Of these classes alone, not of subclasses, whose forward may do otherwise, and only where the
     weight is an ordinary matrix of finite floats.
     """
-    quantiser, found = _Quantised(), {}
+    quantiser = _Quantised()
+    found: dict[nn.Module, nn.Module] = {}
     for module in modules:
         weight: Any = getattr(module, "weight", None)
         linear = type(module) is nn.Linear
