@@ -153,7 +153,6 @@ def _stacked(
     A = [bases.A(number) for number in range(len(steps))]
     below = {f"{n}.lora_A": torch.cat([of_one[f"{n}.lora_A"] for of_one in A]) for n in layers}
     beside = {
-        f"{n}.lora_B": torch.cat([of_one[f"{n}.lora_B"] for of_one in steps], dim=1)
-        for n in layers
+        f"{n}.lora_B": torch.cat([of_one[f"{n}.lora_B"] for of_one in steps], dim=1) for n in layers
     }
     return below | beside
