@@ -10,7 +10,7 @@ VADER = $(CACHE)/vaderSentiment-3.3.2.tar.gz
 
 CLANG_FORMATTED = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: venv lib compile test test-full lint format demo study clean
+.PHONY: venv lib compile test test-full lint format demo study bench clean
 
 venv: $(STAMP)
 
@@ -62,6 +62,11 @@ format: venv
 demo: venv lib
 	rm -rf demo-out
 	$(VENV)/bin/ffa-kernels federate ffa_kernels/federated/demo.toml --out demo-out
+
+# Under five minutes; `SUITE=full` takes longer, and adds models, peers and how the cost grows.
+SUITE ?= quick
+bench: venv lib
+	$(VENV)/bin/ffa-kernels bench --suite $(SUITE) --out bench-out
 
 # Hours on two cores; a study that was stopped goes on. Its texts and runs are public.
 study: venv lib

@@ -46,12 +46,9 @@ else
     echo "no compute-sanitizer on this machine" > "$out/sanitizer.txt"; note sanitizer 1
 fi
 
-timeout 80 "$python" bench/ops.py --device cuda --json "$out/ops.json" > "$out/ops.txt" 2>&1
+timeout 190 "$python" bench/run.py --device cuda --out "$out" > "$out/bench.txt" 2>&1
 note benchmark $?
-timeout 110 "$python" bench/step.py --device cuda --json "$out/step.json" > "$out/step.txt" 2>&1
-note step $?
-tail -40 "$out/ops.txt"
-cat "$out/step.txt"
+cat "$out/bench.md"
 tail -5 "$out/tests.txt"
 cat "$out/summary.txt"
 exit $status

@@ -285,7 +285,8 @@ def main() -> int:
             "max_length": LENGTH, "lr": LEARNING_RATE, "max_grad_norm": CLIP, "dtype": "float32",
         }  # fmt: skip
         result = {
-            "environment": measure.environment(torch.device("cpu")), "settings": settings, "rows": rows
+            "environment": measure.environment(torch.device("cpu")),
+            "settings": settings, "rows": rows,
         }  # fmt: skip
         chosen.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

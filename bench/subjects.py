@@ -7,6 +7,7 @@ are not private say so in their names. A peer that is not installed is left out.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,7 +22,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import ffa_kernels as ffa
 
 Step = Callable[[int], object]
-NOISE, CLIP, LR = 1.0, 1.0, 1e-4
+NOISE, CLIP, LR, DROPOUT = 1.0, 1.0, 1e-4, 0.05
+# The engine looks for coupled records in the physical batches 1, 2, 4 and 8.
+PROBED = 8
 
 
 def _batches(s: Setting, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -53,14 +56,30 @@ def floor(s: Setting, model: nn.Module, device: torch.device) -> Step:
     return step
 
 
-def private(s: Setting, model: nn.Module, device: torch.device) -> Step:
-    """This library's private step."""
-    _convert(s, model)
+def private(s: Setting, model: nn.Module, device: torch.device, **options: Any) -> Step:
+    """This library's private step, once the probe of the first batches is over."""
+    _convert(s, model, **options)
     model, optimizer, loader = ffa.PrivacyEngine().make_private(
         module=model, optimizer=_adamw(model), data_loader=_loader(s), noise_multiplier=NOISE,
         max_grad_norm=CLIP, poisson_sampling=False,
     )  # fmt: skip
-    return _plain(s, model, optimizer, _forever(loader, device))
+    step = _plain(s, model, optimizer, _forever(loader, device))
+    for i in range(PROBED):
+        step(i)
+    return step
+
+
+def private_bf16(s: Setting, model: nn.Module, device: torch.device) -> Step:
+    # A copy: the floor's weights stay in fp32.
+    return private(s, copy.deepcopy(model), device, base_dtype="bf16")
+
+
+def private_int8(s: Setting, model: nn.Module, device: torch.device) -> Step:
+    return private(s, model, device, base_dtype="int8")
+
+
+def private_dropout(s: Setting, model: nn.Module, device: torch.device) -> Step:
+    return private(s, model, device, dropout=DROPOUT)
 
 
 def not_private(s: Setting, model: nn.Module, device: torch.device) -> Step:
@@ -74,13 +93,17 @@ def peft(s: Setting, model: nn.Module, device: torch.device) -> Step:
     return _plain(s, adapted, _adamw(adapted), _batches(s, device))
 
 
-def peft_B(s: Setting, model: nn.Module, device: torch.device) -> Step:
-    adapted = _peft(s, model, train_A=False)
+def peft_B(s: Setting, model: nn.Module, device: torch.device, dropout: float = 0.0) -> Step:
+    adapted = _peft(s, model, train_A=False, dropout=dropout)
     return _plain(s, adapted, _adamw(adapted), _batches(s, device))
 
 
+def peft_B_dropout(s: Setting, model: nn.Module, device: torch.device) -> Step:
+    return peft_B(s, model, device, DROPOUT)
+
+
 def by_hand(s: Setting, model: nn.Module, device: torch.device) -> Step:
-    """LoRA's backward written out over BLAS and in-place addmm, as Unsloth does; A and B trained."""
+    """LoRA's backward written out over BLAS and in-place addmm, as Unsloth's; A and B trained."""
     for name in s.targets(model):
         parent, _, local = name.rpartition(".")
         setattr(model.get_submodule(parent), local, _ByHand(model.get_submodule(name), s.r))
@@ -112,6 +135,17 @@ def opacus(s: Setting, model: nn.Module, device: torch.device, mode: str = "hook
         return optimizer.zero_grad()
 
     return step
+
+
+def opacus_bf16(s: Setting, model: nn.Module, device: torch.device) -> Step:
+    """The whole step under bf16 autocast, backward too: Opacus' hooks take what comes."""
+    step = opacus(s, model, device)
+
+    def under_autocast(i: int) -> object:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return step(i)
+
+    return under_autocast
 
 
 def opacus_functorch(s: Setting, model: nn.Module, device: torch.device) -> Step:
@@ -168,9 +202,15 @@ SUBJECTS: dict[str, tuple[Callable[[Setting, nn.Module, torch.device], Step], st
     "Opacus, ghost": (opacus_ghost, "opacus"),
     "fastDP": (fastdp, "fastDP"),
     "dp-lora": (dp_lora, "dp_lora"),
+    "ffa_kernels, private, bf16 base": (private_bf16, "ffa_kernels"),
+    "ffa_kernels, private, int8 base": (private_int8, "ffa_kernels"),
+    "Opacus, hooks, bf16 autocast": (opacus_bf16, "opacus"),
+    f"ffa_kernels, private, dropout {DROPOUT}": (private_dropout, "ffa_kernels"),
+    f"PEFT, B alone, dropout {DROPOUT} (not private)": (peft_B_dropout, "peft"),
 }
-# What the quick suite leaves out.
-HEAVY = {"by hand, A and B (not private)", "Opacus, functorch", "ffa_kernels (not private)"}
+# What the quick suite has.
+QUICK = (OURS, PEFT_B, "PEFT, A and B (not private)", "Opacus, hooks", "Opacus, ghost", "fastDP",
+         "dp-lora", "ffa_kernels, private, bf16 base")  # fmt: skip
 
 
 def names(suite: str) -> list[str]:
@@ -178,7 +218,7 @@ def names(suite: str) -> list[str]:
     return [
         name
         for name, (_, package) in SUBJECTS.items()
-        if find_spec(package) is not None and (suite == "full" or name not in HEAVY)
+        if find_spec(package) is not None and (suite == "full" or name in QUICK)
     ]
 
 
@@ -189,14 +229,16 @@ def make(name: str, s: Setting, model: nn.Module, device: torch.device) -> Step:
         return SUBJECTS[name][0](s, model, device)
 
 
-def _convert(s: Setting, model: nn.Module) -> None:
-    ffa.convert(model, r=s.r, alpha=2 * s.r, target_modules=s.targets(model))
+def _convert(s: Setting, model: nn.Module, **options: Any) -> None:
+    ffa.convert(model, r=s.r, alpha=2 * s.r, target_modules=s.targets(model), **options)
 
 
-def _peft(s: Setting, model: nn.Module, train_A: bool) -> nn.Module:
+def _peft(s: Setting, model: nn.Module, train_A: bool, dropout: float = 0.0) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    settings = LoraConfig(r=s.r, lora_alpha=2 * s.r, target_modules=s.targets(model))
+    settings = LoraConfig(
+        r=s.r, lora_alpha=2 * s.r, lora_dropout=dropout, target_modules=s.targets(model)
+    )
     adapted: nn.Module = get_peft_model(model, settings).train()
     for name, p in adapted.named_parameters():
         p.requires_grad_("lora_B" in name or (train_A and "lora_A" in name))

@@ -1,4 +1,4 @@
-"""The command line: `ffa-kernels doctor | federate | pilot | plan | ledger | audit`.
+"""The command line: `ffa-kernels doctor | federate | pilot | plan | ledger | audit | bench`.
 
 A mistake of the user's is one line on stderr and exit code 2.
 """
@@ -99,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--confidence", type=float, default=0.999, metavar="P", help="of each bound")
     audit.add_argument("--json", action="store_true", help="as JSON")
     audit.set_defaults(command=_audit)
+    bench = commands.add_parser("bench", help="time and memory beside the frozen model and peers")
+    bench.add_argument("--out", type=Path, required=True, metavar="DIR",
+                       help="for bench.json, bench.md and the plots")  # fmt: skip
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    bench.add_argument("--suite", choices=("quick", "full"), default="quick")
+    bench.set_defaults(command=_bench)
     return parser
 
 
@@ -228,6 +234,21 @@ def _audit(arguments: argparse.Namespace) -> int:
     )
     print(json.dumps(report.as_dict(), indent=1) if arguments.json else report)
     return int(report.violated)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    import subprocess
+
+    script = Path(__file__).resolve().parents[1] / "bench" / "run.py"
+    if not script.is_file():
+        raise FFAError(
+            "bench: the benchmarks are not part of an installed package; clone the repository, "
+            "install it with `pip install -e '.[bench]'`, and run the command again"
+        )
+    command = [sys.executable, str(script), "--out", str(arguments.out), "--suite", arguments.suite]
+    if arguments.device is not None:
+        command += ["--device", arguments.device]
+    return subprocess.run(command).returncode
 
 
 def _fail(message: str) -> int:

@@ -127,9 +127,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as warm:
         os.environ["FFA_LEDGERS"] = str(Path(warm) / "ledgers")
         train(Path(warm), last=2)
+        # As far as some steps, however busy the machine is; a child copies the pages it writes.
         begun = time.monotonic()
-        train(Path(warm), last=2)
-        # As far as some steps, however busy the machine is.
+        child = os.fork()
+        if child == 0:
+            train(Path(warm), last=2)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         longest = 4 * (time.monotonic() - begun)
         look(Path(warm))
     os.environ["FFA_LEDGERS"] = str(folder / "ledgers")

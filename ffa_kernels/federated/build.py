@@ -11,7 +11,7 @@ from torch import nn
 
 from ffa_kernels.errors import ConfigError
 from ffa_kernels.federated.config import Config, Model, SiteFiles
-from ffa_kernels.nn import FFALinear, convert
+from ffa_kernels.nn import convert
 from ffa_kernels.nn.adapter import Adapter
 from ffa_kernels.nn.init import frozen_A, pissa_A
 from ffa_kernels.nn.linear import OwnAdapter
@@ -109,12 +109,13 @@ def _convert(model: nn.Module, config: Config, site: SiteFiles | None) -> None:
         seed=config.federation.seed,
         dropout=adapter.dropout,
         modules_to_save=adapter.modules_to_save,
+        base_dtype=None if adapter.base_dtype == "fp32" else adapter.base_dtype,
     )
     for name, layer in model.named_modules():
         if config.sends_A and isinstance(layer, OwnAdapter):
             layer.lora_A.zero_()
             layer.init = adapter.init
-        elif r != adapter.r and isinstance(layer, FFALinear):
+        elif r != adapter.r and isinstance(layer, OwnAdapter):
             A = frozen_A(adapter.init, config.federation.seed, name, adapter.r, layer.in_features)
             layer.lora_A.copy_(A[:r])
 

@@ -136,6 +136,7 @@ class Model:
         init: how A is made for method "ffa"; the others keep PEFT's kaiming. "pissa" comes from an
             SVD, whose bits differ between machines: the server makes it, and sends it once.
         dropout: LoRA dropout.
+        base_dtype: of what is frozen, "bf16" and "int8" as in `ffa_kernels.convert` (method "ffa").
         modules_to_save: modules trained and sent whole; () for none.
         max_length: tokens of a record; the rest is cut off.
         prompts: for "minilm": public sentences for each class, from which the head is made; a
@@ -151,6 +152,7 @@ class Model:
     target_modules: tuple[str, ...] = _names(("query", "value"))
     init: str = _one_of("orthogonal", "kaiming", "gaussian", "pissa", default="orthogonal")
     dropout: float = _fraction(0.0)
+    base_dtype: str = _one_of("fp32", "bf16", "int8", default="fp32")
     modules_to_save: tuple[str, ...] = _key("a list of names", all, ("classifier",))
     max_length: int = _whole(2, 64)
     prompts: tuple[tuple[str, ...], ...] | None = _key(
@@ -571,6 +573,11 @@ def _check_together(config: Config) -> None:
                 f"[[site]] {site.name}: target_modules: got {foreign[0]!r}; accepted: some of "
                 f"{', '.join(config.model.target_modules)}"
             )
+    if config.model.base_dtype != "fp32" and federation.method != "ffa":
+        raise ConfigError(
+            f"[model] base_dtype: got {config.model.base_dtype!r} with method = "
+            f"{federation.method!r}; accepted: 'fp32', or method = 'ffa'"
+        )
     if config.privacy.target_quantile is not None and config.privacy.clipping != "flat":
         raise ConfigError(
             f"[privacy] target_quantile: got {config.privacy.target_quantile} with clipping = "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -11,6 +11,13 @@ from torch import nn
 from ffa_kernels.errors import ConfigError
 from ffa_kernels.nn import opacus
 from ffa_kernels.nn.adapter import Adapter
+from ffa_kernels.nn.base_dtype import (
+    check_base_dtype,
+    quantised,
+    take_own_dtype,
+    takes_own_dtype,
+    to_bf16,
+)
 from ffa_kernels.nn.linear import FFALinear, check_adapter, is_conv1d
 from ffa_kernels.nn.peft import lora_layers, take_over
 from ffa_kernels.nn.recorded import plain_again
@@ -51,11 +58,13 @@ def convert(
     dropout: float = 0.0,
     rslora: bool = False,
     modules_to_save: Sequence[str] = (),
+    base_dtype: str | None = None,
 ) -> M:
     """Adapts the named linear layers of `model` in place and freezes all else.
 
-    A PEFT LoRA model needs no further arguments: its own layers are taken over as they stand,
-    with its ranks, scalings, dropout, names and `modules_to_save`; A is frozen from then on.
+    A PEFT LoRA model needs no further arguments but `base_dtype`: its own layers are taken over as
+    they stand, with its ranks, scalings, dropout, names and `modules_to_save`; A is frozen from
+    then on.
 
     Args:
         model: any module; changed and returned.
@@ -64,6 +73,10 @@ def convert(
             transformers' Conv1D, quantised layers and others that `FFAWrapped` takes.
         modules_to_save: names, or last parts of names, of modules that stay trained whole,
             a classification head say.
+        base_dtype: of what is frozen. "bf16": all of it, and the base computes in it. "int8": the
+            matrices of nn.Linear, Conv1D and nn.Embedding, rounded to 255 steps of a scale for
+            each row; the base computes in the dtype it had. B, A and `modules_to_save` keep
+            theirs. None: as it is. What shares a tensor with something trained stays too.
 
     Returns:
         `model`, of which only the lora_B and the parameters of `modules_to_save` are trained.
@@ -73,15 +86,24 @@ def convert(
             PEFT layer that cannot be taken over; the model is then unchanged.
     """
     opacus.register()
+    check_base_dtype(base_dtype)
     theirs = lora_layers(model)
     if theirs and not any(isinstance(layer, Adapter) for layer in theirs.values()):
         given = (r, alpha, target_modules, init, seed, dropout, rslora, tuple(modules_to_save))
         if given != (8, 16.0, None, "orthogonal", 0, 0.0, False, ()):
             raise ConfigError(
                 "model is a PEFT model, whose layers keep their own settings; accepted: "
-                "convert(model) with no other argument"
+                "convert(model) with no other argument than base_dtype"
             )
-        return take_over(model, theirs)
+        if base_dtype == "int8":
+            raise ConfigError(
+                "base_dtype is 'int8' and model is a PEFT model, whose layers hold their base; "
+                "accepted: 'bf16', or a base that was quantised when it was loaded"
+            )
+        take_over(model, theirs)
+        if base_dtype is not None:
+            to_bf16(model)
+        return model
     check_adapter(r, alpha, dropout, init)
     # With every name of a layer that has several: all of them must become the one new layer.
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -105,6 +127,10 @@ def convert(
     }
     options = {"init": init, "seed": seed, "dropout": dropout, "rslora": rslora}
     adapted: dict[nn.Module, Adapter] = {}
+    smaller: dict[nn.Module, nn.Module] = {}
+    if base_dtype == "int8":
+        shared = {id(m) for m in modules.values() if _holds_any(m, saved_parameters)}
+        smaller = quantised(m for m in set(modules.values()) if id(m) not in shared)
     was_trained = {id(p): p.requires_grad for p in model.parameters()}
     try:
         for name, module in modules.items():
@@ -126,19 +152,26 @@ def convert(
                     "(FFALinear.from_linear() adapts a layer alone)"
                 )
             if module not in adapted:
-                adapted[module] = make_adapter(module, r, alpha, layer=name, **options)
+                base = smaller.pop(module, module)
+                adapted[module] = make_adapter(base, r, alpha, layer=name, **options)
     except BaseException:
         for p in model.parameters():
             p.requires_grad_(was_trained[id(p)])
         raise
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    put_in(model, adapted)
+    put_in(model, {**smaller, **adapted})
     for name, module in modules.items():
         if _matches(name, saved):
             for parameter in module.parameters():
                 parameter.requires_grad_(True)
+    if base_dtype == "bf16":
+        to_bf16(model)
     return model
+
+
+def _holds_any(module: nn.Module, parameters: set[int]) -> bool:
+    return any(id(p) in parameters for p in module.parameters(recurse=False))
 
 
 def can_adapt(module: nn.Module) -> bool:
@@ -153,7 +186,7 @@ def make_adapter(module: nn.Module, r: int, alpha: float, **options: Any) -> Ada
     return make(module, r, alpha, **options)
 
 
-def put_in(model: nn.Module, adapted: dict[nn.Module, Adapter]) -> None:
+def put_in(model: nn.Module, adapted: Mapping[nn.Module, nn.Module]) -> None:
     """Puts each new layer where its old one was, under every name that had it."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in adapted:
@@ -181,6 +214,9 @@ def merge(model: M) -> M:
     if not layers or "" in layers:
         raise ConfigError("model: accepted: a module that holds adapted layers")
     plain = {layer: layer.merged_layer() for layer in set(layers.values())}
+    for layer, merged in plain.items():
+        if takes_own_dtype(layer):
+            take_own_dtype(merged)
     for name, layer in layers.items():
         _replace(model, name, plain[layer])
     for module in model.modules():

@@ -1,0 +1,295 @@
+"""convert(base_dtype=...): the frozen base in bf16 or int8, what is trained as it was."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import ffa_kernels as ffa
+from ffa_kernels.errors import ConfigError
+from ffa_kernels.nn.adapter import Adapter
+from ffa_kernels.nn.base_dtype import Int8Embedding, Int8Linear
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+KINDS = ["bf16", "int8"]
+# What a whole small model may differ by: bf16 has 8 bits, int8 127 steps of a row's largest.
+CLOSE = {"bf16": 0.03, "int8": 0.05}
+N, T, VOCABULARY = 6, 9, 50
+
+
+def bert():
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        vocab_size=VOCABULARY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return BertForSequenceClassification(config), ["query", "value", "intermediate.dense"]
+
+
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, vocab_size=VOCABULARY, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config), ["q_proj", "v_proj", "down_proj"]
+
+
+def gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=16,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config), ["c_attn", "mlp.c_proj"]
+
+
+MODELS = {"bert": bert, "llama": llama, "gpt2": gpt2}
+HEADS = {"bert": ["classifier"], "llama": [], "gpt2": []}
+
+
+def tokens():
+    torch.manual_seed(1)
+    return torch.randint(0, VOCABULARY, (N, T))
+
+
+def converted(name, base_dtype, **options):
+    model, targets = MODELS[name]()
+    options = {"r": 4, "alpha": 8, "modules_to_save": HEADS[name], **options}
+    ffa.convert(model.train(), target_modules=targets, base_dtype=base_dtype, **options)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for layer in adapters(model):
+            layer.trained_B().normal_(std=0.05)
+    return model
+
+
+def adapters(model):
+    return [layer for layer in model.modules() if isinstance(layer, Adapter)]
+
+
+def nbytes(parameters):
+    return sum({id(p): p.nbytes for p in parameters}.values())
+
+
+def relative(found, wanted):
+    found, wanted = found.detach().double(), wanted.detach().double()
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def private(model, noise=0.0, C=1.0, **options):
+    return ffa.PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0),
+        data_loader=DataLoader(TensorDataset(tokens()), batch_size=N),
+        noise_multiplier=noise, max_grad_norm=C, poisson_sampling=False, **options,
+    )  # fmt: skip
+
+
+def loss_of(model, ids):
+    logits = model(input_ids=ids).logits.float()
+    if logits.dim() == 2:
+        return nn.functional.cross_entropy(logits, ids[:, 0] % 2)
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def one_step(model, optimizer, loader):
+    for (ids,) in loader:
+        loss_of(model, ids).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_computes_nearly_the_same(name, kind):
+    wanted, found = (converted(name, k)(input_ids=tokens()).logits for k in (None, kind))
+    assert 0 < relative(found, wanted) < CLOSE[kind]
+
+
+@pytest.mark.parametrize("kind,part", [("bf16", 0.5), ("int8", 0.25)])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_frozen_takes_a_part_of_its_memory(name, kind, part):
+    model, _ = MODELS[name]()
+    before = nbytes(model.parameters())
+    model = converted(name, kind)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    A = [layer.frozen_A() for layer in adapters(model)]
+    own = {id(p) for p in (*trained, *A)}
+    assert {p.dtype for p in (*trained, *A)} == {torch.float32}
+    frozen = nbytes(p for p in model.parameters() if id(p) not in own)
+    # Vectors and scales of rows weigh in models as small as these: one in 32 of a matrix.
+    assert frozen <= before * (part + (1 / 32 + 0.02 if kind == "int8" else 0.0))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_tied_weights_stay_tied(name):
+    model = converted(name, "int8")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert isinstance(head, Int8Linear) and isinstance(embedding, Int8Embedding)
+    assert head.weight is embedding.weight and head.scale is embedding.scale
+    model = converted(name, "bf16")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert head.weight is embedding.weight and head.weight.dtype == torch.bfloat16
+
+
+def test_int8_rounds_each_row_to_its_own_steps():
+    linear = nn.Linear(40, 7)
+    with torch.no_grad():
+        linear.weight.mul_(torch.logspace(-3, 3, 7).unsqueeze(1))
+        linear.weight[3] = 0.0
+    model = ffa.convert(nn.Sequential(linear, nn.Linear(7, 2)), 2, target_modules=["1"],
+                        base_dtype="int8")  # fmt: skip
+    made = model[0]
+    assert isinstance(made, Int8Linear) and made.weight.dtype == torch.int8
+    steps = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+    error = (made.dequantized() - linear.weight).abs()
+    assert (error <= 0.5001 * steps).all() and (made.dequantized()[3] == 0).all()
+    x = torch.randn(3, 5, 40, requires_grad=True)
+    g = torch.randn(3, 5, 7)
+    wanted = nn.functional.linear(x, made.dequantized(), linear.bias)
+    torch.testing.assert_close(made(x), wanted)
+    own, theirs = (torch.autograd.grad(y, x, g)[0] for y in (made(x), wanted))
+    torch.testing.assert_close(own, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_private_step_clips_what_each_record_gives_alone(name, kind):
+    model, twin = converted(name, kind), converted(name, kind)
+    trained = {n: p for n, p in twin.named_parameters() if p.requires_grad}
+    C, total = 0.02, {n: torch.zeros_like(p, dtype=torch.float64) for n, p in trained.items()}
+    for ids in tokens().split(1):
+        twin.zero_grad()
+        loss_of(twin, ids).backward()
+        norm = sum(p.grad.double().square().sum() for p in trained.values()).sqrt()
+        for n, p in trained.items():
+            total[n] += p.grad.double() * min(1.0, C / norm)
+    before = {n: p.detach().clone() for n, p in trained.items()}
+    one_step(*private(model, C=C))
+    found = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    moved = torch.cat([(before[n] - p.detach()).flatten() for n, p in found.items()])
+    wanted = torch.cat([total[n].flatten() / N for n in found])
+    # Sums of bf16 products, in one batch and alone, round apart.
+    assert relative(moved, wanted) < (0.02 if kind == "bf16" else 1e-4)
+    assert moved.norm() <= C * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_is_added_to_all_that_is_trained(kind):
+    model = converted("bert", kind)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    one_step(*private(model, noise=100.0))
+    for n, p in model.named_parameters():
+        if n in before:
+            assert (p.detach() - before[n]).std() > 5.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_go_through_checkpointing_and_autocast(kind):
+    grads = []
+    for checkpointed in (False, True):
+        model = converted("llama", kind)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        loss_of(model, tokens()).backward()
+        grads.append(torch.cat([layer.trained_B().grad.flatten() for layer in adapters(model)]))
+    assert torch.equal(*grads)
+    model = converted("llama", kind)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(model, tokens())
+    loss.backward()
+    under = torch.cat([layer.trained_B().grad.flatten() for layer in adapters(model)])
+    assert relative(under, grads[0]) < 0.05
+
+
+def test_a_trained_norm_amid_a_bf16_base_is_fp32_and_takes_part():
+    model = converted("bert", "bf16", modules_to_save=["classifier", "output.LayerNorm"])
+    norm = model.bert.encoder.layer[0].output.LayerNorm
+    seen = []
+    norm.register_forward_hook(lambda m, x, y: seen.append((x[0].dtype, y.dtype)))
+    one_step(*private(model))
+    assert set(seen) == {(torch.float32, torch.float32)} and norm.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_pickles_and_state_dicts(kind):
+    model = converted("bert", kind)
+    wanted = model(input_ids=tokens()).logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), converted("bert", kind)):
+        twin.load_state_dict(model.state_dict())
+        assert torch.equal(twin(input_ids=tokens()).logits, wanted)
+    total = sum(p.nbytes for p in model.parameters())
+    assert sum(p.nbytes for p in copy.deepcopy(model).parameters()) == total
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_merging_and_saving(name, kind, tmp_path):
+    model = converted(name, kind)
+    wanted = model(input_ids=tokens()).logits
+    ffa.save_adapter(model, tmp_path)
+    ffa.merge(model)
+    assert not adapters(model)
+    assert relative(model(input_ids=tokens()).logits, wanted) < CLOSE[kind]
+    theirs = PeftModel.from_pretrained(MODELS[name]()[0].train(), tmp_path)
+    assert relative(theirs(input_ids=tokens()).logits, wanted) < CLOSE[kind]
+
+
+def test_a_peft_model_in_bf16():
+    base, targets = bert()
+    settings = LoraConfig(r=4, target_modules=targets, modules_to_save=["classifier"])
+    theirs = get_peft_model(base, settings)
+    wanted = theirs(input_ids=tokens()).logits
+    model = ffa.convert(theirs, base_dtype="bf16").train()
+    assert relative(model(input_ids=tokens()).logits, wanted) < CLOSE["bf16"]
+    layer = adapters(model)[0]
+    assert layer.base_layer.weight.dtype == torch.bfloat16
+    assert layer.frozen_A().dtype == layer.trained_B().dtype == torch.float32
+    before = layer.trained_B().detach().clone()
+    one_step(*private(model))
+    assert not torch.equal(layer.trained_B(), before)
+    with pytest.raises(ConfigError, match="accepted: 'bf16'"):
+        ffa.convert(get_peft_model(bert()[0], settings), base_dtype="int8")
+
+
+@pytest.mark.parametrize("value", ["fp8", 8, torch.bfloat16, ""])
+def test_other_values_are_refused(value):
+    model, targets = bert()
+    with pytest.raises(ConfigError, match=r"base_dtype is .*accepted: 'bf16', 'int8', or None"):
+        ffa.convert(model, target_modules=targets, base_dtype=value)
+    assert not adapters(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_refused_conversion_changes_nothing(kind):
+    model, targets = bert()
+    before = {n: (p, p.data_ptr(), p.dtype) for n, p in model.named_parameters()}
+    with pytest.raises(ConfigError):
+        ffa.convert(model, target_modules=[*targets, "LayerNorm"], base_dtype=kind)
+    after = {n: (p, p.data_ptr(), p.dtype) for n, p in model.named_parameters()}
+    assert {n: (id(p), *rest) for n, (p, *rest) in before.items()} == {
+        n: (id(p), *rest) for n, (p, *rest) in after.items()
+    }
+    assert not any(isinstance(m, Int8Linear) or m._forward_pre_hooks for m in model.modules())
+
+
+def test_what_shares_a_weight_with_something_trained_stays():
+    model, targets = llama()
+    ffa.convert(model, 4, target_modules=targets, modules_to_save=["lm_head"], base_dtype="int8")
+    assert type(model.lm_head) is nn.Linear and type(model.model.embed_tokens) is nn.Embedding
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.requires_grad
