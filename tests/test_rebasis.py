@@ -120,6 +120,7 @@ def test_rounds_and_their_bases() -> None:
         ({"federation": {"rebasis_every": -1}}, "got -1; accepted: a whole number"),
         ({"federation": {"method": "lora"}}, "got 2 with method = 'lora'; accepted: 0, or"),
         ({"federation": {"method": "alternating"}}, "with method = 'alternating'; accepted"),
+        ({"model": {"base_dtype": "int8"}}, "with .* base_dtype = 'int8', whose .*accepted: 0, or"),
         ({"model": {"init": "pissa"}}, "with init = 'pissa', whose A .* accepted: 0, or"),
     ],
 )

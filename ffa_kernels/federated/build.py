@@ -14,7 +14,7 @@ from ffa_kernels.federated.config import Config, Model, SiteFiles
 from ffa_kernels.nn import convert
 from ffa_kernels.nn.adapter import Adapter
 from ffa_kernels.nn.init import frozen_A, pissa_A
-from ffa_kernels.nn.linear import OwnAdapter
+from ffa_kernels.nn.linear import FFALinear, OwnAdapter
 
 
 def build(config: Config, site: SiteFiles | None = None) -> tuple[nn.Module, Any]:

@@ -601,6 +601,11 @@ def _check_rebasis(config: Config) -> None:
             f"{given} init = 'pissa', whose A the server would have to send for each basis; "
             "accepted: 0, or an init that every site derives"
         )
+    if config.model.base_dtype != "fp32":
+        raise ConfigError(
+            f"{given} [model] base_dtype = {config.model.base_dtype!r}, whose rounding would "
+            "swallow small updates; accepted: 0, or base_dtype = 'fp32'"
+        )
     for site in config.sites:
         if site.target_modules is not None:
             raise ConfigError(

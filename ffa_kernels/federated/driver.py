@@ -319,7 +319,7 @@ def restored(server: Server, out: Path) -> dict[str, Any]:
 
 
 def write_trained(config: Config, server: Server, out: Path) -> None:
-    """What a run ends with: its trained tensors and, after a re-basis, all of it for PEFT."""
+    """What a run ends with: its trained tensors; all of it for PEFT, where B may be folded."""
     write_atomic(out / "trained.safetensors", trained_file(server, config.federation.rounds))
     if server.bases is not None:
         basis.save(config, server.bases, server.tensors, out / "adapter")
