@@ -440,10 +440,8 @@ def test_what_opened_a_basis_goes_to_the_nodes_that_lack_it(
     grid = fleet(with_ledgers(config, out), out)
     serve_with(grid, file, out, resume=False)
     assert_same(tmp_path / "here", out, updates_sent=10)
-    adapters = [load_file(o / "adapter" / "adapter_model.safetensors") for o in (
-        tmp_path / "here", out
-    )]  # fmt: skip
-    assert largest_difference(*adapters) <= 1e-6
+    weights = "adapter/adapter_model.safetensors"
+    assert largest_difference(*(load_file(o / weights) for o in (tmp_path / "here", out))) <= 1e-6
     told = [k for _, m in grid.seen for k in sorted(carried(m)) if k.startswith("basis-")]
     # In round 3, in which south broke off before it kept them, and in round 4.
     assert told == ["basis-1", "basis-1", "basis-2"]
@@ -749,14 +747,18 @@ def app_folder(folder: Path) -> Path:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("init", ["orthogonal", "pissa"])
+@pytest.mark.parametrize(
+    ("init", "rebasis_every"), [("orthogonal", 0), ("orthogonal", 1), ("pissa", 0)]
+)
 def test_machines_apart_train_the_same_B(
     document: dict[str, Any],  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     init: str,
+    rebasis_every: int,
 ) -> None:
     document["model"]["init"] = init
+    document["federation"]["rebasis_every"] = rebasis_every
     config = settled(document, tmp_path, **ADAM)
     in_process(config, tmp_path / "here", monkeypatch)
     out = tmp_path / "there"
@@ -790,3 +792,8 @@ def test_machines_apart_train_the_same_B(
     assert len(frozen) == (3 if init == "pissa" else 0)
     assert result["frozen_bytes_down"] == sum(size.frozen for size in frozen)
     assert not list(out.rglob("report.md"))
+    assert len(list(out.glob("sites/*/basis-*"))) == 3 * rebasis_every
+    if rebasis_every:
+        weights = "adapter/adapter_model.safetensors"
+        both = [load_file(o / weights) for o in (tmp_path / "here", out)]
+        assert largest_difference(*both) <= 1e-6
