@@ -417,6 +417,44 @@ def test_A_goes_to_the_nodes_that_lack_it(
     flower._records.cache_clear()
 
 
+def test_what_opened_a_basis_goes_to_the_nodes_that_lack_it(
+    document: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    document["federation"] |= {"rounds": 4, "rebasis_every": 1}
+    document["site"][0] |= {"r": 1}
+    honest = Site.run_round
+
+    def absent(self: Site, round_: int, *arguments: Any, **more: Any) -> bytes:
+        if self.name == "south" and round_ in (2, 3):
+            raise OSError("the disk is full")
+        return honest(self, round_, *arguments, **more)
+
+    monkeypatch.setattr(Site, "run_round", absent)
+    document = {**document, **{k: document[k] | v for k, v in ADAM.items()}}
+    config = settled(document, tmp_path)
+    expected = in_process(config, tmp_path / "here", monkeypatch)
+    out, file = tmp_path / "there", tmp_path / "federation.toml"
+    file.write_text(as_toml(document))
+    grid = fleet(with_ledgers(config, out), out)
+    serve_with(grid, file, out, resume=False)
+    assert_same(tmp_path / "here", out, updates_sent=10)
+    weights = "adapter/adapter_model.safetensors"
+    assert largest_difference(*(load_file(o / weights) for o in (tmp_path / "here", out))) <= 1e-6
+    told = [k for _, m in grid.seen for k in sorted(carried(m)) if k.startswith("basis-")]
+    # In round 3, in which south broke off before it kept them, and in round 4.
+    assert told == ["basis-1", "basis-1", "basis-2"]
+    result = json.loads((out / "report.json").read_text())
+    assert result["frozen_bytes_down"] == 0
+    sent = [value for _, m in grid.seen for value in carried(m).values()]
+    assert result["bytes_down"] == sum(len(v) for v in sent if isinstance(v, bytes))
+    # In process nothing was asked for that was not taken.
+    assert expected["bytes_down"] < result["bytes_down"]
+    flower._model.cache_clear()
+    flower._records.cache_clear()
+
+
 def test_only_the_example_s_code_travels(tmp_path: Path) -> None:
     from flwr.cli.build import build_fab_from_disk
 
@@ -452,11 +490,23 @@ class Spoiler(Console):
         super().print(*objects, **options)
 
 
-@pytest.mark.parametrize("init", ["orthogonal", pytest.param("pissa", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    ("init", "rebasis_every"),
+    [
+        ("orthogonal", 0),
+        pytest.param("orthogonal", 1, marks=pytest.mark.full),
+        pytest.param("pissa", 0, marks=pytest.mark.full),
+    ],
+)
 def test_the_simulation_trains_the_same_B(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, init: str
+    config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    init: str,
+    rebasis_every: int,
 ) -> None:
-    config = replace(config, model=replace(config.model, init=init))
+    federation = replace(config.federation, rebasis_every=rebasis_every)
+    config = replace(config, model=replace(config.model, init=init), federation=federation)
     honest = Site.run_round
 
     def failing(self: Site, round_: int, *arguments: Any) -> bytes:
@@ -697,14 +747,18 @@ def app_folder(folder: Path) -> Path:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("init", ["orthogonal", "pissa"])
+@pytest.mark.parametrize(
+    ("init", "rebasis_every"), [("orthogonal", 0), ("orthogonal", 1), ("pissa", 0)]
+)
 def test_machines_apart_train_the_same_B(
     document: dict[str, Any],  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     init: str,
+    rebasis_every: int,
 ) -> None:
     document["model"]["init"] = init
+    document["federation"]["rebasis_every"] = rebasis_every
     config = settled(document, tmp_path, **ADAM)
     in_process(config, tmp_path / "here", monkeypatch)
     out = tmp_path / "there"
@@ -738,3 +792,8 @@ def test_machines_apart_train_the_same_B(
     assert len(frozen) == (3 if init == "pissa" else 0)
     assert result["frozen_bytes_down"] == sum(size.frozen for size in frozen)
     assert not list(out.rglob("report.md"))
+    assert len(list(out.glob("sites/*/basis-*"))) == 3 * rebasis_every
+    if rebasis_every:
+        weights = "adapter/adapter_model.safetensors"
+        both = [load_file(o / weights) for o in (tmp_path / "here", out)]
+        assert largest_difference(*both) <= 1e-6

@@ -47,6 +47,8 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "FFA-LoRA, pissa": ({**_FFA, "init": "pissa"}, (math.inf, 3.0)),
     "FFA-LoRA, int8": ({**_FFA, "codec": "int8"}, (3.0,)),
     "FFA-LoRA, smoothing": ({**_FFA, "smoothing": 0.5}, (3.0,)),
+    "FFA-LoRA, re-basis": ({**_FFA, "rebasis_every": 2}, (3.0,)),
+    "FFA-LoRA, adaptive clip": ({**_FFA, "target_quantile": 0.5}, (3.0,)),
 }
 
 

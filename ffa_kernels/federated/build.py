@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from ffa_kernels.federated.config import Config, Model, SiteFiles
 from ffa_kernels.nn import convert
 from ffa_kernels.nn.adapter import Adapter
 from ffa_kernels.nn.init import frozen_A, pissa_A
-from ffa_kernels.nn.linear import OwnAdapter
+from ffa_kernels.nn.linear import FFALinear, OwnAdapter
 
 
 def build(config: Config, site: SiteFiles | None = None) -> tuple[nn.Module, Any]:
@@ -37,6 +38,8 @@ def build(config: Config, site: SiteFiles | None = None) -> tuple[nn.Module, Any
                 module.p = 0.0
         if config.federation.method == "ffa":
             _convert(model, config, site)
+            if config.federation.rebasis_every:
+                _check_foldable(model)
         else:
             _add_lora(model, config)
     return model, tokenizer
@@ -115,6 +118,32 @@ def _convert(model: nn.Module, config: Config, site: SiteFiles | None) -> None:
         elif r != adapter.r and isinstance(layer, OwnAdapter):
             A = frozen_A(adapter.init, config.federation.seed, name, adapter.r, layer.in_features)
             layer.lora_A.copy_(A[:r])
+
+
+def _check_foldable(model: nn.Module) -> None:
+    """Raises ConfigError unless s B A can be added to the weight of each adapted layer alone."""
+    given = "[federation] rebasis_every: got a model whose layer"
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Adapter)}
+    for name, layer in layers.items():
+        weight = layer.frozen_weight()
+        if weight is None or not isinstance(layer, FFALinear):
+            raise ConfigError(
+                f"{given} {name!r} keeps its weight in a form of its own, quantised say; accepted: "
+                "0, or ordinary weights in fp32"
+            )
+        if weight.dtype not in (torch.float32, torch.float64):
+            raise ConfigError(
+                f"{given} {name!r} has a weight in {weight.dtype}, whose rounding would swallow "
+                "small updates; accepted: 0, or weights in fp32"
+            )
+    places = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    held = Counter(tensor.data_ptr() for _, tensor in places)
+    for name, layer in layers.items():
+        if held[layer.base_weight().data_ptr()] > 1:
+            raise ConfigError(
+                f"{given} {name!r} shares its weight with another place; accepted: 0, or adapted "
+                "layers with weights of their own"
+            )
 
 
 def _add_lora(model: nn.Module, config: Config) -> None:

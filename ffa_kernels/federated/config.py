@@ -91,6 +91,10 @@ class Federation:
         min_updates: valid updates below which a round is tried again, with those sites that have
             given none; a site sends the very bytes that it has made for the round.
         attempts: tries of a round, after which the run stops; `--resume` goes on.
+        rebasis_every: after each so many rounds the averaged B is folded into W, at every end
+            alike, and a new A is drawn (method "ffa"): the whole update is then confined to no one
+            A's row space, and A is still not sent. 0 for one A throughout. What the optimizers of
+            sites and server have gathered of B begins anew, for it is of the old A.
         codec: of messages: "fp32", "bf16" or "int8".
         max_update_norm: an update whose change is longer is refused; none by default.
         aggregation: "mean", or Flower's "median" or "trimmed_mean" of each number, against liars.
@@ -109,6 +113,7 @@ class Federation:
     weights: str = _one_of("equal", "declared", "records", default="equal")
     min_updates: int = _whole(1, 1)
     attempts: int = _whole(1, 3)
+    rebasis_every: int = _whole(0, 0)
     codec: str = _one_of(*CODECS, default="fp32")
     max_update_norm: float | None = _positive(None)
     aggregation: str = _one_of("mean", "median", "trimmed_mean", default="mean")
@@ -546,6 +551,8 @@ def _check_together(config: Config) -> None:
             f"[federation] aggregation: got {federation.aggregation!r} with weights = "
             f"{federation.weights!r}; accepted: weights = 'equal', or aggregation = 'mean'"
         )
+    if federation.rebasis_every:
+        _check_rebasis(config)
     for site in config.sites:
         own = site.target_modules or ()
         if site.r is None and not own:
@@ -581,6 +588,30 @@ def _check_together(config: Config) -> None:
             f"[train] momentum: got {train.momentum} with optimizer = {train.optimizer!r}; "
             "accepted: 0, or optimizer = 'sgd'"
         )
+
+
+def _check_rebasis(config: Config) -> None:
+    given = f"[federation] rebasis_every: got {config.federation.rebasis_every} with"
+    for method in (config.federation.method, *config.pilot.method):
+        if method != "ffa":
+            raise ConfigError(f"{given} method = {method!r}; accepted: 0, or method = 'ffa'")
+    if "pissa" in (config.model.init, *config.pilot.init):
+        # It is of a W whose last bits differ between ends once something is folded into it.
+        raise ConfigError(
+            f"{given} init = 'pissa', whose A the server would have to send for each basis; "
+            "accepted: 0, or an init that every site derives"
+        )
+    if config.model.base_dtype != "fp32":
+        raise ConfigError(
+            f"{given} [model] base_dtype = {config.model.base_dtype!r}, whose rounding would "
+            "swallow small updates; accepted: 0, or base_dtype = 'fp32'"
+        )
+    for site in config.sites:
+        if site.target_modules is not None:
+            raise ConfigError(
+                f"{given} target_modules of its own for site {site.name!r}, which would fold into "
+                "layers that it does not adapt; accepted: 0, or the same layers at every site"
+            )
 
 
 def _with_paths(config: Config, folder: Path) -> Config:

@@ -20,12 +20,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from ffa_kernels.errors import ConfigError
-from ffa_kernels.federated import data, report, rounds, wire
+from ffa_kernels.federated import basis, data, report, rounds, wire
+from ffa_kernels.federated.basis import Bases
 from ffa_kernels.federated.build import build, derive_A
 from ffa_kernels.federated.config import Config, SiteFiles, site_of
 from ffa_kernels.federated.data import Records
 from ffa_kernels.federated.server import Rules, Server, Share
-from ffa_kernels.federated.site import Site, check_records, load_trained, tokenize
+from ffa_kernels.federated.site import (
+    Site,
+    check_records,
+    copy_sharing_frozen,
+    load_trained,
+    tokenize,
+)
 from ffa_kernels.files import write_atomic
 
 _log = logging.getLogger(__name__)
@@ -86,7 +93,7 @@ def run(
             sites[name] = open_sites.enter_context(closing(site))
         tests = {name: records[name][1] for name in sites}
         result = Run(config, model, tokenizer, sites, tests, server, out, notes, console).go(began)
-    write_atomic(out / "trained.safetensors", trained_file(server, config.federation.rounds))
+    write_trained(config, server, out)
     report.write(out, config.federation.name, result)
     return result
 
@@ -109,6 +116,9 @@ class Run:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.sites, self.tests, self.console = sites, tests, console
         self.server, self.out = server, out
+        # Nothing is folded into it: what is frozen it shares with `model`, until that folds.
+        self.base = model if server.bases is None else copy_sharing_frozen(model)
+        self._folded = 0
         self.samples = {name: _sample(config, name, test) for name, test in tests.items()}
         self.rounds: list[dict[str, Any]] = list(notes.get("rounds", []))
         sizes = notes.get("sizes", {})
@@ -128,7 +138,7 @@ class Run:
             # A resumed run has the A that it began with.
             for name, A in wire.frozen_A(self.model).items():
                 A.copy_(self.server.frozen[name])
-        load_trained(self.model, self.server.tensors)
+        self._load()
         with _progress(self.config, len(self.sites), len(self.rounds), self.console) as show:
             step, note = show
             for round_ in range(len(self.rounds) + 1, self.config.federation.rounds + 1):
@@ -141,8 +151,9 @@ class Run:
                 write_atomic(self.out / STATE, state)
             note("final evaluation")
             right = self._correct(self.tests)
-            with adapters_off(self.model):
-                bare = self._correct(self.tests)
+            load_trained(self.base, self.server.tensors)
+            with adapters_off(self.base):
+                bare = self._correct(self.tests, self.base)
         tested = _total(self.tests)
         up, down = _sum(self.up.values()), _sum(self.down.values())
         return {
@@ -189,7 +200,7 @@ class Run:
         ask = partial(self._ask, round_, step, note)
         held = rounds.hold(self.config, self.server, round_, list(self.sites), ask)
         note(f"round {round_}, evaluation")
-        load_trained(self.model, self.server.tensors)
+        self._load()
         right = self._correct(self.samples)
         for name in self.sites:
             self.up[name] += held.up[name]
@@ -210,19 +221,30 @@ class Run:
         note: Callable[[str], None],
         _attempt: int,
         messages: Mapping[str, bytes],
-        frozen: Callable[[str], bytes],
+        lacking: rounds.Lacking,
     ) -> Iterator[tuple[str, bytes | Exception]]:
         """One site after the other, in this process."""
         for name, message in messages.items():
             note(f"round {round_}, {name}")
+            own = partial(lacking, name)
             try:
-                yield name, self.sites[name].run_round(round_, message, step, partial(frozen, name))
+                yield name, self.sites[name].run_round(round_, message, step, own, own)
             except Exception as error:
                 yield name, error
 
-    def _correct(self, records: Mapping[str, Records]) -> dict[str, int]:
+    def _load(self) -> None:
+        """Makes the model that of the server's."""
+        bases = self.server.bases
+        while bases is not None and self._folded < bases.number:
+            self._folded += 1
+            bases.fold(self.model, self._folded)
+        load_trained(self.model, self.server.tensors)
+
+    def _correct(
+        self, records: Mapping[str, Records], model: nn.Module | None = None
+    ) -> dict[str, int]:
         return {
-            name: count_correct(self.model, self.tokenizer, of_site, self.config)
+            name: count_correct(model or self.model, self.tokenizer, of_site, self.config)
             for name, of_site in records.items()
         }
 
@@ -269,7 +291,8 @@ def make_server(
     A = wire.frozen_A(model) if config.sends_A else None
     tensors = wire.trained_tensors(model)
     shares = {site.name: _share(config, model, site) for site in config.sites if site.has_less}
-    return Server(tensors, wire.fingerprint(model), run_id, rules, shares, A)
+    bases = Bases.of(config, model)
+    return Server(tensors, wire.fingerprint(model), run_id, rules, shares, A, bases)
 
 
 def _share(config: Config, model: nn.Module, site: SiteFiles) -> Share:
@@ -293,6 +316,13 @@ def restored(server: Server, out: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"--resume: {path} is not there; accepted: the folder of a run begun")
     return server.restore(path.read_bytes())
+
+
+def write_trained(config: Config, server: Server, out: Path) -> None:
+    """What a run ends with: its trained tensors; all of it for PEFT, where B may be folded."""
+    write_atomic(out / "trained.safetensors", trained_file(server, config.federation.rounds))
+    if server.bases is not None:
+        basis.save(config, server.bases, server.tensors, out / "adapter")
 
 
 def trained_file(server: Server, rounds: int) -> bytes:

@@ -1,9 +1,10 @@
 """A federation on Flower: its nodes carry our messages unread, and both ends check them as ever.
 
 A node is a site. It answers a "query" with its name or, where A is sent, with whether it lacks that
-of the run, and a "train" with the bytes of its update or the type of the error that it met; nothing
-else leaves it. A node may run each message in a process of its own, so the site is opened anew for
-each, and goes on where its folder and its ledger say that it was.
+of the run, or, where bases follow each other, with how many it has seen opened; and a "train" with
+the bytes of its update or the type of the error that it met; nothing else leaves it. A node may run
+each message in a process of its own, so the site is opened anew for each, and goes on where its
+folder and its ledger say that it was.
 
 Flower's telemetry, its update check and Ray's statistics are off, unless the environment says
 otherwise.
@@ -36,10 +37,11 @@ from torch import nn
 from ffa_kernels.errors import ConfigError, FederationError, WireError, shown
 from ffa_kernels.federated import config as settings
 from ffa_kernels.federated import driver, report, rounds, wire
+from ffa_kernels.federated.basis import basis_of
 from ffa_kernels.federated.build import build
 from ffa_kernels.federated.config import Config, SiteFiles
 from ffa_kernels.federated.data import Records
-from ffa_kernels.federated.site import Site, frozen_file
+from ffa_kernels.federated.site import Site, frozen_file, openings_kept
 from ffa_kernels.files import write_atomic
 from ffa_kernels.privacy.ledger import read_account
 
@@ -65,6 +67,7 @@ _log = logging.getLogger(__name__)
 
 _RECORD = "ffa"
 _FROZEN = "frozen"  # the query whether a site lacks A
+_OPENED = "opened"  # the query how many messages that opened a basis it has
 _WAYS = ("bytes_up", "bytes_down", "frozen_bytes_down")
 # Of this form only: it becomes part of a file's name.
 _RUN = re.compile(r"[0-9a-f]{16}")
@@ -107,6 +110,10 @@ def client_app(
     def frozen(message: Message, context: Context) -> Message:
         file = frozen_file(here(context).folder, _run(message))
         return _reply(message, {"lacks_A": not file.exists()})
+
+    @app.query(_OPENED)
+    def opened(message: Message, context: Context) -> Message:
+        return _reply(message, {"opened": openings_kept(here(context).folder, _run(message))})
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -151,6 +158,7 @@ def _update(place: _Place, message: Message, seed: int | None) -> bytes:
             round_,
             _field(message, "message", bytes),
             frozen=lambda: _field(message, "frozen", bytes),
+            opening=lambda number: _field(message, f"basis-{number}", bytes),
         )
 
 
@@ -226,7 +234,7 @@ def _federate(config: Config, nodes: _Nodes, out: Path, resume: bool) -> None:
         told = list(driver.restored(server, out)["rounds"])
     out.mkdir(parents=True, exist_ok=True)
     for round_ in range(len(told) + 1, federation.rounds + 1):
-        ask = nodes.asking(server.run, round_, config.sends_A)
+        ask = nodes.asking(config, server.run, round_)
         told.append(rounds.hold(config, server, round_, nodes.names, ask).entry())
         write_atomic(out / driver.STATE, server.state({"rounds": told}))
         _log.warning("round %d of %d is done", round_, federation.rounds)
@@ -243,7 +251,7 @@ def _federate(config: Config, nodes: _Nodes, out: Path, resume: bool) -> None:
         },
         "environment": report.environment(),
     }
-    write_atomic(out / "trained.safetensors", driver.trained_file(server, federation.rounds))
+    driver.write_trained(config, server, out)
     write_atomic(out / "report.json", (json.dumps(result, indent=1) + "\n").encode())
 
 
@@ -315,12 +323,16 @@ class _Nodes:
         run: str,
         round_: int,
         messages: Mapping[str, bytes],
-        frozen: Callable[[str], bytes] | None = None,
+        lacking: rounds.Lacking | None = None,
+        sends_A: bool = False,
+        opened: int = 0,
     ) -> dict[str, bytes | FederationError]:
         """Each site's update, or why it is absent.
 
         Args:
-            frozen: where A is sent: gives it for a site, of those that say they lack it.
+            lacking: what a site may lack, of those that say they do.
+            sends_A: whether that is A.
+            opened: of how many bases it is what opened them.
         """
         # Who has failed or was refused may say better now.
         admitted = set(self._node.values())
@@ -331,27 +343,38 @@ class _Nodes:
             name: {"run": run, "round": round_, "message": data} for name, data in messages.items()
         }
         failed: dict[str, bytes | FederationError] = {}
-        if frozen is not None:
-            asked = {name: {"run": run} for name in messages}
+        asked = {name: {"run": run} for name in messages}
+        if lacking is not None and sends_A:
             answers = self._exchange(f"query.{_FROZEN}", group, asked, "lacks_A", bool)
             for name, lacks in answers.items():
                 if isinstance(lacks, FederationError):
                     failed[name] = lacks
                     del contents[name]
                 elif lacks:
-                    contents[name]["frozen"] = frozen(name)
+                    contents[name]["frozen"] = lacking(name)
+        if lacking is not None and opened:
+            counts = self._exchange(f"query.{_OPENED}", group, asked, "opened", int)
+            for name, count in counts.items():
+                if isinstance(count, FederationError):
+                    failed[name] = count
+                    del contents[name]
+                    continue
+                for number in range(max(count, 0) + 1, opened + 1):
+                    contents[name][f"basis-{number}"] = lacking(name, number)
         updates = self._exchange("train", group, contents, "update", bytes)
         return {name: failed[name] if name in failed else updates[name] for name in messages}
 
-    def asking(self, run: str, round_: int, sends_A: bool) -> rounds.Ask:
+    def asking(self, config: Config, run: str, round_: int) -> rounds.Ask:
         """`ask` as `rounds.hold` calls it; before another attempt, who has gone may come back."""
+        # A round's own message may open one more.
+        opened = basis_of(config.federation.rebasis_every, round_ - 1)
 
         def ask(
-            attempt: int, messages: Mapping[str, bytes], frozen: Callable[[str], bytes]
+            attempt: int, messages: Mapping[str, bytes], lacking: rounds.Lacking
         ) -> Iterable[tuple[str, bytes | Exception]]:
             if attempt > 1:
                 self.wait(self.timeout or 0.0, least=0)
-            return self.ask(run, round_, messages, frozen if sends_A else None).items()
+            return self.ask(run, round_, messages, lacking, config.sends_A, opened).items()
 
         return ask
 
@@ -455,7 +478,7 @@ def run_simulation(
         )
     _model.cache_clear()
     _records.cache_clear()
-    write_atomic(out / "trained.safetensors", driver.trained_file(server, config.federation.rounds))
+    driver.write_trained(config, server, out)
     report.write(out, config.federation.name, results[0])
     return results[0]
 
@@ -486,11 +509,11 @@ class _Simulated(driver.Run):
         note: Callable[[str], None],
         attempt: int,
         messages: Mapping[str, bytes],
-        frozen: Callable[[str], bytes],
+        lacking: rounds.Lacking,
     ) -> Iterator[tuple[str, bytes | Exception]]:
         note(f"round {round_}, {len(messages)} sites")
-        ask = self.nodes.asking(self.server.run, round_, self.config.sends_A)
-        for name, answer in ask(attempt, messages, frozen):
+        ask = self.nodes.asking(self.config, self.server.run, round_)
+        for name, answer in ask(attempt, messages, lacking):
             if isinstance(answer, bytes):
                 for _ in range(self.config.federation.local_steps):
                     step()

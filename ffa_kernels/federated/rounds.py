@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from ffa_kernels.errors import ConfigError, FederationError, WireError
 from ffa_kernels.federated import wire
@@ -17,11 +17,17 @@ from ffa_kernels.federated.wire import Size
 
 _log = logging.getLogger(__name__)
 
-# (attempt from 1, message by site, what makes the message with a site's A) to each site's update,
-# or the reason why there is none; in whatever order they come.
-Ask = Callable[
-    [int, Mapping[str, bytes], Callable[[str], bytes]], Iterable[tuple[str, bytes | Exception]]
-]
+
+class Lacking(Protocol):
+    """Makes a message that a site lacks, beside the round's, and counts it."""
+
+    def __call__(self, site: str, basis: int = 0) -> bytes:
+        """The one with the site's A, or the one that opened that basis."""
+
+
+# (attempt from 1, message by site, what a site may lack) to each site's update, or the reason why
+# there is none; in whatever order they come.
+Ask = Callable[[int, Mapping[str, bytes], Lacking], Iterable[tuple[str, bytes | Exception]]]
 
 
 @dataclass
@@ -80,9 +86,9 @@ def hold(config: Config, server: Server, round_: int, names: Sequence[str], ask:
     asked = draw_sites(config, round_, names)
     updates: dict[str, bytes] = {}
 
-    def frozen(name: str) -> bytes:
-        message = server.frozen_message(name)
-        held.down[name] += wire.measure(message)
+    def lacking(site: str, basis: int = 0) -> bytes:
+        message = server.opening_message(basis) if basis else server.frozen_message(site)
+        held.down[site] += wire.measure(message)
         return message
 
     while held.attempts < federation.attempts:
@@ -90,7 +96,7 @@ def hold(config: Config, server: Server, round_: int, names: Sequence[str], ask:
         messages = {name: server.message(round_, name) for name in asked if name not in updates}
         for name, message in messages.items():
             held.down[name] += wire.measure(message)
-        for name, answer in ask(held.attempts, messages, frozen):
+        for name, answer in ask(held.attempts, messages, lacking):
             if isinstance(answer, bytes):
                 updates[name] = answer
                 held.up[name] += _measured(answer)

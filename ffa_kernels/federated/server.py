@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from ffa_kernels.errors import ConfigError, WireError
+from ffa_kernels.federated.basis import Bases, basis_of, opens
 from ffa_kernels.federated.wire import (
     FROZEN,
     Fingerprint,
@@ -104,6 +106,7 @@ class Server:
         shares: what a site has that has less than all.
         frozen: where sites cannot derive A: the A that is sent, of any float dtype that fp32
             holds, and of which `fingerprint` is.
+        bases: where B is folded into the base again and again; none by default.
 
     Raises:
         ConfigError: rules that ask for Flower, which is not installed.
@@ -117,6 +120,7 @@ class Server:
         rules: Rules | None = None,
         shares: Mapping[str, Share] | None = None,
         frozen: Mapping[str, Tensor] | None = None,
+        bases: Bases | None = None,
     ) -> None:
         self.tensors = {
             name: t.detach().to("cpu", torch.float32, copy=True) for name, t in tensors.items()
@@ -124,6 +128,10 @@ class Server:
         self.frozen = {name: A.detach().to("cpu", copy=True) for name, A in (frozen or {}).items()}
         self.run, self.rules = run, rules or Rules()
         self._fingerprint, self._shares = fingerprint, dict(shares or {})
+        self.bases = bases
+        self._every = 0 if bases is None else bases.every
+        # Of each basis but the first: the message that opens it.
+        self._openings: list[bytes] = []
         self._rounding = SecretStream("rounding")
         # Their values are the tensors' own memory.
         self._params = [nn.Parameter(t, requires_grad=False) for t in self.tensors.values()]
@@ -133,6 +141,9 @@ class Server:
 
     def message(self, round_: int, site: str) -> bytes:
         """The encoded global tensors with which `site` begins round `round_`."""
+        self._reach(round_)
+        if opens(self._every, round_):
+            return self._openings[basis_of(self._every, round_) - 1]
         return encode(self.header("global", round_, site), self._of(site), self._rounding)
 
     def frozen_message(self, site: str) -> bytes:
@@ -144,6 +155,36 @@ class Server:
         share = self._shares.get(site)
         A = self.frozen if share is None else part_of(self.frozen, share.ranks)
         return encode(self.header(FROZEN, 0, site), A)
+
+    def opening_message(self, number: int) -> bytes:
+        """The message that opened basis `number`, from 1, for a site that has missed it."""
+        return self._openings[number - 1]
+
+    def _reach(self, round_: int) -> None:
+        """Closes the basis that is over when `round_` begins, unless that is done."""
+        if self.bases is None or basis_of(self._every, round_) <= self.bases.number:
+            return
+        # One at a time: no round is left out.
+        number = self.bases.number + 1
+        header = self.bases.opening(number, self.run, self.rules.policy, self.rules.codec)
+        # A server that was restarted rounds to the same B: some sites may have folded it. What
+        # rounds may be public, as what is rounded is.
+        key = hashlib.sha256(f"{self.run} basis {number}".encode()).digest()
+        stream = SecretStream("rounding of a closed B", int.from_bytes(key, "big"))
+        self._open(number, self.run, encode(header, self.tensors, stream))
+        for param, name in zip(self._params, self.tensors, strict=True):
+            if is_B(name):
+                param.zero_()
+                if self._optimizer is not None:
+                    # Its moments are of another A, in whose columns the next B has no part.
+                    self._optimizer.state.pop(param, None)
+
+    def _open(self, number: int, run: str, message: bytes) -> None:
+        """Begins basis `number` with what its message says, as sites do."""
+        assert self.bases is not None
+        header = self.bases.opening(number, run, self.rules.policy, self.rules.codec)
+        self.bases.close(decode(message, header, self.tensors))
+        self._openings.append(message)
 
     def _of(self, site: str) -> dict[str, Tensor]:
         """The part of the global tensors that a site has."""
@@ -166,6 +207,7 @@ class Server:
             asked: the sites drawn for it; a message from any other is refused.
             updates: (sender, message), in any order; the average does not depend on it.
         """
+        self._reach(round_)
         accepted: dict[str, dict[str, Tensor]] = {}
         norms: dict[str, float] = {}
         refused: list[tuple[str, str]] = []
@@ -205,7 +247,10 @@ class Server:
         if self._optimizer is not None:
             for k, values in self._optimizer.state_dict()["state"].items():
                 held |= {f"optimizer.{k}.{key}": value for key, value in values.items()}
+        for number, message in enumerate(self._openings, start=1):
+            held[f"opening.{number}"] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
         told = {"format": _STATE, "run": self.run, "notes": json.dumps(notes)}
+        told["rebasis_every"] = str(self._every)
         told |= {"base": self._fingerprint.base, "recipe": self._fingerprint.recipe}
         return safetensors.save({key: t.clone() for key, t in held.items()}, metadata=told)
 
@@ -243,6 +288,16 @@ class Server:
             raise ConfigError(
                 "state of the server has other tensors; accepted: those of this configuration"
             )
+        if (every := told.get("rebasis_every", "0")) != str(self._every):
+            raise ConfigError(
+                f"[federation] rebasis_every: got {self._every}; accepted by the state of the "
+                f"server: {every}, with which the run began"
+            )
+        try:
+            for number in range(1, 1 + sum(key.startswith("opening.") for key in held)):
+                self._open(number, told["run"], held[f"opening.{number}"].numpy().tobytes())
+        except (WireError, KeyError) as error:
+            raise ConfigError(f"state of the server is damaged: {error}") from error
         moments: dict[int, dict[str, Tensor]] = {}
         for key, tensor in held.items():
             if key.startswith("optimizer."):
@@ -266,6 +321,11 @@ class Server:
         """What a message of this kind, to or from `site`, must say of itself."""
         share, rules = self._shares.get(site), self.rules
         prints = self._fingerprint if share is None else share.fingerprint
+        if self.bases is not None and (number := basis_of(self._every, round_)):
+            prints = self.bases.prints[number]
+            if share is not None:
+                recipe = digest(part_of(self.bases.A(number), share.ranks))
+                prints = replace(prints, recipe=recipe)
         codec = "fp32" if kind == FROZEN else rules.codec
         return Header(
             *(kind, self.run, round_, site, prints.base, prints.recipe), rules.policy, codec

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from ffa_kernels.errors import ConfigError, PrivacyError, WireError
 from ffa_kernels.federated import wire
+from ffa_kernels.federated.basis import Bases, basis_of, opens
 from ffa_kernels.federated.config import Config, Train, site_of
 from ffa_kernels.federated.data import Records
 from ffa_kernels.federated.wire import Header
@@ -107,9 +108,11 @@ class Site:
         self._moving: frozenset[str] | None = None
         self._ffa = config.federation.method == "ffa"
         self._lacks_A = config.sends_A
+        self._bases = Bases.of(config, self._own)
         try:
             if config.sends_A and frozen_file(folder, run).exists():
                 self._load_kept_A()
+            self._fold_kept()
             self._state, self._unfit = self._begin()
             done = self._rounds_done()
             try:
@@ -144,6 +147,70 @@ class Site:
                 "came, or none, and A is sent again"
             ) from error
 
+    def _fold(self, number: int, message: bytes) -> None:
+        """Begins basis `number` with the message that opens it; nothing is done if that does not
+        fit (WireError)."""
+        assert self._bases is not None
+        B = self._opening(number, message)
+        self._check_frozen()
+        self._bases.close(B)
+        self._bases.fold(self._own, number)
+        self._fingerprint = wire.fingerprint(self._own)
+        # Only a new guard takes another W.
+        self._moving = None
+
+    def _opening(self, number: int, message: bytes) -> dict[str, Tensor]:
+        """The tensors of the message that opens basis `number`: each B in full."""
+        assert self._bases is not None
+        told = self._config.federation
+        header = self._bases.opening(number, self._run, told.weights, told.codec)
+        head = {name: t for name, t in self._tensors.items() if not wire.is_adapter(name)}
+        return wire.decode(message, header, {**self._bases.like, **head})
+
+    def _fold_kept(self) -> None:
+        for number in range(1, openings_kept(self._folder, self._run) + 1):
+            kept = opening_file(self._folder, self._run, number)
+            try:
+                self._fold(number, kept.read_bytes())
+            except WireError as error:
+                raise ConfigError(
+                    f"site {self.name!r}: {kept.name} is damaged ({error}); accepted: the file as "
+                    "it came, or none, and it is sent again"
+                ) from error
+
+    def _received(
+        self, round_: int, message: bytes, opening: Callable[[int], bytes] | None
+    ) -> dict[str, Tensor]:
+        """The trained tensors that a round begins with, once the model is in the round's basis."""
+        bases, every = self._bases, self._config.federation.rebasis_every
+        if bases is None:
+            return wire.decode(message, self._header("global", round_), self._tensors)
+        due = basis_of(every, round_)
+        if due < bases.number:
+            raise WireError(
+                f"round: got {round_}, of basis {due}; accepted: rounds of basis {bases.number}, "
+                "which this site has begun"
+            )
+        while bases.number < due:
+            number = bases.number + 1
+            if number == due and opens(every, round_):
+                data = message
+            elif opening is None:
+                raise WireError(f"basis: {number} was opened without this site; accepted: opening=")
+            else:
+                data = opening(number)
+            self._fold(number, data)
+            write_atomic(opening_file(self._folder, self._run, number), data)
+        if not opens(every, round_):
+            return wire.decode(message, self._header("global", round_), self._tensors)
+        received, folded = self._opening(due, message), bases.closed[due - 1]
+        if not all(torch.equal(received[name], B) for name, B in folded.items()):
+            raise WireError("lora_B: got another than was folded when the basis was opened")
+        return {
+            name: torch.zeros(tensor.shape) if wire.is_B(name) else received[name]
+            for name, tensor in self._tensors.items()
+        }
+
     @property
     def noise_multiplier(self) -> float:
         """Of the round that comes next."""
@@ -170,7 +237,7 @@ class Site:
         if state is None:
             return {
                 **{"noise_multiplier": 0.0, "first_noise_multiplier": None},
-                **{"until": 0, "optimizers": {}},
+                **{"until": 0, "optimizers": {}, "basis": 0},
             }, True
         return state, not self._fits(state["noise_multiplier"], state["until"] - ledger.steps)
 
@@ -240,16 +307,12 @@ class Site:
             adaptive_clipping=self._adaptive_clipping(),
         )
         # Not before: the guard that was would find what other rounds have moved.
-        now, then = wire.fingerprint(self._own), self._fingerprint
-        if now.base != then.base or (self._ffa and now.recipe != then.recipe):
-            raise PrivacyError(
-                f"site {self.name!r}: a frozen tensor has moved since the site was opened, and may "
-                "have learned from records without noise; accepted: the site opened anew"
-            )
+        self._check_frozen()
         self._moving = moving
         held = self._state["optimizers"].get(_key(moving))
         if held is not None:
-            self._restore(held)
+            same = self._bases is None or self._bases.number == self._state["basis"]
+            self._restore(held if same else _without_adapters(held))
         if self.noise_multiplier > 0.0:
             # A round that is tried again is charged again, and cannot overspend.
             left = self._state["until"] - self._engine.ledger.steps
@@ -257,6 +320,14 @@ class Site:
                 self._engine.ledger, max(left, 0), privacy.target_epsilon
             )
         self._batches = self._endless()
+
+    def _check_frozen(self) -> None:
+        now, then = wire.fingerprint(self._own), self._fingerprint
+        if now.base != then.base or (self._ffa and now.recipe != then.recipe):
+            raise PrivacyError(
+                f"site {self.name!r}: a frozen tensor has moved since the site was opened, and may "
+                "have learned from records without noise; accepted: the site opened anew"
+            )
 
     def _adaptive_clipping(self) -> AdaptiveClipping | None:
         quantile = self._config.privacy.target_quantile
@@ -356,6 +427,7 @@ class Site:
                 "first_noise_multiplier": None if first is None else float(first),
                 "until": int(state["until"]),
                 "optimizers": dict(state["optimizers"]),
+                "basis": int(state.get("basis", 0)),
             }
         except _DAMAGED as error:
             raise ConfigError(
@@ -380,6 +452,7 @@ class Site:
         message: bytes,
         on_step: Callable[[], None] = lambda: None,
         frozen: Callable[[], bytes] | None = None,
+        opening: Callable[[int], bytes] | None = None,
     ) -> bytes:
         """The site's update for a round: trained once, and sent as the same bytes ever after.
 
@@ -389,10 +462,12 @@ class Site:
             on_step: called after each local step.
             frozen: gives the server's message with A; called where A is sent and has not come yet,
                 or is lost. What has come is kept in the site's folder, for the run.
+            opening: gives the server's message that opened a basis, by its number; called for each
+                that the site has missed. These are kept too.
 
         Raises:
-            WireError: a message does not fit, A has not come, or the round is out of range;
-                nothing is trained or charged then.
+            WireError: a message does not fit, A or what opened a basis has not come, or the round
+                is out of range; nothing is trained or charged then.
             PrivacyError: a trained tensor did not move, or a frozen one did; it is named, and
                 nothing is released.
         """
@@ -408,8 +483,7 @@ class Site:
             sent = frozen()
             self._load_A(sent)
             write_atomic(frozen_file(self._folder, self._run), sent)
-        received = wire.decode(message, self._header("global", round_), self._tensors)
-        load_trained(self._own, received)
+        load_trained(self._own, self._received(round_, message, opening))
         self._ready(round_, rounds - round_ + 1)
         began = time.monotonic()
         before = dict(self._engine.stats)
@@ -430,6 +504,7 @@ class Site:
         assert self._moving is not None
         held = self._optimizer.unchecked_state_dict()
         self._state["optimizers"][_key(self._moving)] = held
+        self._state["basis"] = 0 if self._bases is None else self._bases.number
         self._write_state(self._state)
         write_atomic(kept, update)
         after = self._engine.stats
@@ -490,6 +565,9 @@ class Site:
 
     def _header(self, kind: str, round_: int) -> Header:
         prints = self._fingerprint
+        if self._bases is not None:
+            # Not of W's own bits, once something is folded into it; A's rows are this site's.
+            prints = replace(prints, base=self._bases.prints[-1].base)
         told = self._config.federation
         return Header(
             *(kind, self._run, round_, self.name, prints.base, prints.recipe),
@@ -514,6 +592,19 @@ class Site:
 def frozen_file(folder: Path, run: str) -> Path:
     """Where a site keeps the A that has come for a run."""
     return folder / f"frozen-{run}.safetensors"
+
+
+def opening_file(folder: Path, run: str, number: int) -> Path:
+    """Where a site keeps the message that opened a basis of a run."""
+    return folder / f"basis-{run}-{number:04d}.safetensors"
+
+
+def openings_kept(folder: Path, run: str) -> int:
+    """How many of them a site has, from that of basis 1 on."""
+    number = 0
+    while opening_file(folder, run, number + 1).exists():
+        number += 1
+    return number
 
 
 def batch_size(train: Train, records: int) -> int:
@@ -567,6 +658,17 @@ def build_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:
     if train.smoothing:
         optimizer.register_step_pre_hook(_Smoothing(train.smoothing))
     return optimizer
+
+
+def _without_adapters(held: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state less what it has gathered of each B: that is of another A.
+
+    The head's stays, and so does the bound of adaptive clipping.
+    """
+    first, *others = held["param_groups"]  # build_optimizer's first are the adapters
+    begun = {key: value for key, value in first.items() if key not in _Smoothing.GATHERED}
+    state = {k: of_one for k, of_one in held["state"].items() if k not in first["params"]}
+    return {**held, "param_groups": [begun, *others], "state": state}
 
 
 class _Smoothing:

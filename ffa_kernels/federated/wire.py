@@ -53,8 +53,10 @@ class Header:
             the A with which a site begins a run, from the server.
         run: the run's identifier.
         round: counted from 1; 0 is the state before the first, and that of "frozen".
-        site: the addressee of a "global" or "frozen", the sender of an "update".
-        base, recipe: see Fingerprint; the recipe of "frozen" is of the A that it carries.
+        site: the addressee of a "global" or "frozen", the sender of an "update"; "any" of the
+            "global" that opens a basis, which is one for all.
+        base, recipe: see Fingerprint, and `basis` for those after the first; the recipe of
+            "frozen" is of the A that it carries.
         weights: how the server weights sites, so that each knows: "equal", or another policy.
         codec: how values are stored, as `codecs` has it; "fp32" in "frozen", whose bits count.
     """

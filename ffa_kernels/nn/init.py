@@ -64,10 +64,14 @@ def _sincos_turns(turns: _Array) -> tuple[_Array, _Array]:
     return np.where(q >= 2, -a, a), np.where((q == 1) | (q == 2), -b, b)
 
 
-def _key_stream(method: str, seed: int, layer: str, count: int) -> npt.NDArray[np.uint64]:
-    """`count` 64-bit words under a public key that names the recipe and the layer."""
-    recipe = f"ffa_kernels frozen A, version 1\0{method}\0{seed}\0{layer}".encode()
-    key = np.frombuffer(hashlib.sha256(recipe).digest(), dtype="<i8")
+def _key_stream(
+    method: str, seed: int, layer: str, basis: int, count: int
+) -> npt.NDArray[np.uint64]:
+    """`count` 64-bit words under a public key that names the recipe, the layer and the basis."""
+    recipe = f"ffa_kernels frozen A, version 1\0{method}\0{seed}\0{layer}"
+    if basis:
+        recipe += f"\0basis {basis}"
+    key = np.frombuffer(hashlib.sha256(recipe.encode()).digest(), dtype="<i8")
     state = torch.from_numpy(np.append(key.astype(np.int64), np.int64(0)))
     words = chacha20(state, 0, 0, -(-count // 8)).numpy().astype("<i4", copy=False)
     return words.reshape(-1).view("<u8")[:count].astype(np.uint64)
@@ -100,7 +104,9 @@ def _orthonormal_rows(rows: _Array) -> _Array:
     return np.stack(done)
 
 
-def frozen_A(method: str, seed: int, layer: str, r: int, in_features: int) -> Tensor:
+def frozen_A(
+    method: str, seed: int, layer: str, r: int, in_features: int, basis: int = 0
+) -> Tensor:
     """The frozen projection A for one layer.
 
     Args:
@@ -109,6 +115,7 @@ def frozen_A(method: str, seed: int, layer: str, r: int, in_features: int) -> Te
         seed: the federation's public seed, any integer.
         layer: the layer's qualified name; layers of equal shape get different A.
         r: rank; `in_features`: d_in.
+        basis: its number, where a layer gets one A after another; each is drawn anew.
 
     Returns:
         fp32 (r, d_in). Row i is the same for every r > i ("gaussian": up to its scale 1 / r).
@@ -120,7 +127,7 @@ def frozen_A(method: str, seed: int, layer: str, r: int, in_features: int) -> Te
         raise ConfigError(f"init: {method!r} is no recipe; accepted: kaiming, gaussian, orthogonal")
     # Rows start at whole blocks, so that row i depends on neither r nor the other rows.
     per_row = -(-in_features // 8) * 8
-    words = _key_stream(method, seed, layer, r * per_row)
+    words = _key_stream(method, seed, layer, basis, r * per_row)
     if method == "kaiming":
         values = (2.0 * _uniform53(words) - 1.0) / math.sqrt(in_features)
     else:

@@ -201,6 +201,48 @@ class FFALinear(OwnAdapter):
         bias: Tensor | None = self.bias
         return bias
 
+    @torch.no_grad()
+    def rebase(self, A: Tensor, B: Tensor | None = None, closed_A: Tensor | None = None) -> None:
+        """Folds an adapter into the weight, W + s B A, and begins anew: B = 0, and another A.
+
+        The layer computes what it did, up to W's rounding: the sum is made in fp64 and rounded once
+        to W's dtype. `lora_B` stays the Parameter that it was; `weight` and `lora_A` become new
+        ones, so that nothing which shared the old ones, or was made from them, changes or is
+        taken for theirs. A private model is made private again afterwards: its guard, and an
+        optimizer's moments, are of the old ones.
+
+        Args:
+            A: the next A, (r, d_in), rounded to `lora_A`'s dtype.
+            B, closed_A: what is folded, (d_out, q) and (q, d_in) of any rank q and float dtype; by
+                default the layer's own.
+
+        Raises:
+            ConfigError: a shape or dtype that does not fit; the layer is then unchanged.
+        """
+        B = self.lora_B if B is None else B
+        closed_A = self.lora_A if closed_A is None else closed_A
+        d_out, d_in, q = self.out_features, self.in_features, closed_A.shape[0]
+        for name, tensor, shape in (
+            ("A", A, (self.r, d_in)),
+            ("B", B, (d_out, q)),
+            ("closed_A", closed_A, (q, d_in)),
+        ):
+            if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+                raise ConfigError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}; accepted: a float type, "
+                    f"{shape}"
+                )
+        weight = self.frozen_weight()
+        like: dict[str, Any] = {"device": weight.device, "dtype": torch.float64}
+        folded = weight.double() + self.scaling * (B.to(**like) @ closed_A.to(**like))
+        if self.fan_in_fan_out:
+            folded = folded.t().contiguous()
+        self.weight = nn.Parameter(folded.to(weight.dtype), requires_grad=False)
+        self.lora_A = nn.Parameter(
+            A.to(self.lora_A.device, self.lora_A.dtype, copy=True), requires_grad=False
+        )
+        self.lora_B.zero_()
+
     def merged_layer(self) -> nn.Module:
         """A plain layer of the kind that was adapted, with weight W + s B A and this bias."""
         weight = self.merged_weight()
