@@ -17,10 +17,13 @@ namespace ffa::FFA_ISA {
 namespace {
 
 // Multiples of every tile's rows.
-constexpr int64_t kTokens = 24;
-constexpr int64_t kPanel = 240;
+constexpr int64_t kTokens = 32;
+constexpr int64_t kPanel = 192;
 // Vectors of sums in a tile: with those of ranks and of g they fill the registers.
 constexpr int kSums = kVectorBytes == 64 ? 24 : 12;
+// Rows of a tile that lie far apart, with one vector of ranks and with two: each row has a register
+// for its address.
+constexpr int kApart[2] = {8, kVectorBytes == 64 ? 8 : 6};
 
 template <class T>
 struct Simd {
@@ -58,12 +61,15 @@ FFA_HD void tile(const T* g, int64_t row, int64_t step, int64_t count, const T* 
   for (int64_t i = 0; i < count; ++i) {
     typename S::Vec of_ranks[V];
     for (int v = 0; v < V; ++v) of_ranks[v] = S::load(right + i * ranks + v * S::W);
+    // Asked for: GCC unrolls 16 turns of its own accord, and in a loop the sums lie in memory.
+#pragma GCC unroll 32
     for (int m = 0; m < M; ++m) {
       // Less zero, which the compiler leaves out; plus zero would change -0, and so stay.
       const typename S::Vec element = g[m * row + i * step] - typename S::Vec{};
       for (int v = 0; v < V; ++v) sum[m][v] += element * of_ranks[v];
     }
   }
+#pragma GCC unroll 32
   for (int m = 0; m < M; ++m) {
     for (int v = 0; v < V; ++v) {
       T* at = out + m * ranks + v * S::W;
@@ -88,16 +94,18 @@ FFA_HD void tiles(int64_t rows, const T* g, int64_t row, int64_t step, int64_t c
   }
 }
 
-// The same for all ranks.
-template <class T>
+// The same for all ranks. kAdjacent: `row` is 1.
+template <class T, bool kAdjacent>
 FFA_HD void product(int64_t rows, const T* g, int64_t row, int64_t step, int64_t count,
                     const T* right, int64_t ranks, bool add, T* out) {
   constexpr int W = Simd<T>::W;
+  constexpr int kOne = kAdjacent ? kSums : kApart[0], kTwo = kAdjacent ? kSums / 2 : kApart[1];
+  if (kAdjacent) row = 1;
   int64_t k = 0;
   for (; k + 2 * W <= ranks; k += 2 * W) {
-    tiles<T, kSums / 2, 2>(rows, g, row, step, count, right + k, ranks, add, out + k);
+    tiles<T, kTwo, 2>(rows, g, row, step, count, right + k, ranks, add, out + k);
   }
-  if (k < ranks) tiles<T, kSums, 1>(rows, g, row, step, count, right + k, ranks, add, out + k);
+  if (k < ranks) tiles<T, kOne, 1>(rows, g, row, step, count, right + k, ranks, add, out + k);
 }
 
 // One span and one panel: its columns of G, its part of u (added to u if `add`), its |G|^2.
@@ -114,10 +122,11 @@ double run_panel(const Problem<T>& p, int64_t span, int64_t panel, bool add, T* 
     const T* g = p.g + t * p.d_out + first;
     if (u != nullptr) {
       T* to = u + (t - begin) * p.ranks;
-      product(tokens, g, p.d_out, int64_t{1}, columns, p.B + first * p.ranks, p.ranks, add, to);
+      product<T, false>(tokens, g, p.d_out, int64_t{1}, columns, p.B + first * p.ranks, p.ranks, add, to);
     }
     if (record)
-      product(columns, g, int64_t{1}, p.d_out, tokens, p.h + t * p.ranks, p.ranks, true, acc);
+      product<T, true>(columns, g, int64_t{1}, p.d_out, tokens, p.h + t * p.ranks, p.ranks, true,
+                       acc);
   }
   if (!record) return 0.0;
   T* G = p.G + (i * p.d_out + first) * p.r;
