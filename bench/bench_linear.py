@@ -79,11 +79,10 @@ def bench_forward_of_peft(race: Any, layer: Any, device: Any, dtype: Any) -> Non
 def bench_backward(race: Any, layer: Any, backend: str, device: Any, dtype: Any) -> None:
     m, d_out, d_in, r = layer
     t = Tensors(layer, device, dtype)
-    u = [g @ t.B for g in t.g]
     op = torch.ops.ffa.linear_backward
     with torch.no_grad():
         race(
-            lambda i: op(t.g[i % SETS], u[i % SETS], t.W, t.A, None, SCALING, 0.0),
+            lambda i: op(t.g[i % SETS], None, t.W, t.A, t.B, None, SCALING, 0.0),
             t.frozen_backward, repeats=4, op="linear_backward", backend=backend, shape=layer,
             against="frozen backward", work=roofline.linear_backward(m, d_out, d_in, r, t.size),
         )  # fmt: skip

@@ -160,10 +160,10 @@ def workload(
             [lambda x=x: triton.linear(x, *rest) for x in inputs],  # type: ignore[misc]
             [lambda x=x: F.linear(x, weight, bias) for x in inputs],  # type: ignore[misc]
         )
-    u = draw(m, r)
+    u, B = draw(m, r), draw(d_out, r)
     return (
         [
-            lambda g=g: triton.linear_backward(g, u, weight, A, state, SCALING, DROPOUT_P)  # type: ignore[misc]
+            lambda g=g: triton.linear_backward(g, u, weight, A, B, state, SCALING, DROPOUT_P)  # type: ignore[misc]
             for g in inputs
         ],
         [lambda g=g: g @ weight for g in inputs],  # type: ignore[misc]

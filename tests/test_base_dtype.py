@@ -20,7 +20,7 @@ from transformers import (
 import ffa_kernels as ffa
 from ffa_kernels.errors import ConfigError
 from ffa_kernels.nn.adapter import Adapter
-from ffa_kernels.nn.base_dtype import Int8Embedding, Int8Linear
+from ffa_kernels.nn.frozen import FrozenEmbedding, FrozenLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -130,19 +130,17 @@ def test_what_is_frozen_takes_a_part_of_its_memory(name, kind, part):
     own = {id(p) for p in (*trained, *A)}
     assert {p.dtype for p in (*trained, *A)} == {torch.float32}
     frozen = nbytes(p for p in model.parameters() if id(p) not in own)
-    # Vectors and scales of rows weigh in models as small as these: one in 32 of a matrix.
-    assert frozen <= before * (part + (1 / 32 + 0.02 if kind == "int8" else 0.0))
+    # Norms, biases and scales of rows weigh in models as small as these: one in 32 of a matrix.
+    assert frozen <= before * (part + (1 / 32 + 0.02 if kind == "int8" else 0.02))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_tied_weights_stay_tied(name):
-    model = converted(name, "int8")
+def test_tied_weights_stay_tied(name, kind):
+    model = converted(name, kind)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    assert isinstance(head, Int8Linear) and isinstance(embedding, Int8Embedding)
+    assert isinstance(head, FrozenLinear) and isinstance(embedding, FrozenEmbedding)
     assert head.weight is embedding.weight and head.scale is embedding.scale
-    model = converted(name, "bf16")
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    assert head.weight is embedding.weight and head.weight.dtype == torch.bfloat16
 
 
 def test_int8_rounds_each_row_to_its_own_steps():
@@ -153,7 +151,7 @@ def test_int8_rounds_each_row_to_its_own_steps():
     model = ffa.convert(nn.Sequential(linear, nn.Linear(7, 2)), 2, target_modules=["1"],
                         base_dtype="int8")  # fmt: skip
     made = model[0]
-    assert isinstance(made, Int8Linear) and made.weight.dtype == torch.int8
+    assert isinstance(made, FrozenLinear) and made.weight.dtype == torch.int8
     steps = linear.weight.detach().abs().amax(1, keepdim=True) / 127
     error = (made.dequantized() - linear.weight).abs()
     assert (error <= 0.5001 * steps).all() and (made.dequantized()[3] == 0).all()
@@ -183,7 +181,7 @@ def test_a_private_step_clips_what_each_record_gives_alone(name, kind):
     moved = torch.cat([(before[n] - p.detach()).flatten() for n, p in found.items()])
     wanted = torch.cat([total[n].flatten() / N for n in found])
     # Sums of bf16 products, in one batch and alone, round apart.
-    assert relative(moved, wanted) < (0.02 if kind == "bf16" else 1e-4)
+    assert relative(moved, wanted) < (0.01 if kind == "bf16" else 1e-4)
     assert moved.norm() <= C * (1 + 1e-6)
 
 
@@ -193,7 +191,7 @@ def test_noise_is_added_to_all_that_is_trained(kind):
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     one_step(*private(model, noise=100.0))
     for n, p in model.named_parameters():
-        if n in before:
+        if n in before and p.numel() > 50:
             assert (p.detach() - before[n]).std() > 5.0
 
 
@@ -216,13 +214,19 @@ def test_gradients_go_through_checkpointing_and_autocast(kind):
     assert relative(under, grads[0]) < 0.05
 
 
-def test_a_trained_norm_amid_a_bf16_base_is_fp32_and_takes_part():
-    model = converted("bert", "bf16", modules_to_save=["classifier", "output.LayerNorm"])
-    norm = model.bert.encoder.layer[0].output.LayerNorm
-    seen = []
-    norm.register_forward_hook(lambda m, x, y: seen.append((x[0].dtype, y.dtype)))
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_norms_and_what_is_trained_keep_their_dtype(kind):
+    model = converted("bert", kind, modules_to_save=["classifier", "output.LayerNorm"])
+    seen = set()
+    for module in model.modules():
+        module.register_forward_hook(
+            lambda m, x, y: seen.update(t.dtype for t in (*x, y) if isinstance(t, torch.Tensor))
+        )
     one_step(*private(model))
-    assert set(seen) == {(torch.float32, torch.float32)} and norm.weight.dtype == torch.float32
+    assert seen <= {torch.float32, torch.int64, torch.bool}
+    norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
+    assert {m.weight.dtype for m in norms} == {torch.float32}
+    assert model.classifier.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -249,21 +253,25 @@ def test_merging_and_saving(name, kind, tmp_path):
     assert relative(theirs(input_ids=tokens()).logits, wanted) < CLOSE[kind]
 
 
-def test_a_peft_model_in_bf16():
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_peft_model(kind):
     base, targets = bert()
     settings = LoraConfig(r=4, target_modules=targets, modules_to_save=["classifier"])
     theirs = get_peft_model(base, settings)
     wanted = theirs(input_ids=tokens()).logits
-    model = ffa.convert(theirs, base_dtype="bf16").train()
-    assert relative(model(input_ids=tokens()).logits, wanted) < CLOSE["bf16"]
+    model = ffa.convert(theirs, base_dtype=kind).train()
+    assert 0 < relative(model(input_ids=tokens()).logits, wanted) < CLOSE[kind]
     layer = adapters(model)[0]
-    assert layer.base_layer.weight.dtype == torch.bfloat16
+    assert isinstance(layer.base_layer, FrozenLinear)
     assert layer.frozen_A().dtype == layer.trained_B().dtype == torch.float32
     before = layer.trained_B().detach().clone()
     one_step(*private(model))
     assert not torch.equal(layer.trained_B(), before)
-    with pytest.raises(ConfigError, match="accepted: 'bf16'"):
-        ffa.convert(get_peft_model(bert()[0], settings), base_dtype="int8")
+    wanted = model.eval()(input_ids=tokens()).logits
+    with model.disable_adapter():
+        assert not torch.equal(model(input_ids=tokens()).logits, wanted)
+    ffa.merge(model)
+    assert relative(model(input_ids=tokens()).logits, wanted) < CLOSE[kind]
 
 
 @pytest.mark.parametrize("value", ["fp8", 8, torch.bfloat16, ""])
@@ -284,7 +292,7 @@ def test_a_refused_conversion_changes_nothing(kind):
     assert {n: (id(p), *rest) for n, (p, *rest) in before.items()} == {
         n: (id(p), *rest) for n, (p, *rest) in after.items()
     }
-    assert not any(isinstance(m, Int8Linear) or m._forward_pre_hooks for m in model.modules())
+    assert not any(isinstance(m, FrozenLinear) for m in model.modules())
 
 
 def test_what_shares_a_weight_with_something_trained_stays():

@@ -160,12 +160,12 @@ def test_the_rank_term_at_every_edge(backend, rows, d_in, d_out, r, dtype, p, mo
     settings = (state, None, 0.5, p, False)
     y, h = torch.ops.ffa.linear(x, W, b, A, B, None, None, *settings)
     g, u = random(rows, d_out, dtype=dtype), random(rows, r, dtype=dtype)
-    dx = torch.ops.ffa.linear_backward(g, u, W, A, state, 0.5, p)
+    dx = torch.ops.ffa.linear_backward(g, u, W, A, B, state, 0.5, p)
     with use_backend("reference"):
         wide = [t.double() for t in (x, W, b, A, B)]
         exact_y, exact_h = torch.ops.ffa.linear(*wide, None, None, *settings)
         own_y, own_h = torch.ops.ffa.linear(x, W, b, A, B, None, None, *settings)
-        backward = (g, u, W, A)
+        backward = (g, u, W, A, B)
         exact_dx = torch.ops.ffa.linear_backward(*(t.double() for t in backward), state, 0.5, p)
         own_dx = torch.ops.ffa.linear_backward(*backward, state, 0.5, p)
     check(y, exact_y, own_y)
@@ -178,7 +178,8 @@ def test_dropped_elements_are_left_as_they_were(backend, dtype):
     """By selection: NaN times the mask's 0 would be NaN."""
     g, W = random(9, 5, dtype=dtype), random(5, 70, dtype=dtype)
     u, A = torch.full((9, 2), torch.nan, dtype=dtype), random(2, 70, dtype=dtype)
-    dx = torch.ops.ffa.linear_backward(g, u, W, A, STATE, 1.0, 0.5)
+    B = random(5, 2, dtype=dtype)
+    dx = torch.ops.ffa.linear_backward(g, u, W, A, B, STATE, 1.0, 0.5)
     assert torch.equal(dx[~dx.isnan()], (g @ W)[~dx.isnan()])
     assert 0.3 < dx.isnan().double().mean() < 0.7
 
@@ -323,7 +324,7 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(backend, dtype, monkeypa
         right = random(300, 9, dtype=dtype)
         settings = (STATE, None, 0.5, 0.3, False)
         out += torch.ops.ffa.linear(x, W, None, A, right, None, None, *settings)
-        out.append(torch.ops.ffa.linear_backward(out[-2], out[-1], W, A, STATE, 0.5, 0.3))
+        out.append(torch.ops.ffa.linear_backward(out[-2], out[-1], W, A, right, STATE, 0.5, 0.3))
         params, stats = copied(tensors["params"]), torch.zeros(2, dtype=torch.int64)
         steps = [torch.zeros(()) for _ in params]
         factors = ops.private_step(

@@ -256,7 +256,9 @@ def by_ways(case: Case, p: float, g: Tensor, u: Tensor) -> list[Tensor]:
         *(case.x, case.weight, case.bias, case.lora_A, case.lora_B, None, None, state, None),
         *(case.scaling, p, False),
     )
-    dx = torch.ops.ffa.linear_backward(g, u, case.weight, case.lora_A, state, case.scaling, p)
+    dx = torch.ops.ffa.linear_backward(
+        *(g, u, case.weight, case.lora_A, case.lora_B, state, case.scaling, p)
+    )
     return [y, h, dx]
 
 
@@ -328,7 +330,7 @@ def test_ways_drop_what_is_documented(backend, way, p):
         forward = torch.ops.ffa.linear(
             *(x, none, None, A, A, None, None, STATE, None, 1.0, p, False)
         )[0]
-        backward = torch.ops.ffa.linear_backward(x, x, none, A, STATE, 1.0, p)
+        backward = torch.ops.ffa.linear_backward(x, x, none, A, A, STATE, 1.0, p)
     expected = x * mask_of(x, p) if p < 1 - 2**-17 else torch.zeros(7, 41)
     torch.testing.assert_close(forward, expected, rtol=3e-7, atol=0)
     torch.testing.assert_close(backward, expected, rtol=3e-7, atol=0)
@@ -665,7 +667,7 @@ def test_opcheck(backend, shape, bias, tapped, p):
 def test_opcheck_of_backward(backend, p):
     case = make((4, 3), dtype=torch.float32)
     g, u = torch.randn(4, 3, 11), torch.randn(4, 3, 3)
-    arguments = (g, u, case.weight, case.lora_A, STATE if p else None, 0.5, p)
+    arguments = (g, u, case.weight, case.lora_A, case.lora_B, STATE if p else None, 0.5, p)
     torch.library.opcheck(torch.ops.ffa.linear_backward.default, arguments)
 
 

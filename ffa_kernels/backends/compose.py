@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ffa_kernels.backends.grid import zero_sums
@@ -63,6 +64,41 @@ def by_way_of_sums(
         return factors
 
     return private_step
+
+
+def merging_pays(rows: int, weight: Tensor | None, like: Tensor, dropout: bool) -> bool:
+    """Whether x (W + s B A)^T costs less than x W^T + s (x A^T) B^T: where x has more elements
+    than the weight, and nothing fuses the rank-r term with the product. The same to rounding, in
+    types that have bits to spare for it."""
+    if weight is None or dropout or like.device.type != "cpu" or weight.dtype != like.dtype:
+        return False
+    d_out, d_in = weight.shape
+    wide = like.dtype in (torch.float32, torch.float64)
+    return wide and rows * (d_out + d_in) >= 2 * d_out * d_in
+
+
+def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """W + s B A, for one product."""
+    return torch.addmm(weight, lora_B, lora_A, alpha=scaling)
+
+
+def base_product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b in x's dtype. A W of fewer bits is multiplied in its own type, where the device has
+    instructions for that."""
+    if weight.dtype == rows.dtype:
+        return F.linear(rows, weight, bias)
+    if not _multiplies(rows.device, weight.dtype):
+        return F.linear(rows, weight.to(rows.dtype), bias)
+    narrow = None if bias is None else bias.to(weight.dtype)
+    return F.linear(rows.to(weight.dtype), weight, narrow).to(rows.dtype)
+
+
+def _multiplies(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return True
+    # Private to PyTorch: where a version lacks it, W is widened for each product.
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return supported is not None and bool(supported())
 
 
 def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:

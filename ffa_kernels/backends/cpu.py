@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ffa_kernels.backends import native
-from ffa_kernels.backends.compose import by_way_of_G, by_way_of_sums, scaled_product
+from ffa_kernels.backends.compose import (
+    base_product,
+    by_way_of_G,
+    by_way_of_sums,
+    merged_weight,
+    merging_pays,
+    scaled_product,
+)
 from ffa_kernels.backends.dispatch import OPS
 
 # enum ffa_dtype and enum ffa_optimizer of csrc/ffa.h
@@ -42,6 +49,9 @@ def supports(op: str, device: torch.device, *dtypes: torch.dtype) -> bool:
     """Whether `op` runs here for tensors of these dtypes: the library loads and every floating
     dtype among them is float32 or float64 (one of the two, where an op multiplies matrices)."""
     floating = {dtype for dtype in dtypes if dtype.is_floating_point}
+    if op in ("linear", "linear_backward") and torch.float32 in floating:
+        # A base in bf16, whose product is PyTorch's.
+        floating.discard(torch.bfloat16)
     mixes = op in ("clip_accumulate", "private_update", "private_step")
     return (
         op in OPS
@@ -135,27 +145,39 @@ def linear(
         _dropped_product(rows, lora_A, dropout_state, dropout_p, h)
     if weight is None:
         y = scaled_product(h, lora_B.t(), scaling)
+    elif merging_pays(len(rows), weight, x, dropout_state is not None):
+        y = F.linear(rows, merged_weight(weight, lora_A, lora_B, scaling), bias)
     else:
-        y = F.linear(rows, weight, bias).addmm_(h, lora_B.t(), alpha=scaling)
+        y = base_product(rows, weight, bias).addmm_(h, lora_B.t(), alpha=scaling)
     return y.view(*lead, lora_B.shape[0]), h.view(*lead, lora_A.shape[0])
 
 
 def linear_backward(
     g: Tensor,
-    u: Tensor,
+    u: Tensor | None,
     weight: Tensor | None,
     lora_A: Tensor,
+    lora_B: Tensor,
     dropout_state: Tensor | None,
     scaling: float,
     dropout_p: float,
 ) -> Tensor:
     """dx = g W + s dropout^T(u A) (..., d_in); g is (..., d_out), u (..., r)."""
-    g_rows, u_rows = g.reshape(-1, g.shape[-1]), u.reshape(-1, u.shape[-1])
-    library, columns = native.load("cpu"), lora_A.shape[1]
+    g_rows, columns = g.reshape(-1, g.shape[-1]), lora_A.shape[1]
+    if u is None and merging_pays(len(g_rows), weight, g, dropout_state is not None):
+        assert weight is not None
+        merged = merged_weight(weight, lora_A, lora_B, scaling)
+        return (g_rows @ merged).view(*g.shape[:-1], columns)
+    u_rows = g_rows @ lora_B if u is None else u.reshape(-1, u.shape[-1])
+    library = native.load("cpu")
     if weight is None and dropout_state is None:
         dx = scaled_product(u_rows, lora_A, scaling)
     else:
-        dx = g.new_zeros(len(g_rows), columns) if weight is None else g_rows @ weight
+        dx = (
+            g.new_zeros(len(g_rows), columns)
+            if weight is None
+            else base_product(g_rows, weight.t())
+        )
     if dropout_state is None:
         if weight is not None:
             dx.addmm_(u_rows, lora_A, alpha=scaling)

@@ -198,14 +198,16 @@ def linear(
 
 def linear_backward(
     g: Tensor,
-    u: Tensor,
+    u: Tensor | None,
     weight: Tensor | None,
     lora_A: Tensor,
+    lora_B: Tensor,
     dropout_state: Tensor | None,
     scaling: float,
     dropout_p: float,
 ) -> Tensor:
     """dx = g W + s dropout^T(u A) (..., d_in); g is (..., d_out), u (..., r)."""
+    u = g @ lora_B if u is None else u
     _together("linear_backward", g.device, u, weight, lora_A, dropout_state)
     rows, d_in = g.reshape(-1, g.shape[-1]), lora_A.shape[1]
     dx = g.new_zeros((len(rows), d_in)) if weight is None else rows @ weight

@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ffa_kernels.backends.compose import by_way_of_G, by_way_of_sums, scaled_product
+from ffa_kernels.backends.compose import base_product, by_way_of_G, by_way_of_sums, scaled_product
 from ffa_kernels.backends.grid import NORM_MARGIN, grid_size
 
 _MASK32 = 0xFFFFFFFF
@@ -115,27 +114,29 @@ def linear(
     if weight is None:
         y = scaled_product(_rows(h), lora_B.t(), scaling)
         return y.view(*x.shape[:-1], lora_B.shape[0]), h
-    y = F.linear(x, weight, bias)
+    y = base_product(x, weight, bias)
     _rows(y).addmm_(_rows(h), lora_B.t(), alpha=scaling)
     return y, h
 
 
 def linear_backward(
     g: Tensor,
-    u: Tensor,
+    u: Tensor | None,
     weight: Tensor | None,
     lora_A: Tensor,
+    lora_B: Tensor,
     dropout_state: Tensor | None,
     scaling: float,
     dropout_p: float,
 ) -> Tensor:
     """dx = g W + s dropout^T(u A); see `ffa_kernels.ops.linear`."""
+    u = g @ lora_B if u is None else u
     if weight is None:
         dx = scaled_product(_rows(u), lora_A, scaling).view(*g.shape[:-1], lora_A.shape[1])
         if dropout_state is not None:
             dx.mul_(dropout_scale(dropout_state, dx, dropout_p))
         return dx
-    dx = g @ weight
+    dx = base_product(g, weight.t())
     if dropout_state is None:
         _rows(dx).addmm_(_rows(u), lora_A, alpha=scaling)
         return dx

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ffa_kernels.backends import reference
+from ffa_kernels.backends import cpu, reference
 from ffa_kernels.backends.dispatch import backend_for
 from ffa_kernels.backends.grid import zero_sums
 from ffa_kernels.nn.adapter import Adapter
@@ -172,6 +172,10 @@ def _served(device: str, func: Any, args: tuple[Any, ...]) -> Any:
             return func(*args)
         return func(*args)
     held: list[Tensor] = []
+    dropout_state = {"linear": 7, "linear_backward": 5}.get(name)
+    if backend == "cpu" and dropout_state is not None and args[dropout_state] is None:
+        # PyTorch's own operators then, and what they hold between them.
+        return getattr(cpu, name)(*args)
     if name in ("per_sample_grad", "per_sample_clip"):
         held = [t.contiguous() for t in args[:2]]
     elif name == "clip_accumulate":

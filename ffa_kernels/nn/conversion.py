@@ -11,13 +11,7 @@ from torch import nn
 from ffa_kernels.errors import ConfigError
 from ffa_kernels.nn import opacus
 from ffa_kernels.nn.adapter import Adapter
-from ffa_kernels.nn.base_dtype import (
-    check_base_dtype,
-    quantised,
-    take_own_dtype,
-    takes_own_dtype,
-    to_bf16,
-)
+from ffa_kernels.nn.frozen import Shrinker, check_base_dtype
 from ffa_kernels.nn.linear import FFALinear, check_adapter, is_conv1d
 from ffa_kernels.nn.peft import lora_layers, take_over
 from ffa_kernels.nn.recorded import plain_again
@@ -73,10 +67,9 @@ def convert(
             transformers' Conv1D, quantised layers and others that `FFAWrapped` takes.
         modules_to_save: names, or last parts of names, of modules that stay trained whole,
             a classification head say.
-        base_dtype: of what is frozen. "bf16": all of it, and the base computes in it. "int8": the
-            matrices of nn.Linear, Conv1D and nn.Embedding, rounded to 255 steps of a scale for
-            each row; the base computes in the dtype it had. B, A and `modules_to_save` keep
-            theirs. None: as it is. What shares a tensor with something trained stays too.
+        base_dtype: of the frozen matrices of every nn.Linear, Conv1D and nn.Embedding: "bf16",
+            or "int8", with a scale for each row. What shares a weight with something trained
+            keeps its own, as do norms and biases, A, B and activations. None: nothing changes.
 
     Returns:
         `model`, of which only the lora_B and the parameters of `modules_to_save` are trained.
@@ -95,14 +88,13 @@ def convert(
                 "model is a PEFT model, whose layers keep their own settings; accepted: "
                 "convert(model) with no other argument than base_dtype"
             )
-        if base_dtype == "int8":
-            raise ConfigError(
-                "base_dtype is 'int8' and model is a PEFT model, whose layers hold their base; "
-                "accepted: 'bf16', or a base that was quantised when it was loaded"
-            )
         take_over(model, theirs)
         if base_dtype is not None:
-            to_bf16(model)
+            adapters = [layer for layer in model.modules() if isinstance(layer, Adapter)]
+            inner = {id(m) for layer in adapters for m in layer.inner_modules()}
+            trained = {id(p) for p in model.parameters() if p.requires_grad}
+            frozen = (m for m in model.modules() if id(m) not in inner and not _holds(m, trained))
+            put_in(model, Shrinker(base_dtype).layers(frozen))
         return model
     check_adapter(r, alpha, dropout, init)
     # With every name of a layer that has several: all of them must become the one new layer.
@@ -128,9 +120,10 @@ def convert(
     options = {"init": init, "seed": seed, "dropout": dropout, "rslora": rslora}
     adapted: dict[nn.Module, Adapter] = {}
     smaller: dict[nn.Module, nn.Module] = {}
-    if base_dtype == "int8":
-        shared = {id(m) for m in modules.values() if _holds_any(m, saved_parameters)}
-        smaller = quantised(m for m in set(modules.values()) if id(m) not in shared)
+    if base_dtype is not None:
+        smaller = Shrinker(base_dtype).layers(
+            m for m in model.modules() if not _holds(m, saved_parameters)
+        )
     was_trained = {id(p): p.requires_grad for p in model.parameters()}
     try:
         for name, module in modules.items():
@@ -165,12 +158,10 @@ def convert(
         if _matches(name, saved):
             for parameter in module.parameters():
                 parameter.requires_grad_(True)
-    if base_dtype == "bf16":
-        to_bf16(model)
     return model
 
 
-def _holds_any(module: nn.Module, parameters: set[int]) -> bool:
+def _holds(module: nn.Module, parameters: set[int]) -> bool:
     return any(id(p) in parameters for p in module.parameters(recurse=False))
 
 
@@ -214,9 +205,6 @@ def merge(model: M) -> M:
     if not layers or "" in layers:
         raise ConfigError("model: accepted: a module that holds adapted layers")
     plain = {layer: layer.merged_layer() for layer in set(layers.values())}
-    for layer, merged in plain.items():
-        if takes_own_dtype(layer):
-            take_own_dtype(merged)
     for name, layer in layers.items():
         _replace(model, name, plain[layer])
     for module in model.modules():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ffa_kernels.errors import ConfigError
 from ffa_kernels.nn.adapter import Adapter
+from ffa_kernels.nn.frozen import FrozenLinear
 from ffa_kernels.nn.linear import is_conv1d
 from ffa_kernels.nn.record_taps import tapping
 from ffa_kernels.nn.wrapped import (
@@ -21,6 +22,7 @@ from ffa_kernels.nn.wrapped import (
     can_wrap,
     dequantized,
     is_plain_linear,
+    multiplied,
     plain_linear,
     prepare,
 )
@@ -62,7 +64,7 @@ class _TakenOver(Adapter):
         if is_conv1d(base):
             transposed: Tensor = base.weight.t()
             return transposed
-        return base.weight if is_plain_linear(base) else None
+        return base.weight if is_plain_linear(base) else multiplied(base)
 
     def frozen_bias(self) -> Tensor | None:
         base: Any = self.base_layer
@@ -75,7 +77,7 @@ class _TakenOver(Adapter):
         return y
 
     def base_weight(self) -> Tensor:
-        weight = self.frozen_weight()
+        weight = None if isinstance(self.base_layer, FrozenLinear) else self.frozen_weight()
         return dequantized(self.base_layer) if weight is None else weight
 
     def adapter_settings(self) -> tuple[int, float, bool]:
@@ -103,7 +105,7 @@ class _TakenOver(Adapter):
     def merged_layer(self) -> nn.Module:
         """The plain layer inside, with weight W + s B A; nn.Linear where that is quantised."""
         layer: Any = self
-        if self.frozen_weight() is None:
+        if isinstance(self.base_layer, FrozenLinear) or self.frozen_weight() is None:
             return plain_linear(self.merged_weight(), self.base_layer, self.training)
         layer.merge(safe_merge=True)
         plain: nn.Module = layer.get_base_layer()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ffa_kernels.errors import ConfigError
+from ffa_kernels.nn.frozen import FrozenLinear
 from ffa_kernels.nn.linear import OwnAdapter, check_adapter
 
 # After torch.nn.Linear, in what an error accepts.
@@ -167,6 +168,13 @@ def _dequantized_int8(layer: Any, weight: Any) -> Tensor:
     return made * (scales.view(-1, 1) / 127.0)
 
 
+def multiplied(layer: Any) -> Tensor | None:
+    """The weight of a layer that a product takes as it is, (d_out, d_in); None for all others."""
+    if isinstance(layer, FrozenLinear) and layer.scale is None:
+        return layer.weight
+    return None
+
+
 def plain_linear(weight: Tensor, base_layer: Any, training: bool) -> nn.Linear:
     """nn.Linear with this weight and `base_layer`'s bias, frozen."""
     plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -227,11 +235,12 @@ class FFAWrapped(OwnAdapter):
         """The base layer's."""
         return self.base_layer.bias
 
-    def frozen_weight(self) -> None:
-        return None
+    def frozen_weight(self) -> Tensor | None:
+        return multiplied(self.base_layer)
 
-    def frozen_bias(self) -> None:
-        return None
+    def frozen_bias(self) -> Tensor | None:
+        bias: Tensor | None = None if self.frozen_weight() is None else self.bias
+        return bias
 
     def base_forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)

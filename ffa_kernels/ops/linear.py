@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ffa_kernels.backends.compose import merging_pays
 from ffa_kernels.ops._library import (
     LIBRARY,
-    by_first,
     check_offsets,
     check_rng_state,
     define,
@@ -67,6 +67,14 @@ def _check(
             "the weight's d_in"
         ),
     )
+    base = (x.dtype, torch.bfloat16) if x.dtype == torch.float32 else (x.dtype,)
+    require(
+        weight is None or weight.dtype in base,
+        lambda: (
+            f"linear: weight is {weight.dtype if weight is not None else None}; accepted: "
+            f"{' or '.join(map(str, base))}, for x is {x.dtype}"
+        ),
+    )
     require(
         bias is None or tuple(bias.shape) == (d_out,),
         lambda: f"linear: bias is {_shape(bias)}; accepted: None or ({d_out},), the weight's d_out",
@@ -82,7 +90,6 @@ def _check(
     )
     r = lora_A.shape[0]
     for name, t in (
-        ("weight", weight),
         ("bias", bias),
         ("lora_A", lora_A),
         ("lora_B", lora_B),
@@ -143,36 +150,48 @@ def _fake(
     return x.new_empty(*leading, lora_B.shape[0]), x.new_empty(*leading, lora_A.shape[0])
 
 
+def _by_base(x: Tensor, weight: Tensor | None, *_: object) -> tuple[Tensor, ...]:
+    """x, and W where it is of another type."""
+    return (x,) if weight is None or weight.dtype == x.dtype else (x, weight)
+
+
 _op = define(
     "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? tap,"
     " Tensor? norm_tap, Tensor? dropout_state, Tensor? cu_seqlens, float scaling,"
     " float dropout_p, bool mean_loss) -> (Tensor, Tensor)",
     _check,
-    by_first,
+    _by_base,
     _fake,
 )
 
 
 def _backward_check(
-    g: Tensor, u: Tensor, weight: Tensor | None, lora_A: Tensor, *_: object
+    g: Tensor,
+    u: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *_: object,
 ) -> None:
-    wanted = (g.shape[-1], lora_A.shape[1])
+    r, d_in = lora_A.shape
     require(
-        u.shape == (*g.shape[:-1], lora_A.shape[0])
-        and (weight is None or tuple(weight.shape) == wanted),
+        (u is None or u.shape == (*g.shape[:-1], r))
+        and (weight is None or tuple(weight.shape) == (g.shape[-1], d_in))
+        and tuple(lora_B.shape) == (g.shape[-1], r),
         lambda: (
-            f"linear_backward: g is {tuple(g.shape)}, u {tuple(u.shape)}, weight "
-            f"{_shape(weight)}, lora_A {tuple(lora_A.shape)}; "
-            "accepted: (n, ..., d_out), (n, ..., r), (d_out, d_in) or None, (r, d_in)"
+            f"linear_backward: g is {tuple(g.shape)}, u {_shape(u)}, weight {_shape(weight)}, "
+            f"lora_A {tuple(lora_A.shape)}, lora_B {tuple(lora_B.shape)}; accepted: "
+            "(n, ..., d_out), (n, ..., r) or None, (d_out, d_in) or None, (r, d_in), (d_out, r)"
         ),
     )
 
 
 def _backward_fake(
     g: Tensor,
-    u: Tensor,
+    u: Tensor | None,
     weight: Tensor | None,
     lora_A: Tensor,
+    lora_B: Tensor,
     dropout_state: Tensor | None,
     scaling: float,
     dropout_p: float,
@@ -180,11 +199,12 @@ def _backward_fake(
     return g.new_empty(*g.shape[:-1], lora_A.shape[1])
 
 
+# u is g B, where that is at hand; else the backend does with B what is cheapest.
 _backward_op = define(
-    "linear_backward(Tensor g, Tensor u, Tensor? weight, Tensor lora_A, Tensor? dropout_state,"
-    " float scaling, float dropout_p) -> Tensor",
+    "linear_backward(Tensor g, Tensor? u, Tensor? weight, Tensor lora_A, Tensor lora_B,"
+    " Tensor? dropout_state, float scaling, float dropout_p) -> Tensor",
     _backward_check,
-    by_first,
+    lambda g, u, weight, *_: _by_base(g, weight),
     _backward_fake,
 )
 
@@ -217,12 +237,15 @@ def _gradients(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
     h, weight, lora_A, lora_B, dropout_state, cu_seqlens = ctx.saved_tensors
     wants_x, wants_B, wants_norms = (ctx.needs_input_grad[i] for i in (0, 4, 6))
     u = tap_grad = norm_tap_grad = grad_B = None
+    rows = math.prod(g.shape[:-1])
+    makes_u = wants_x and not merging_pays(rows, weight, g, dropout_state is not None)
     if ctx.tapped:
         u, tap_grad, squares = per_sample_grad(
-            *(g, h, lora_B if wants_x else None, cu_seqlens),
+            *(g, h, lora_B if makes_u else None, cu_seqlens),
             scaling=ctx.scaling,
             mean_loss=ctx.mean_loss,
         )
+        u = u if makes_u else None
         if wants_norms:
             # Autograd adds up the calls of a layer: the second row then counts them.
             norm_tap_grad = torch.stack([squares, torch.ones_like(squares)])
@@ -230,16 +253,15 @@ def _gradients(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         # The whole batch as one record gives the ordinary gradient.
         flat_g, flat_h = g.flatten(0, -2), h.flatten(0, -2)
         u, summed, _ = per_sample_grad(
-            *(flat_g.unsqueeze(0), flat_h.unsqueeze(0), lora_B if wants_x else None),
+            *(flat_g.unsqueeze(0), flat_h.unsqueeze(0), lora_B if makes_u else None),
             scaling=ctx.scaling,
         )
         grad_B = summed[0]
-        u = u.view(h.shape) if wants_x else None
-    elif wants_x:
-        u = g @ lora_B
+        u = u.view(h.shape) if makes_u else None
     grad_x = None
     if wants_x:
-        grad_x = _backward_op(g, u, weight, lora_A, dropout_state, ctx.scaling, ctx.dropout_p)
+        settings = (dropout_state, ctx.scaling, ctx.dropout_p)
+        grad_x = _backward_op(g, u, weight, lora_A, lora_B, *settings)
     return grad_x, None, None, None, grad_B, tap_grad, norm_tap_grad, *(None,) * 5
 
 
@@ -276,8 +298,9 @@ def linear(
 
     Args:
         x: (n, ..., d_in); the first dimension is the record when `tap` is given.
-        weight: (d_out, d_in), frozen; None where another module makes the base product (a
-            quantised layer, say): y is then s h B^T and dx is s dropout^T(u A).
+        weight: (d_out, d_in), frozen, of x's dtype, or bf16 beside an fp32 x; None where another
+            module makes the base product (a quantised layer, say): y is then s h B^T and dx is
+            s dropout^T(u A).
         bias: (d_out,), frozen, or None.
         lora_A: (r, d_in), frozen.
         lora_B: (d_out, r), trained.

@@ -679,15 +679,17 @@ def linear(
 
 def linear_backward(
     g: Tensor,
-    u: Tensor,
+    u: Tensor | None,
     weight: Tensor | None,
     lora_A: Tensor,
+    lora_B: Tensor,
     dropout_state: Tensor | None,
     scaling: float,
     dropout_p: float,
 ) -> Tensor:
     """dx = g W + s dropout^T(u A); see `ffa_kernels.ops.linear`."""
-    rows, u_rows = _rows(g), u.flatten(0, -2)
+    rows = _rows(g)
+    u_rows = rows @ lora_B if u is None else u.flatten(0, -2)
     d_out, (r, d_in) = g.shape[-1], lora_A.shape
     dropout = dropout_state is not None
     way, config = choices.DEFAULT

@@ -1,0 +1,178 @@
+"""Frozen matrices in fewer bytes: bf16, or int8 with a scale for each row.
+
+W never changes, so it needs no master copy. Activations, A and what is trained stay in the dtype
+that they had; nothing is packed or kept beside the weights themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ffa_kernels.backends.compose import base_product
+from ffa_kernels.errors import ConfigError
+
+BASE_DTYPES = ("bf16", "int8")
+
+
+def check_base_dtype(value: object) -> None:
+    """Raises ConfigError unless `value` is None or one of BASE_DTYPES."""
+    if value is not None and value not in BASE_DTYPES:
+        accepted = ", ".join(map(repr, BASE_DTYPES))
+        raise ConfigError(f"base_dtype is {value!r}; accepted: {accepted}, or None to change none")
+
+
+class FrozenLinear(nn.Module):
+    """y = x W^T + b in x's dtype; a `FrozenBase`, which the adapters take as it is.
+
+    In bf16 the product is made in bf16, where the device has instructions for it; from int8, W is
+    made in x's dtype for each product and kept nowhere.
+
+    Args:
+        weight: bf16 or int8 (d_out, d_in), frozen.
+        scale: (d_out, 1), frozen, of a float type, beside int8: W = scale * weight. None for bf16.
+        bias: (d_out,) or None.
+    """
+
+    def __init__(self, weight: nn.Parameter, scale: nn.Parameter | None, bias: Any) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight, self.scale, self.bias = weight, scale, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (n, ..., d_in) to y (n, ..., d_out)."""
+        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            x, self.weight, self.scale, self.bias
+        )
+        return y
+
+    def dequantized(self) -> Tensor:
+        """W, (d_out, d_in), in the dtype that it had: fp32 beside bf16."""
+        return self.weight.float() if self.scale is None else self.weight * self.scale
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, weight={self.weight.dtype}"
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b, whose backward makes W again: no x and no W in floats waits for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Any) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if bias is None else bias.to(x.dtype)
+            return base_product(x, _in_floats(weight, scale, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, scale = ctx.saved_tensors
+        (g,) = grads
+        with torch.autocast(g.device.type, enabled=False):
+            dx = base_product(g, _in_floats(weight, scale, g.dtype).t())
+        return dx, None, None, None
+
+
+def _in_floats(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return weight if scale is None else weight * scale.to(dtype)
+
+
+class FrozenEmbedding(nn.Module):
+    """Rows of W, in `dtype`.
+
+    Args:
+        weight: bf16 or int8 (num_embeddings, embedding_dim), frozen.
+        scale: (num_embeddings, 1), frozen, of a float type, beside int8: W = scale * weight. None
+            for bf16.
+        padding_idx: as nn.Embedding has it; of no effect on what is frozen.
+        dtype: of the rows.
+    """
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        scale: nn.Parameter | None,
+        padding_idx: int | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.weight, self.scale, self.padding_idx = weight, scale, padding_idx
+        self.dtype = dtype
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Indices (...) to rows (..., embedding_dim)."""
+        rows = F.embedding(input, self.weight).to(self.dtype)
+        return rows if self.scale is None else rows * self.scale[input]
+
+    def dequantized(self) -> Tensor:
+        """W, (num_embeddings, embedding_dim), in the dtype that it had: fp32 beside bf16."""
+        return self.weight.float() if self.scale is None else self.weight * self.scale
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, weight={self.weight.dtype}"
+
+
+class Shrinker:
+    """Makes the smaller layers. Weights that were tied, or one weight of many layers, stay one."""
+
+    def __init__(self, base_dtype: str) -> None:
+        self._int8 = base_dtype == "int8"
+        self._made: dict[tuple[int, bool], tuple[nn.Parameter, nn.Parameter | None]] = {}
+
+    def layers(self, modules: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:
+        """What takes the place of each nn.Linear, Conv1D and nn.Embedding among `modules`.
+
+        Of these classes alone, not of subclasses, whose forward may do otherwise; and only where
+        the weight is an ordinary matrix of more bytes, and finite.
+        """
+        # Here, for linear.py is imported by those who import this.
+        from ffa_kernels.nn.linear import is_conv1d
+
+        found: dict[nn.Module, nn.Module] = {}
+        for module in modules:
+            conv1d, embedding = is_conv1d(module), type(module) is nn.Embedding
+            layer: Any = module
+            if not (type(module) is nn.Linear or conv1d or embedding) or not self._takes(layer):
+                continue
+            made: nn.Module
+            if embedding:
+                dtype = layer.weight.dtype
+                made = FrozenEmbedding(*self._smaller(layer.weight), layer.padding_idx, dtype)
+            else:
+                made = FrozenLinear(*self._smaller(layer.weight, transposed=conv1d), layer.bias)
+            found[module] = made.train(module.training)
+        return found
+
+    def _takes(self, layer: Any) -> bool:
+        weight = layer.weight
+        if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
+            return False
+        if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.sparse):
+            return False
+        # From fp16 to bf16 there is nothing to gain, and fp64 is for tests.
+        wanted = weight.is_floating_point() if self._int8 else weight.dtype == torch.float32
+        return wanted and bool(weight.isfinite().all())
+
+    def _smaller(
+        self, weight: Tensor, transposed: bool = False
+    ) -> tuple[nn.Parameter, nn.Parameter | None]:
+        key = (id(weight), transposed)
+        if key not in self._made:
+            rows = weight.detach().t().contiguous() if transposed else weight.detach()
+            scale = None
+            if self._int8:
+                largest = rows.abs().amax(dim=1, keepdim=True).float()
+                steps = torch.where(largest > 0, largest / 127.0, torch.ones_like(largest))
+                made = (rows.float() / steps).round_().clamp_(-127, 127).to(torch.int8)
+                scale = nn.Parameter(steps.to(weight.dtype), requires_grad=False)
+            else:
+                made = rows.to(torch.bfloat16)
+            self._made[key] = (nn.Parameter(made, requires_grad=False), scale)
+        return self._made[key]
