@@ -138,6 +138,12 @@ def linear(
     """y = x W^T + b + s h B^T (..., d_out) and h = dropout(x) A^T (..., r); x is (..., d_in)."""
     lead = x.shape[:-1]
     rows = x.reshape(-1, x.shape[-1])
+    if merging_pays(len(rows), weight, x, dropout_state is not None):
+        assert weight is not None
+        y = F.linear(rows, merged_weight(weight, lora_A, lora_B, scaling), bias)
+        # Last: the large product hides the time in which x comes into the cache.
+        h = rows @ lora_A.t()
+        return y.view(*lead, lora_B.shape[0]), h.view(*lead, lora_A.shape[0])
     if dropout_state is None:
         h = rows @ lora_A.t()
     else:
@@ -145,8 +151,6 @@ def linear(
         _dropped_product(rows, lora_A, dropout_state, dropout_p, h)
     if weight is None:
         y = scaled_product(h, lora_B.t(), scaling)
-    elif merging_pays(len(rows), weight, x, dropout_state is not None):
-        y = F.linear(rows, merged_weight(weight, lora_A, lora_B, scaling), bias)
     else:
         y = base_product(rows, weight, bias).addmm_(h, lora_B.t(), alpha=scaling)
     return y.view(*lead, lora_B.shape[0]), h.view(*lead, lora_A.shape[0])

@@ -239,6 +239,9 @@ def _gradients(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
     u = tap_grad = norm_tap_grad = grad_B = None
     rows = math.prod(g.shape[:-1])
     makes_u = wants_x and not merging_pays(rows, weight, g, dropout_state is not None)
+    fixed = (weight, lora_A, lora_B, dropout_state, ctx.scaling, ctx.dropout_p)
+    # First, where it can be: this large product hides the time in which g comes into the cache.
+    grad_x = _backward_op(g, None, *fixed) if wants_x and not makes_u else None
     if ctx.tapped:
         u, tap_grad, squares = per_sample_grad(
             *(g, h, lora_B if makes_u else None, cu_seqlens),
@@ -258,10 +261,8 @@ def _gradients(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         )
         grad_B = summed[0]
         u = u.view(h.shape) if makes_u else None
-    grad_x = None
-    if wants_x:
-        settings = (dropout_state, ctx.scaling, ctx.dropout_p)
-        grad_x = _backward_op(g, u, weight, lora_A, lora_B, *settings)
+    if makes_u:
+        grad_x = _backward_op(g, u, *fixed)
     return grad_x, None, None, None, grad_B, tap_grad, norm_tap_grad, *(None,) * 5
 
 
