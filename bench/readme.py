@@ -14,6 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tables
+from tables import table
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 _PART = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -21,12 +26,6 @@ _PART = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def _read(name: str) -> Any:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table."""
-    lines = [head, ("---",) * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def demo() -> str:
@@ -79,6 +78,42 @@ def smollm2() -> str:
     )
 
 
+def bench() -> str:
+    """Whole steps beside the frozen model and the peers; growth; the update beside Opacus'."""
+    found = _read("bench.json")
+    text = [tables.stamp(found), tables.steps(found["rows"]), tables.growth(found["rows"])]
+    text.append(
+        table(
+            ("64 tensors of 1024 x 8, 16 records", "ms", "ratio", "to"),
+            [
+                (
+                    f"{row['op']}, {row['backend']}",
+                    f"{1e3 * row['seconds']:.2f}",
+                    f"{row['ratio']:.2f}",
+                    row["against"],
+                )
+                for row in found["rows"]
+                if row["op"] in UPDATES and row["backend"] != "reference"
+            ],
+        )
+    )
+    return "\n".join(part for part in text if part)
+
+
+UPDATES = ("clip_accumulate", "private_update, no noise", "private_update", "private_step",
+           "Opacus' DPOptimizer.step")  # fmt: skip
+
+
+def profile() -> str:
+    """Where one private step's time goes."""
+    found = _read("profile.json")
+    (floor, theirs), (name, ours) = found["milliseconds"].items()
+    kinds = sorted({*theirs, *ours}, key=lambda kind: -ours.get(kind, 0.0))
+    rows = [(k, f"{theirs.get(k, 0.0):.1f}", f"{ours.get(k, 0.0):.1f}") for k in kinds]
+    rows.append(("all", f"{sum(theirs.values()):.1f}", f"{sum(ours.values()):.1f}"))
+    return table((f"{found['model']}, one thread, ms a step", floor, name), rows)
+
+
 def study() -> str:
     """FFA-LoRA against LoRA; the words of a cell are the study's own."""
     spec = importlib.util.spec_from_file_location("study", ROOT / "bench" / "study" / "run.py")
@@ -89,7 +124,13 @@ def study() -> str:
     return str(module.tables(module.Log(RESULTS / "study" / "runs.jsonl")))
 
 
-PARTS: dict[str, Callable[[], str]] = {"demo": demo, "smollm2": smollm2, "study": study}
+PARTS: dict[str, Callable[[], str]] = {
+    "bench": bench,
+    "profile": profile,
+    "demo": demo,
+    "smollm2": smollm2,
+    "study": study,
+}
 
 
 def written(text: str) -> str:

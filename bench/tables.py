@@ -18,11 +18,8 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def markdown(result: dict[str, Any]) -> str:
     """All tables, under what the figures depend on."""
-    stamp = result["environment"]
-    told = ", ".join(f"{k} {v}" for k, v in stamp["libraries"].items())
     parts = [
-        f"{stamp['device']} ({stamp['instructions']}), {stamp['threads']} threads, torch "
-        f"{stamp['torch']}, Python {stamp['python']}, {told}; {stamp['date']}.\n\n"
+        stamp(result),
         "Ratios are medians over rounds of two times taken one after the other, with the "
         "interquartile range in brackets.\n",
         steps(result["rows"]),
@@ -30,6 +27,16 @@ def markdown(result: dict[str, Any]) -> str:
         growth(result["rows"]),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def stamp(result: dict[str, Any]) -> str:
+    """What the figures depend on, in a line."""
+    found = result["environment"]
+    told = ", ".join(f"{k} {v}" for k, v in found["libraries"].items())
+    return (
+        f"{found['device']} ({found['instructions']}), {found['threads']} threads, torch "
+        f"{found['torch']}, Python {found['python']}, {told}; {found['date']}.\n"
+    )
 
 
 def steps(rows: Rows) -> str:

@@ -1,6 +1,7 @@
 """Chooses the backend that serves an op, from the device and dtypes of its tensors.
 
-`FFA_BACKEND=name` forces one backend for a process, `use_backend(name)` for a block of code.
+`FFA_BACKEND=name`, set before the first op, forces one backend for a process; `use_backend(name)`
+does for a block of code.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def chosen(op: str, device: torch.device, *dtypes: torch.dtype) -> tuple[str, st
 def kernel(op: str, *tensors: torch.Tensor) -> Callable[..., Any]:
     """The function that computes `op` for `tensors`: same name and arguments as the op."""
     device = tensors[0].device
-    key = (op, os.environ.get("FFA_BACKEND"), device, *(t.dtype for t in tensors))
+    key = (op, device, *[t.dtype for t in tensors])
     function = _chosen.get(key)
     if function is None:
         name = backend_for(op, device, tuple(t.dtype for t in tensors))

@@ -140,7 +140,7 @@ class Adapter(nn.Module):
                 norm_tap = norm_tap * 2
             cu_seqlens = taps.cu_seqlens
             trained = B.detach()
-        weight, bias = self.frozen_weight(), self.frozen_bias()
+        weight, bias, A = self.frozen_weight(), self.frozen_bias(), self.frozen_A()
         base = self.base_forward(x) if weight is None else None
         if cast is not None:
             # x may have that dtype already, from the layer before.
@@ -152,8 +152,8 @@ class Adapter(nn.Module):
             x,
             weight,
             bias if weight is not None else None,
-            self.frozen_A().to(dtype),
-            trained.to(dtype),
+            A if A.dtype == dtype else A.to(dtype),
+            trained if trained.dtype == dtype else trained.to(dtype),
             tap=tap,
             norm_tap=norm_tap,
             dropout_state=self._dropout_state(x),

@@ -53,6 +53,8 @@ def define(
         direct = not torch.is_grad_enabled() and values_alone(arguments)
         return (implementation if direct else registered)(*arguments)
 
+    # For who knows that nobody asks for more.
+    op.implementation = implementation  # type: ignore[attr-defined]
     return op
 
 

@@ -58,7 +58,7 @@ def _fake(
     return u, g.new_empty(n, g.shape[-1], r), g.new_empty(n, dtype=torch.float64)
 
 
-_op = define(
+per_sample_grad_op = define(
     "per_sample_grad(Tensor g, Tensor h, Tensor? lora_B, Tensor? cu_seqlens, float scaling,"
     " bool mean_loss) -> (Tensor, Tensor, Tensor)",
     _check,
@@ -98,5 +98,7 @@ def per_sample_grad(
     Raises:
         ConfigError: shapes or dtypes that do not fit together.
     """
-    result: tuple[Tensor, Tensor, Tensor] = _op(g, h, lora_B, cu_seqlens, scaling, mean_loss)
+    result: tuple[Tensor, Tensor, Tensor] = per_sample_grad_op(
+        g, h, lora_B, cu_seqlens, scaling, mean_loss
+    )
     return result

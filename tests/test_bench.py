@@ -1,0 +1,104 @@
+"""The benchmarks run, and what they write says what was measured."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ffa_kernels import cli
+from ffa_kernels.backends.dispatch import OPS
+
+ROOT = Path(__file__).parents[1]
+BENCH = ROOT / "bench"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(out, only):
+    command = [sys.executable, str(BENCH / "run.py"), "--device", "cpu", "--rounds", "2"]
+    return subprocess.run(
+        [*command, "--out", str(out), "--only", only], capture_output=True, text=True, timeout=240
+    )
+
+
+def test_a_run_writes_rows_tables_and_plots(tmp_path):
+    done = run(tmp_path, "(bench_clip_accumulate and cpu) or (bench_step and MiniLM and PEFT)")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "bench.json").read_text())
+    steps = [row for row in found["rows"] if row["op"] == "step"]
+    assert {"PEFT, B alone (not private)", "PEFT, A and B (not private)"} <= {
+        row["subject"] for row in steps
+    }
+    for row in found["rows"]:
+        assert row["seconds"] > 0 and row["ratio"] > 0
+    for row in steps:
+        # A training step holds at least what the frozen passes hold, and takes longer.
+        assert row["peak_bytes"] > 0.9 * row["floor_peak_bytes"] > 0 and row["ratio"] > 0.9
+    (clip,) = (row for row in found["rows"] if row["op"] == "clip_accumulate")
+    assert 0 < clip["of_ceiling"] < 1.5 and clip["bytes"] > 16 * 64 * 1024 * 8 * 4
+    assert {"steps.png", "memory.png", "roofline.png"} <= {p.name for p in tmp_path.iterdir()}
+    text = (tmp_path / "bench.md").read_text()
+    assert "PEFT, B alone" in text and "clip_accumulate" in text and found["suite"] == "quick"
+    # What is committed names the processor, and neither host nor folder.
+    assert found["environment"]["device"] and str(tmp_path) not in json.dumps(found)
+
+
+def test_a_failing_benchmark_is_an_exit_code(tmp_path):
+    done = run(tmp_path, "no_such_benchmark")
+    assert done.returncode != 0
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"] == []
+
+
+def test_the_command_runs_the_checkouts_benchmarks(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda c: seen.append(c) or subprocess.CompletedProcess(c, 5)
+    )
+    assert cli.main(["bench", "--out", str(tmp_path), "--suite", "full", "--device", "cpu"]) == 5
+    (command,) = seen
+    assert Path(command[1]) == BENCH / "run.py" and command[-2:] == ["--device", "cpu"]
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "ffa_kernels" / "cli.py"))
+    assert cli.main(["bench", "--out", str(tmp_path)]) == 2
+    assert "clone the repository" in capsys.readouterr().err and len(seen) == 1
+
+
+def test_every_op_has_a_benchmark():
+    text = "".join(path.read_text() for path in BENCH.glob("bench_*.py"))
+    for op in OPS:
+        assert f'"{op}' in text or f"op={op!r}" in text, op
+
+
+def test_a_line_is_the_least_squares_line():
+    tables = load("tables")
+    a, b, fit = tables.line([(1.0, 5.0), (2.0, 7.0), (4.0, 11.0)])
+    assert (a, b, fit) == (pytest.approx(3.0), pytest.approx(2.0), pytest.approx(1.0))
+    assert tables.line([(1.0, 0.0), (2.0, 4.0), (3.0, 0.0)])[2] == pytest.approx(0.0)
+
+
+def test_growth_is_what_a_step_takes_over_its_floor():
+    tables = load("tables")
+    rows = [
+        {"op": "growth", "subject": "s", "knob": "T", "value": t, "seconds": 0.01 * t + 0.002 * t,
+         "ratio": 1.2}
+        for t in (1, 2, 4)
+    ]  # fmt: skip
+    assert tables.sweeps(rows) == {("s", "T"): [(t, pytest.approx(2.0 * t)) for t in (1, 2, 4)]}
+    assert "| s | T |" in tables.growth(rows) and "1.000 |" in tables.growth(rows)
+
+
+def test_a_floor_is_the_longer_of_bytes_and_operations():
+    roofline = load("roofline")
+    work = roofline.frozen_linear(10, 20, 30, 4)
+    assert work.flops == 2 * 10 * 20 * 30
+    assert work.bytes == 4 * (10 * 30 + 10 * 20 + 20 * 30)
+    assert work.floor(bandwidth=1.0, rate=1e9) == work.bytes
+    assert work.floor(bandwidth=1e9, rate=1.0) == work.flops
