@@ -1,8 +1,9 @@
 """Who makes a training step: the floor, this library, and its peers on the same work.
 
 Each is a function of a Setting, a frozen model of its own, and the device; it gives a step, which
-takes the round's number. All but the floor end with an AdamW update of what they train. Those that
-are not private say so in their names. A peer that is not installed is left out.
+takes the round's number. All but the floor take their batches from a DataLoader and end with an
+AdamW update of what they train. Those that are not private say so in their names. A peer that is
+not installed is left out.
 """
 
 from __future__ import annotations
@@ -85,17 +86,17 @@ def private_dropout(s: Setting, model: nn.Module, device: torch.device) -> Step:
 def not_private(s: Setting, model: nn.Module, device: torch.device) -> Step:
     """This library's layers in an ordinary training loop."""
     _convert(s, model)
-    return _plain(s, model, _adamw(model), _batches(s, device))
+    return _plain(s, model, _adamw(model), _forever(_loader(s), device))
 
 
 def peft(s: Setting, model: nn.Module, device: torch.device) -> Step:
     adapted = _peft(s, model, train_A=True)
-    return _plain(s, adapted, _adamw(adapted), _batches(s, device))
+    return _plain(s, adapted, _adamw(adapted), _forever(_loader(s), device))
 
 
 def peft_B(s: Setting, model: nn.Module, device: torch.device, dropout: float = 0.0) -> Step:
     adapted = _peft(s, model, train_A=False, dropout=dropout)
-    return _plain(s, adapted, _adamw(adapted), _batches(s, device))
+    return _plain(s, adapted, _adamw(adapted), _forever(_loader(s), device))
 
 
 def peft_B_dropout(s: Setting, model: nn.Module, device: torch.device) -> Step:
@@ -107,7 +108,7 @@ def by_hand(s: Setting, model: nn.Module, device: torch.device) -> Step:
     for name in s.targets(model):
         parent, _, local = name.rpartition(".")
         setattr(model.get_submodule(parent), local, _ByHand(model.get_submodule(name), s.r))
-    return _plain(s, model, _adamw(model), _batches(s, device))
+    return _plain(s, model, _adamw(model), _forever(_loader(s), device))
 
 
 def opacus(s: Setting, model: nn.Module, device: torch.device, mode: str = "hooks") -> Step:
@@ -166,7 +167,7 @@ def fastdp(s: Setting, model: nn.Module, device: torch.device) -> Step:
         max_grad_norm=CLIP, clipping_mode="MixOpt", clipping_fn="Abadi",
     )  # fmt: skip
     engine.attach(optimizer)
-    return _plain(s, adapted, optimizer, _batches(s, device))
+    return _plain(s, adapted, optimizer, _forever(_loader(s), device))
 
 
 def dp_lora(s: Setting, model: nn.Module, device: torch.device) -> Step:

@@ -34,7 +34,8 @@ def define(
     Returns:
         The callable op. Where no gradient is recorded it runs the implementation on plain tensors
         without the dispatcher, whose way into Python takes longer than a small layer; one that
-        writes to its inputs never does, for the dispatcher counts their versions.
+        writes to its inputs does not, for the dispatcher counts their versions. Its attribute
+        `implementation` is for callers that see to all of this themselves.
     """
     name = schema.split("(", 1)[0]
 
@@ -46,14 +47,12 @@ def define(
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ffa::{name}", fake, lib=LIBRARY)
     registered = getattr(torch.ops.ffa, name).default
-    if "!" in schema:
-        return registered
+    writes = "!" in schema
 
     def op(*arguments: Any) -> Any:
-        direct = not torch.is_grad_enabled() and values_alone(arguments)
+        direct = not writes and not torch.is_grad_enabled() and values_alone(arguments)
         return (implementation if direct else registered)(*arguments)
 
-    # For who knows that nobody asks for more.
     op.implementation = implementation  # type: ignore[attr-defined]
     return op
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ffa_kernels.ops._library import define
+from ffa_kernels.ops._library import define, values_alone
 from ffa_kernels.ops.clip_accumulate import check_bounds, check_records
 from ffa_kernels.ops.private_update import check_update
 
@@ -87,9 +87,12 @@ def private_step(
     Raises:
         ConfigError: shapes, dtypes or values that do not fit together.
     """
-    torch.autograd.graph.increment_version(list(params))
+    written = [stats, *params, *exp_avgs, *exp_avg_sqs, *steps, rng_state]
+    direct = values_alone((*written, *grad_samples, *squares, keep, hyper))
+    # The dispatcher counts versions too, but not those of parameters, of which it sees no gradient.
+    torch.autograd.graph.increment_version(written if direct else list(params))
     with torch.no_grad():
-        factors: Tensor = _op(
+        factors: Tensor = (_op.implementation if direct else _op)(
             list(grad_samples),
             list(squares),
             stats,
