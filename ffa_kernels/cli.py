@@ -239,8 +239,9 @@ def _audit(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     import subprocess
 
-    script = Path(__file__).resolve().parents[1] / "bench" / "run.py"
-    if not script.is_file():
+    root = Path(__file__).resolve().parents[1]
+    script = root / "bench" / "run.py"
+    if not script.is_file() or not (root / "csrc").is_dir():
         raise FFAError(
             "bench: the benchmarks are not part of an installed package; clone the repository, "
             "install it with `pip install -e '.[bench]'`, and run the command again"

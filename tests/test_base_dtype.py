@@ -140,7 +140,7 @@ def test_tied_weights_stay_tied(name, kind):
     model = converted(name, kind)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     assert isinstance(head, FrozenLinear) and isinstance(embedding, FrozenEmbedding)
-    assert head.weight is embedding.weight and head.scale is embedding.scale
+    assert head.stored is embedding.stored and head.scale is embedding.scale
 
 
 def test_int8_rounds_each_row_to_its_own_steps():
@@ -151,7 +151,7 @@ def test_int8_rounds_each_row_to_its_own_steps():
     model = ffa.convert(nn.Sequential(linear, nn.Linear(7, 2)), 2, target_modules=["1"],
                         base_dtype="int8")  # fmt: skip
     made = model[0]
-    assert isinstance(made, FrozenLinear) and made.weight.dtype == torch.int8
+    assert isinstance(made, FrozenLinear) and made.stored.dtype == torch.int8
     steps = linear.weight.detach().abs().amax(1, keepdim=True) / 127
     error = (made.dequantized() - linear.weight).abs()
     assert (error <= 0.5001 * steps).all() and (made.dequantized()[3] == 0).all()
@@ -272,6 +272,56 @@ def test_a_peft_model(kind):
         assert not torch.equal(model(input_ids=tokens()).logits, wanted)
     ffa.merge(model)
     assert relative(model(input_ids=tokens()).logits, wanted) < CLOSE[kind]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_is_cast_afterwards_works(kind, dtype):
+    model = converted("bert", kind, modules_to_save=[]).to(dtype)
+    logits = model(input_ids=tokens()).logits
+    assert logits.dtype == dtype
+    wanted = converted("bert", kind, modules_to_save=[])(input_ids=tokens()).logits
+    assert relative(logits, wanted) < 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_keeps_the_hooks_that_were_there(kind):
+    model, targets = llama()
+    model.enable_input_require_grads()
+    seen = []
+    model.lm_head.register_forward_pre_hook(lambda m, x: seen.append(type(m)))
+    ffa.convert(model, 4, target_modules=targets, base_dtype=kind)
+    model.train().gradient_checkpointing_enable({"use_reentrant": True})
+    loss_of(model, tokens()).backward()
+    assert adapters(model)[0].trained_B().grad is not None and seen == [FrozenLinear]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_reads_the_weight_finds_it_in_floats(kind):
+    embedding, linear = nn.Embedding(20, 8), nn.Linear(8, 8)
+    model = ffa.convert(nn.Sequential(embedding, linear, nn.Linear(8, 2)), 2,
+                        target_modules=["2"], base_dtype=kind)  # fmt: skip
+    for made, old in zip(model, (embedding, linear), strict=False):
+        assert made.weight.dtype == torch.float32
+        assert relative(made.weight, old.weight) < 0.01
+    assert torch.equal(model[0](torch.arange(20)), model[0].weight)
+
+
+def test_small_weights_in_half_precision_do_not_vanish_in_int8():
+    linear = nn.Linear(16, 4).half()
+    with torch.no_grad():
+        linear.weight.mul_(1e-5)
+    model = ffa.convert(nn.Sequential(linear, nn.Linear(4, 2)), 2, target_modules=["1"],
+                        base_dtype="int8")  # fmt: skip
+    assert relative(model[0].dequantized(), linear.weight) < 0.02
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_whole_model_compiles(kind):
+    model = converted("llama", kind)
+    wanted = model(input_ids=tokens()).logits
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert relative(compiled(input_ids=tokens()).logits, wanted) < 1e-2
 
 
 @pytest.mark.parametrize("value", ["fp8", 8, torch.bfloat16, ""])

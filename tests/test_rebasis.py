@@ -457,7 +457,7 @@ def test_layers_above_cached_ones_are_folded_and_saved_for_the_whole_model(
     for number in (1, 2):
         B = {name: torch.randn(t.shape) / 50 for name, t in bases.like.items()}
         bases.close(B)
-        bases.fold(model, number)
+        bases.fold(model, number, bases.closed[number - 1])
     last = {name: torch.randn(t.shape) / 50 for name, t in bases.like.items()}
     load_trained(model, last)
     basis.save(config, bases, last, tmp_path / "adapter")

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ffa_kernels as ffa
 from ffa_kernels import ops
 from ffa_kernels.privacy import PrivacyEngine
+from ffa_kernels.privacy.sampling import Piece
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -508,3 +509,37 @@ def engine_sums(spied, seed, x, weights, bound, options):
         spied.clip_accumulate(grads, places, stats, keep, their_bounds, squares=squares)
         bounds = [their_bounds[0]] * len(bounds)
     return bounds, list(sums.values())
+
+
+def test_how_many_records_there_are_changes_no_other_records_gradient():
+    """Where a layer has two ways to round, the number of records does not choose between them."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 64)
+    seen = []
+    # 63 and 64 rows stand on either side of where W + s B A begins to pay.
+    for n in (63, 64):
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(
+            *(m for _ in range(3) for m in (torch.nn.Linear(64, 64), torch.nn.Tanh()))
+        )
+        ffa.convert(model, 4, target_modules=["0", "2", "4"])
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.normal_()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        model, optimizer, _ = ffa.PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(trained, lr=0.0),
+            data_loader=DataLoader(TensorDataset(x[:n]), batch_size=60),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            poisson_sampling=False,
+            loss_reduction="sum",
+            pad_physical_batches=False,
+        )
+        optimizer.private_step.begin(Piece(records=n, kept=n, first=True, last=True))
+        model(x[:n]).square().sum().backward()
+        seen.append([p.grad_sample[:63].clone() for p in trained])
+    for own, other in zip(*seen, strict=True):
+        assert torch.equal(own, other)

@@ -16,7 +16,7 @@
 namespace ffa::FFA_ISA {
 namespace {
 
-// Multiples of every tile's rows.
+// A block of g that suits L1 and the tiles below.
 constexpr int64_t kTokens = 32;
 constexpr int64_t kPanel = 192;
 // Vectors of sums in a tile: with those of ranks and of g they fill the registers.
@@ -122,7 +122,8 @@ double run_panel(const Problem<T>& p, int64_t span, int64_t panel, bool add, T* 
     const T* g = p.g + t * p.d_out + first;
     if (u != nullptr) {
       T* to = u + (t - begin) * p.ranks;
-      product<T, false>(tokens, g, p.d_out, int64_t{1}, columns, p.B + first * p.ranks, p.ranks, add, to);
+      product<T, false>(tokens, g, p.d_out, int64_t{1}, columns, p.B + first * p.ranks, p.ranks,
+                        add, to);
     }
     if (record)
       product<T, true>(columns, g, int64_t{1}, p.d_out, tokens, p.h + t * p.ranks, p.ranks, true,

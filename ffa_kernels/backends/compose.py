@@ -66,15 +66,44 @@ def by_way_of_sums(
     return private_step
 
 
-def merging_pays(rows: int, weight: Tensor | None, like: Tensor, dropout: bool) -> bool:
-    """Whether x (W + s B A)^T costs less than x W^T + s (x A^T) B^T: where x has more elements
-    than the weight, and nothing fuses the rank-r term with the product. The same to rounding, in
-    types that have bits to spare for it."""
-    if weight is None or dropout or like.device.type != "cpu" or weight.dtype != like.dtype:
+# Tokens of a record, where a choice must not depend on how long the batch's longest one is.
+USUAL_TOKENS = 128
+# Private to PyTorch: where a version lacks it, W is widened for each product.
+_BF16_PRODUCTS = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+def can_merge(weight: Tensor | None, like: Tensor, dropout: bool) -> bool:
+    """Whether x (W + s B A)^T is x W^T + s (x A^T) B^T to rounding, and nothing here fuses the
+    rank-r term with the product: on a CPU, in types that have bits to spare for it."""
+    return (
+        weight is not None
+        and not dropout
+        and like.device.type == "cpu"
+        and weight.dtype == like.dtype
+        and like.dtype in (torch.float32, torch.float64)
+    )
+
+
+def merging_pays(
+    rows: int, weight: Tensor | None, like: Tensor, dropout: bool, records: int = 0
+) -> bool:
+    """Whether W + s B A costs less than rank-r terms on every row: where x has more elements than
+    the weight.
+
+    Args:
+        rows: of x.
+        weight: (d_out, d_in), or None.
+        like: of x's device, dtype and number of dimensions.
+        dropout: whether x is masked.
+        records: how many a batch is expected to have, where records are clipped: the choice, and so
+            the rounding of each record's gradient, must then not depend on the batch. 0: it may.
+    """
+    if weight is None or not can_merge(weight, like, dropout):
         return False
+    if records:
+        rows = records * (1 if like.dim() == 2 else USUAL_TOKENS)
     d_out, d_in = weight.shape
-    wide = like.dtype in (torch.float32, torch.float64)
-    return wide and rows * (d_out + d_in) >= 2 * d_out * d_in
+    return rows * (d_out + d_in) >= 2 * d_out * d_in
 
 
 def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -84,7 +113,7 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
 
 def base_product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b in x's dtype. A W of fewer bits is multiplied in its own type, where the device has
-    instructions for that."""
+    instructions for that; x, b and the product are then rounded to it."""
     if weight.dtype == rows.dtype:
         return F.linear(rows, weight, bias)
     if not _multiplies(rows.device, weight.dtype):
@@ -94,11 +123,7 @@ def base_product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 
 def _multiplies(device: torch.device, dtype: torch.dtype) -> bool:
-    if device.type != "cpu" or dtype != torch.bfloat16:
-        return True
-    # Private to PyTorch: where a version lacks it, W is widened for each product.
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return supported is not None and bool(supported())
+    return device.type != "cpu" or dtype != torch.bfloat16 or _BF16_PRODUCTS
 
 
 def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:

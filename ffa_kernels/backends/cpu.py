@@ -20,6 +20,7 @@ from ffa_kernels.backends.compose import (
     base_product,
     by_way_of_G,
     by_way_of_sums,
+    can_merge,
     merged_weight,
     merging_pays,
     scaled_product,
@@ -134,11 +135,12 @@ def linear(
     scaling: float,
     dropout_p: float,
     mean_loss: bool,
+    records: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """y = x W^T + b + s h B^T (..., d_out) and h = dropout(x) A^T (..., r); x is (..., d_in)."""
     lead = x.shape[:-1]
     rows = x.reshape(-1, x.shape[-1])
-    if merging_pays(len(rows), weight, x, dropout_state is not None):
+    if merging_pays(len(rows), weight, x, dropout_state is not None, records):
         assert weight is not None
         y = F.linear(rows, merged_weight(weight, lora_A, lora_B, scaling), bias)
         # Last: the large product hides the time in which x comes into the cache.
@@ -168,7 +170,7 @@ def linear_backward(
 ) -> Tensor:
     """dx = g W + s dropout^T(u A) (..., d_in); g is (..., d_out), u (..., r)."""
     g_rows, columns = g.reshape(-1, g.shape[-1]), lora_A.shape[1]
-    if u is None and merging_pays(len(g_rows), weight, g, dropout_state is not None):
+    if u is None and can_merge(weight, g, dropout_state is not None):
         assert weight is not None
         merged = merged_weight(weight, lora_A, lora_B, scaling)
         return (g_rows @ merged).view(*g.shape[:-1], columns)

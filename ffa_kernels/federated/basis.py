@@ -101,13 +101,14 @@ class Bases:
         first = number * self.every + 1
         return Header("global", run, first, "any", prints.base, prints.recipe, weights, codec)
 
-    def fold(self, model: nn.Module, number: int) -> None:
-        """Takes a model from basis `number` - 1 to `number`.
+    def fold(self, model: nn.Module, number: int, closed: Mapping[str, Tensor]) -> None:
+        """Takes a model from basis `number` - 1, which ends with the B of `closed`, to `number`.
 
         A layer of less rank folds the whole B with the whole A, as all do, and goes on with the
         first rows of the next A.
         """
-        for name, B in self.closed[number - 1].items():
+        for name in self.like:
+            B = closed[name]
             layer = model.get_submodule(name.removesuffix(".lora_B"))
             assert isinstance(layer, FFALinear)
             key = name.replace("lora_B", "lora_A")

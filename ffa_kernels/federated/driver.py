@@ -236,8 +236,8 @@ class Run:
         """Makes the model that of the server's."""
         bases = self.server.bases
         while bases is not None and self._folded < bases.number:
+            bases.fold(self.model, self._folded + 1, bases.closed[self._folded])
             self._folded += 1
-            bases.fold(self.model, self._folded)
         load_trained(self.model, self.server.tensors)
 
     def _correct(

@@ -153,8 +153,9 @@ class Site:
         assert self._bases is not None
         B = self._opening(number, message)
         self._check_frozen()
+        # First: what fails here is tried again, or, halfway, refused by the check above.
+        self._bases.fold(self._own, number, B)
         self._bases.close(B)
-        self._bases.fold(self._own, number)
         self._fingerprint = wire.fingerprint(self._own)
         # Only a new guard takes another W.
         self._moving = None

@@ -259,7 +259,7 @@ def walk(
             enable: Any = fake.gradient_checkpointing_enable
             enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         named = {name: p for name, p in fake.named_parameters() if p.requires_grad}
-        trained = _attach(fake, named, True)
+        trained = _attach(fake, named, True, n)
         # Kept alive here, as the engine, the optimizer and the caller keep them.
         held = [zero_sums(list(named.values()), [1.0])]
         moments = [

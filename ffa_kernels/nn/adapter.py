@@ -161,6 +161,7 @@ class Adapter(nn.Module):
             scaling=self.adapter_scaling(),
             dropout_p=self.adapter_dropout(),
             mean_loss=tap is not None and taps is not None and taps.mean_loss,
+            records=taps.records if tap is not None and taps is not None else 0,
         )
         return y if base is None else base + y.to(base.dtype)
 

@@ -17,6 +17,17 @@ from ffa_kernels.backends.compose import base_product
 from ffa_kernels.errors import ConfigError
 
 BASE_DTYPES = ("bf16", "int8")
+# What a layer takes over from the one in whose place it stands.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
 
 
 def check_base_dtype(value: object) -> None:
@@ -26,97 +37,121 @@ def check_base_dtype(value: object) -> None:
         raise ConfigError(f"base_dtype is {value!r}; accepted: {accepted}, or None to change none")
 
 
-class FrozenLinear(nn.Module):
+class _Frozen(nn.Module):
+    """A frozen matrix W, in bf16, or in int8 with a scale for each row.
+
+    Attributes:
+        stored: bf16 or int8 (rows, columns).
+        scale: fp32 (rows, 1) beside int8, so that W = scale * stored; None beside bf16.
+    """
+
+    # Empty, of the dtype that W had: what casts a model casts it too.
+    like: Tensor
+
+    def __init__(
+        self, stored: nn.Parameter, scale: nn.Parameter | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.stored, self.scale = stored, scale
+        self.register_buffer("like", stored.new_empty(0, dtype=dtype), persistent=False)
+
+    def dequantized(self) -> Tensor:
+        """W, (rows, columns), in the dtype that it had."""
+        wide = self.stored if self.scale is None else self.stored * self.scale
+        return wide.to(self.like.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """W made anew, for models that read it instead of calling the layer."""
+        return self.dequantized()
+
+
+class FrozenLinear(_Frozen):
     """y = x W^T + b in x's dtype; a `FrozenBase`, which the adapters take as it is.
 
-    In bf16 the product is made in bf16, where the device has instructions for it; from int8, W is
-    made in x's dtype for each product and kept nowhere.
+    From bf16 the product is made in bf16, where the device has instructions for it: x, b and y are
+    then rounded to it. From int8, W is made in x's dtype for each product and kept nowhere.
 
     Args:
-        weight: bf16 or int8 (d_out, d_in), frozen.
-        scale: (d_out, 1), frozen, of a float type, beside int8: W = scale * weight. None for bf16.
+        stored, scale, dtype: W, (d_out, d_in), and the dtype that it had.
         bias: (d_out,) or None.
     """
 
-    def __init__(self, weight: nn.Parameter, scale: nn.Parameter | None, bias: Any) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.weight, self.scale, self.bias = weight, scale, bias
+    def __init__(
+        self,
+        stored: nn.Parameter,
+        scale: nn.Parameter | None,
+        dtype: torch.dtype,
+        bias: nn.Parameter | None,
+    ) -> None:
+        super().__init__(stored, scale, dtype)
+        self.out_features, self.in_features = stored.shape
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x (n, ..., d_in) to y (n, ..., d_out)."""
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
             x = x.to(torch.get_autocast_dtype(x.device.type))
         y: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self.scale, self.bias
+            x, self.stored, self.scale, self.bias
         )
         return y
 
-    def dequantized(self) -> Tensor:
-        """W, (d_out, d_in), in the dtype that it had: fp32 beside bf16."""
-        return self.weight.float() if self.scale is None else self.weight * self.scale
-
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, weight={self.weight.dtype}"
+        return f"{self.in_features}, {self.out_features}, stored={self.stored.dtype}"
 
 
 class _Product(torch.autograd.Function):
     """x W^T + b, whose backward makes W again: no x and no W in floats waits for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Any) -> Tensor:
-        ctx.save_for_backward(weight, scale)
+    def forward(ctx: Any, x: Tensor, stored: Tensor, scale: Tensor | None, bias: Any) -> Tensor:
+        ctx.save_for_backward(stored, scale)
         with torch.autocast(x.device.type, enabled=False):
             bias = None if bias is None else bias.to(x.dtype)
-            return base_product(x, _in_floats(weight, scale, x.dtype), bias)
+            return base_product(x, _in_floats(stored, scale, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        weight, scale = ctx.saved_tensors
+        stored, scale = ctx.saved_tensors
         (g,) = grads
         with torch.autocast(g.device.type, enabled=False):
-            dx = base_product(g, _in_floats(weight, scale, g.dtype).t())
+            dx = base_product(g, _in_floats(stored, scale, g.dtype).t())
         return dx, None, None, None
 
 
-def _in_floats(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return weight if scale is None else weight * scale.to(dtype)
+def _in_floats(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return stored if scale is None else (stored * scale).to(dtype)
 
 
-class FrozenEmbedding(nn.Module):
-    """Rows of W, in `dtype`.
+class FrozenEmbedding(_Frozen):
+    """Rows of W, in the dtype that it had.
 
     Args:
-        weight: bf16 or int8 (num_embeddings, embedding_dim), frozen.
-        scale: (num_embeddings, 1), frozen, of a float type, beside int8: W = scale * weight. None
-            for bf16.
+        stored, scale, dtype: W, (num_embeddings, embedding_dim), and the dtype that it had.
         padding_idx: as nn.Embedding has it; of no effect on what is frozen.
-        dtype: of the rows.
     """
 
     def __init__(
         self,
-        weight: nn.Parameter,
+        stored: nn.Parameter,
         scale: nn.Parameter | None,
-        padding_idx: int | None,
         dtype: torch.dtype,
+        padding_idx: int | None,
     ) -> None:
-        super().__init__()
-        self.num_embeddings, self.embedding_dim = weight.shape
-        self.weight, self.scale, self.padding_idx = weight, scale, padding_idx
-        self.dtype = dtype
+        super().__init__(stored, scale, dtype)
+        self.num_embeddings, self.embedding_dim = stored.shape
+        self.padding_idx = padding_idx
 
     def forward(self, input: Tensor) -> Tensor:
         """Indices (...) to rows (..., embedding_dim)."""
-        rows = F.embedding(input, self.weight).to(self.dtype)
-        return rows if self.scale is None else rows * self.scale[input]
-
-    def dequantized(self) -> Tensor:
-        """W, (num_embeddings, embedding_dim), in the dtype that it had: fp32 beside bf16."""
-        return self.weight.float() if self.scale is None else self.weight * self.scale
+        rows = F.embedding(input, self.stored)
+        if self.scale is not None:
+            rows = rows * F.embedding(input, self.scale)
+        return rows.to(self.like.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, weight={self.weight.dtype}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, stored={self.stored.dtype}"
 
 
 class Shrinker:
@@ -141,12 +176,14 @@ class Shrinker:
             layer: Any = module
             if not (type(module) is nn.Linear or conv1d or embedding) or not self._takes(layer):
                 continue
-            made: nn.Module
+            weight, made = layer.weight, nn.Module()
+            stored, scale = self._smaller(weight, transposed=conv1d)
             if embedding:
-                dtype = layer.weight.dtype
-                made = FrozenEmbedding(*self._smaller(layer.weight), layer.padding_idx, dtype)
+                made = FrozenEmbedding(stored, scale, weight.dtype, layer.padding_idx)
             else:
-                made = FrozenLinear(*self._smaller(layer.weight, transposed=conv1d), layer.bias)
+                made = FrozenLinear(stored, scale, weight.dtype, layer.bias)
+            for name in _HOOKS:
+                setattr(made, name, getattr(module, name))
             found[module] = made.train(module.training)
         return found
 
@@ -171,7 +208,7 @@ class Shrinker:
                 largest = rows.abs().amax(dim=1, keepdim=True).float()
                 steps = torch.where(largest > 0, largest / 127.0, torch.ones_like(largest))
                 made = (rows.float() / steps).round_().clamp_(-127, 127).to(torch.int8)
-                scale = nn.Parameter(steps.to(weight.dtype), requires_grad=False)
+                scale = nn.Parameter(steps, requires_grad=False)
             else:
                 made = rows.to(torch.bfloat16)
             self._made[key] = (nn.Parameter(made, requires_grad=False), scale)

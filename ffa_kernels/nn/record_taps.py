@@ -24,21 +24,23 @@ class RecordTaps:
     Copies and pickles are empty: they belong to no engine, and train nothing.
     """
 
-    __slots__ = ("cu_seqlens", "layer", "mean_loss", "norm_taps", "taps")
+    __slots__ = ("cu_seqlens", "layer", "mean_loss", "norm_taps", "records", "taps")
 
-    def __init__(self, layer: str, mean_loss: bool) -> None:
+    def __init__(self, layer: str, mean_loss: bool, records: int = 1) -> None:
         self.layer = layer
         self.mean_loss = mean_loss
+        # Of a physical batch, as expected: the same for all.
+        self.records = records
         self.taps: dict[str, Tensor] = {}
         # Beside a tap: what its op knows of the norms, and how often it was called.
         self.norm_taps: dict[str, Tensor] = {}
         self.cu_seqlens: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RecordTaps:
-        return RecordTaps(self.layer, self.mean_loss)
+        return RecordTaps(self.layer, self.mean_loss, self.records)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RecordTaps, (self.layer, self.mean_loss)
+        return RecordTaps, (self.layer, self.mean_loss, self.records)
 
     def get(self, name: str, x: Tensor) -> Tensor:
         """The tap of the layer's tensor `name`, for an input x whose first dimension is n.

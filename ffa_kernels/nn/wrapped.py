@@ -171,7 +171,7 @@ def _dequantized_int8(layer: Any, weight: Any) -> Tensor:
 def multiplied(layer: Any) -> Tensor | None:
     """The weight of a layer that a product takes as it is, (d_out, d_in); None for all others."""
     if isinstance(layer, FrozenLinear) and layer.scale is None:
-        return layer.weight
+        return layer.stored
     return None
 
 

@@ -73,6 +73,7 @@ def _check(
     scaling: float,
     dropout_p: float,
     mean_loss: bool,
+    records: int = 0,
 ) -> None:
     if _fits(x, weight, bias, lora_A, lora_B, tap, norm_tap, dropout_state, cu_seqlens):
         return
@@ -176,10 +177,11 @@ def _fake(
     scaling: float,
     dropout_p: float,
     mean_loss: bool,
+    records: int = 0,
 ) -> tuple[Tensor, Tensor]:
     _check(
         *(x, weight, bias, lora_A, lora_B, tap, norm_tap, dropout_state, cu_seqlens),
-        *(scaling, dropout_p, mean_loss),
+        *(scaling, dropout_p, mean_loss, records),
     )
     leading = x.shape[:-1]
     return x.new_empty(*leading, lora_B.shape[0]), x.new_empty(*leading, lora_A.shape[0])
@@ -193,7 +195,7 @@ def _by_base(x: Tensor, weight: Tensor | None, *_: object) -> tuple[Tensor, ...]
 _op = define(
     "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? tap,"
     " Tensor? norm_tap, Tensor? dropout_state, Tensor? cu_seqlens, float scaling,"
-    " float dropout_p, bool mean_loss) -> (Tensor, Tensor)",
+    " float dropout_p, bool mean_loss, int records=0) -> (Tensor, Tensor)",
     _check,
     _by_base,
     _fake,
@@ -234,7 +236,7 @@ def _backward_fake(
     return g.new_empty(*g.shape[:-1], lora_A.shape[1])
 
 
-# u is g B, where that is at hand; else the backend does with B what is cheapest.
+# u is g B. Without it a backend may use W + s B A, where `can_merge`; else it makes u.
 _backward_op = define(
     "linear_backward(Tensor g, Tensor? u, Tensor? weight, Tensor lora_A, Tensor lora_B,"
     " Tensor? dropout_state, float scaling, float dropout_p) -> Tensor",
@@ -254,31 +256,39 @@ class _Linear(torch.autograd.Function):
         # Not x: backward needs it for nothing, and it is d_in / r times the size of h.
         ctx.save_for_backward(h, weight, lora_A, lora_B, dropout_state, cu_seqlens)
         ctx.tapped = tap is not None
-        ctx.scaling, ctx.dropout_p, ctx.mean_loss = inputs[9:]
+        ctx.scaling, ctx.dropout_p, ctx.mean_loss, ctx.records = inputs[9:]
         return y, h
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *_gradients(ctx, grads[0])
+        (g, _) = grads
+        if g is not None and torch.is_autocast_enabled(g.device.type):
+            # backward() called inside it, whose casts are the forward's affair.
+            with torch.autocast(g.device.type, enabled=False):
+                return None, *_gradients(ctx, g)
+        return None, *_gradients(ctx, g)
 
 
 def _gradients(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
     if g is None:
-        return (None,) * 12
+        return (None,) * 13
     if torch.is_grad_enabled() and g.requires_grad:
         raise NotImplementedError(
             "linear: its gradient has no gradient (create_graph=True); accepted: a first backward"
         )
-    h, weight, lora_A, lora_B, dropout_state, cu_seqlens = ctx.saved_tensors
+    # Read once: a checkpoint's tensors are gone then.
+    saved = ctx.saved_tensors
+    h, weight, lora_A, lora_B, dropout_state, cu_seqlens = saved
     wants = ctx.needs_input_grad
     # After `run`: x, lora_B and norm_tap.
     wants_x, wants_B, wants_norms = wants[1], wants[5], wants[7]
     u = tap_grad = norm_tap_grad = grad_B = None
     rows = math.prod(g.shape[:-1])
-    makes_u = wants_x and not merging_pays(rows, weight, g, dropout_state is not None)
+    dropout = dropout_state is not None
+    makes_u = wants_x and not merging_pays(rows, weight, g, dropout, ctx.records)
     fixed = (weight, lora_A, lora_B, dropout_state, ctx.scaling, ctx.dropout_p)
     # First, where it can be: this large product hides the time in which g comes into the cache.
-    alone = values_alone((g,))
+    alone = values_alone((g, *saved))
     input_gradient = _backward_op.implementation if alone else _backward_op
     grad_x = input_gradient(g, None, *fixed) if wants_x and not makes_u else None
     if ctx.tapped:
@@ -301,7 +311,7 @@ def _gradients(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         u = u.view(h.shape) if makes_u else None
     if makes_u:
         grad_x = input_gradient(g, u, *fixed)
-    return grad_x, None, None, None, grad_B, tap_grad, norm_tap_grad, *(None,) * 5
+    return grad_x, None, None, None, grad_B, tap_grad, norm_tap_grad, *(None,) * 6
 
 
 # What `apply` does for functorch before it calls this takes as long as the layer's smaller product.
@@ -319,6 +329,8 @@ def _differentiated(inputs: tuple[Any, ...]) -> bool:
 
 
 def _differentiable(*inputs: Any) -> Any:
+    # The dispatcher leaves out a last argument that is its default.
+    inputs = (*inputs, 0)[:13]
     if _differentiated(inputs):
         return _Linear.apply(_op, *inputs)  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
@@ -343,6 +355,7 @@ def linear(
     scaling: float = 1.0,
     dropout_p: float = 0.0,
     mean_loss: bool = False,
+    records: int = 0,
 ) -> Tensor:
     """y = x W^T + b + s h B^T with h = dropout(x) A^T; saves h alone for backward.
 
@@ -370,6 +383,9 @@ def linear(
         scaling: s = alpha / r.
         dropout_p: p, honoured to 1 / 65536.
         mean_loss: the loss is a mean over records: G is multiplied by n.
+        records: how many a batch is expected to have. A backend that has two ways to round chooses
+            by that and not by x's size, so that no record's gradient depends on how many others
+            there are. 0: nobody minds.
 
     Returns:
         y: (n, ..., d_out) of x's dtype.
@@ -378,7 +394,7 @@ def linear(
         ConfigError: shapes or dtypes that do not fit together.
     """
     tensors = (x, weight, bias, lora_A, lora_B, tap, norm_tap, dropout_state, cu_seqlens)
-    inputs = (*tensors, scaling, dropout_p, mean_loss)
+    inputs = (*tensors, scaling, dropout_p, mean_loss, records)
     y: Tensor
     if not values_alone(tensors):
         y = torch.ops.ffa.linear.default(*inputs)[0]

@@ -388,7 +388,8 @@ class PrivacyEngine:
         guard = Guard(module, mine.names, noised=noise_multiplier > 0)
         if ranks is not None:
             agree(ranks, ranks.together(guard.frozen_values))
-        trained = _attach(module, mine.names, loss_reduction == "mean")
+        records = round(min(data.batch_size, max_physical_batch_size or math.inf))
+        trained = _attach(module, mine.names, loss_reduction == "mean", records)
         step = PrivateStep(
             trained,
             mechanism,
@@ -693,8 +694,10 @@ def _rate_and_steps(
     return size / records, math.ceil(records / size)
 
 
-def _attach(module: nn.Module, trained: dict[str, nn.Parameter], mean_loss: bool) -> list[Trained]:
-    """Makes every layer with trained tensors record them."""
+def _attach(
+    module: nn.Module, trained: dict[str, nn.Parameter], mean_loss: bool, records: int
+) -> list[Trained]:
+    """Makes every layer with trained tensors record them; so many records are expected at once."""
     holders: dict[int, list[tuple[RecordTaps, str]]] = {id(p): [] for p in trained.values()}
     for p in module.parameters():
         # Frozen ones too: an optimizer steps whatever has a gradient, a stale one as well.
@@ -709,7 +712,7 @@ def _attach(module: nn.Module, trained: dict[str, nn.Parameter], mean_loss: bool
             layer.__class__ = RECORDED[type(layer)]
         holder: Any = layer
         if holder.record_taps is None:
-            holder.record_taps = RecordTaps(name, mean_loss)
+            holder.record_taps = RecordTaps(name, mean_loss, records)
         holders[id(p)].append((holder.record_taps, local))
     return [Trained(name, p, tuple(holders[id(p)])) for name, p in trained.items()]
 
