@@ -48,8 +48,9 @@ class Setting:
             and any(name.endswith(f".{ending}") for ending in self.layers)
         ]
 
-    def records(self, batches: int = 4) -> tuple[Tensor, Tensor]:
-        """(tokens (N, T), labels (N,)) of so many batches, random."""
+    def records(self, batches: int = 256) -> tuple[Tensor, Tensor]:
+        """(tokens (N, T), labels (N,)) of so many batches, random: more than are timed, for at an
+        epoch's end this library reads every frozen weight again."""
         torch.manual_seed(1)
         count = batches * self.n
         return torch.randint(5, 8000, (count, self.length)), torch.randint(2, (count,))
