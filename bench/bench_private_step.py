@@ -112,8 +112,10 @@ def bench_opacus(race: Any, device: Any, dtype: Any) -> None:
     )  # fmt: skip
 
     def step(i: int) -> None:
+        optimizer.zero_grad()
         for p, g in zip(params, s.grads, strict=True):
-            p.grad_sample, p.grad, p.summed_grad = g, None, None  # type: ignore[attr-defined]
+            # A new object, for Opacus marks what it has used.
+            p.grad_sample = g.detach()  # type: ignore[attr-defined]
         optimizer.step()
 
     race(

@@ -11,7 +11,7 @@ import pytest
 import subjects
 import torch
 
-ROUNDS = {"quick": 6, "full": 12}
+ROUNDS = {"quick": 6, "full": 8}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result: dict[str, Any] = {
         "environment": measure.environment(torch.device(chosen.device)),
         "suite": chosen.suite,
-        # Neither host nor path, which pytest-benchmark notes as well.
-        "rows": [bench["extra_info"] for bench in found["benchmarks"]],
+        # Neither host nor path, which pytest-benchmark notes as well; and what failed has no row.
+        "rows": [row for bench in found["benchmarks"] if "op" in (row := bench["extra_info"])],
     }
     text = json.dumps(result, indent=1) + "\n"
     (chosen.out / "bench.json").write_text(text, encoding="utf-8")

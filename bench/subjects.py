@@ -109,7 +109,13 @@ def by_hand(s: Setting, model: nn.Module, device: torch.device) -> Step:
     return _plain(s, model, _adamw(model), _forever(_loader(s), device))
 
 
-def opacus(s: Setting, model: nn.Module, device: torch.device, mode: str = "hooks") -> Step:
+def opacus(
+    s: Setting,
+    model: nn.Module,
+    device: torch.device,
+    mode: str = "hooks",
+    autocast: torch.dtype | None = None,
+) -> Step:
     from opacus import PrivacyEngine
 
     adapted = _peft(s, model, train_A=False)
@@ -121,7 +127,7 @@ def opacus(s: Setting, model: nn.Module, device: torch.device, mode: str = "hook
         max_grad_norm=CLIP, poisson_sampling=False, **settings,
     )  # fmt: skip
     if mode != "ghost":
-        return _plain(s, made[0], made[1], _forever(made[2], device))
+        return _plain(s, made[0], made[1], _forever(made[2], device), autocast)
     adapted, optimizer, criterion, loader = made
     batches = _forever(loader, device)
 
@@ -137,14 +143,13 @@ def opacus(s: Setting, model: nn.Module, device: torch.device, mode: str = "hook
 
 
 def opacus_bf16(s: Setting, model: nn.Module, device: torch.device) -> Step:
-    """The whole step under bf16 autocast, backward too: Opacus' hooks take what comes."""
-    step = opacus(s, model, device)
-
-    def under_autocast(i: int) -> object:
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            return step(i)
-
-    return under_autocast
+    """Forward under bf16 autocast. Opacus then has gradients in bf16, which parameters in fp32 take
+    only when told to."""
+    step = opacus(s, model, device, autocast=torch.bfloat16)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad_dtype = None
+    return step
 
 
 def opacus_functorch(s: Setting, model: nn.Module, device: torch.device) -> Step:
@@ -249,11 +254,17 @@ def _adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _plain(
-    s: Setting, model: nn.Module, optimizer: Any, batches: Iterator[tuple[Tensor, Tensor]]
+    s: Setting,
+    model: nn.Module,
+    optimizer: Any,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    autocast: torch.dtype | None = None,
 ) -> Step:
     def step(_: int) -> object:
         tokens, labels = next(batches)
-        s.loss(s.logits(model, tokens), tokens, labels).backward()
+        with torch.autocast(tokens.device.type, autocast, enabled=autocast is not None):
+            loss = s.loss(s.logits(model, tokens), tokens, labels)
+        loss.backward()
         optimizer.step()
         return optimizer.zero_grad()
 

@@ -26,6 +26,7 @@ from ffa_kernels.backends.compose import (
     scaled_product,
 )
 from ffa_kernels.backends.dispatch import OPS
+from ffa_kernels.backends.grid import zero_sums
 
 # enum ffa_dtype and enum ffa_optimizer of csrc/ffa.h
 _DTYPES = {torch.float32: 0, torch.float64: 1}
@@ -311,4 +312,21 @@ def private_update(
     in_place.finish()
 
 
-private_step = by_way_of_sums(clip_accumulate, private_update)
+# Zeroed sums of the last step, for the next one of the same tensors: new pages would cost as much
+# as clipping does. None of many bytes, and none of a step that failed.
+_spare: dict[Any, list[Tensor]] = {}
+_SPARE_ELEMENTS = 1 << 20
+
+
+def _take_sums(params: list[Tensor], max_grad_norm: list[float]) -> tuple[Any, list[Tensor]]:
+    key = (tuple(p.shape for p in params), *map(math.isinf, max_grad_norm))
+    return key, _spare.pop(key, None) or zero_sums(params, max_grad_norm)
+
+
+def _give_sums(key: Any, sums: list[Tensor]) -> None:
+    _spare.clear()
+    if sum(t.numel() for t in sums) <= _SPARE_ELEMENTS:
+        _spare[key] = sums
+
+
+private_step = by_way_of_sums(clip_accumulate, private_update, _take_sums, _give_sums)

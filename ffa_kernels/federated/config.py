@@ -94,7 +94,8 @@ class Federation:
         rebasis_every: after each so many rounds the averaged B is folded into W, at every end
             alike, and a new A is drawn (method "ffa"): the whole update is then confined to no one
             A's row space, and A is still not sent. 0 for one A throughout. What the optimizers of
-            sites and server have gathered of B begins anew, for it is of the old A.
+            sites and server have gathered of B begins anew, for it is of the old A. Every site then
+            holds adapted weights of its own, also beside others in one process.
         codec: of messages: "fp32", "bf16" or "int8".
         max_update_norm: an update whose change is longer is refused; none by default.
         aggregation: "mean", or Flower's "median" or "trimmed_mean" of each number, against liars.
