@@ -219,8 +219,8 @@ CHECK = """
 import torch
 from torch import nn
 torch.manual_seed(0)
-nn.init.normal_(layer.lora_B)
-x = torch.randn(5, 2, 4)
+nn.init.normal_(layer.double().lora_B)
+x = torch.randn(5, 2, 4).double()
 module = opacus.GradSampleModule(nn.Sequential(layer))
 module(x).square().sum(dim=(1, 2)).mean().backward()
 got = layer.lora_B.grad_sample

@@ -218,8 +218,8 @@ def a_head_left_out(patch):
     """The engine forgets the head: plain gradients reach it, and the optimizer takes them."""
     real = engine_module._attach
 
-    def faulty(module, trained, mean_loss):
-        return real(module, {n: p for n, p in trained.items() if "head" not in n}, mean_loss)
+    def faulty(module, trained, *settings):
+        return real(module, {n: p for n, p in trained.items() if "head" not in n}, *settings)
 
     patch.setattr(engine_module, "_attach", faulty)
 
