@@ -251,3 +251,48 @@ def test_opcheck(backend, optimizer):
         torch.ops.ffa.private_step.default,
         (grads, squares_of(grads), stats, None, *arguments.values()),
     )
+
+
+def test_sums_are_kept_for_the_next_step_as_zeros_and_none_of_a_step_that_failed(monkeypatch):
+    """One step after another gives what each gives alone."""
+    from ffa_kernels.backends import cpu, native
+    from ffa_kernels.backends.dispatch import use_backend
+
+    if not native.available("cpu"):
+        pytest.skip("no CPU library")
+    torch.manual_seed(0)
+    grads = [torch.randn(3, 5, 2), torch.randn(3, 4)]
+    hyper = torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0]] * 2, dtype=torch.float64)
+
+    def step():
+        params = [torch.zeros(5, 2), torch.zeros(4)]
+        with use_backend("cpu"):
+            ops.private_step(
+                grads, torch.zeros(2, dtype=torch.int64), None, params, [], [],
+                [torch.zeros(()) for _ in params], torch.arange(5), hyper,
+                tensor_ids=[0, 1], max_grad_norm=[1.0], noise_multiplier=0.0,
+                expected_batch_size=3.0,
+            )  # fmt: skip
+        return params
+
+    cpu._spare.clear()
+    first = step()
+    (kept,) = cpu._spare.values()
+    assert all(not total.any() for total in kept)
+    assert all(torch.equal(a, b) for a, b in zip(first, step(), strict=True))
+    assert all(p.any() for p in first)
+
+    def fails(*arguments, **options):
+        raise RuntimeError("stopped halfway")
+
+    real = cpu.native.Library.call
+    monkeypatch.setattr(
+        cpu.native.Library,
+        "call",
+        lambda self, op, *rest: fails() if op == "private_update" else real(self, op, *rest),
+    )
+    with pytest.raises(RuntimeError, match="halfway"):
+        step()
+    assert not cpu._spare
+    monkeypatch.undo()
+    assert all(torch.equal(a, b) for a, b in zip(first, step(), strict=True))

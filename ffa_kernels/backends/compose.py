@@ -1,4 +1,5 @@
-"""Ops made of a backend's other ops, where it has no kernel of their own."""
+"""What backends share: ops made of their other ops, where there is no kernel of their own, and the
+base layer's product, alone or with the adapter merged into W."""
 
 from __future__ import annotations
 
@@ -121,14 +122,10 @@ def base_product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     instructions for that; x, b and the product are then rounded to it."""
     if weight.dtype == rows.dtype:
         return F.linear(rows, weight, bias)
-    if not _multiplies(rows.device, weight.dtype):
+    if rows.device.type == "cpu" and not _BF16_PRODUCTS:
         return F.linear(rows, weight.to(rows.dtype), bias)
     narrow = None if bias is None else bias.to(weight.dtype)
     return F.linear(rows.to(weight.dtype), weight, narrow).to(rows.dtype)
-
-
-def _multiplies(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type != "cpu" or dtype != torch.bfloat16 or _BF16_PRODUCTS
 
 
 def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:

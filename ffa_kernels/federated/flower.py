@@ -344,21 +344,21 @@ class _Nodes:
         }
         failed: dict[str, bytes | FederationError] = {}
         asked = {name: {"run": run} for name in messages}
+
+        def answers(query: str, key: str, form: type) -> Iterator[tuple[str, Any]]:
+            for name, said in self._exchange(f"query.{query}", group, asked, key, form).items():
+                if isinstance(said, FederationError):
+                    failed[name] = said
+                    contents.pop(name, None)
+                elif name in contents:
+                    yield name, said
+
         if lacking is not None and sends_A:
-            answers = self._exchange(f"query.{_FROZEN}", group, asked, "lacks_A", bool)
-            for name, lacks in answers.items():
-                if isinstance(lacks, FederationError):
-                    failed[name] = lacks
-                    del contents[name]
-                elif lacks:
+            for name, lacks in answers(_FROZEN, "lacks_A", bool):
+                if lacks:
                     contents[name]["frozen"] = lacking(name)
         if lacking is not None and opened:
-            counts = self._exchange(f"query.{_OPENED}", group, asked, "opened", int)
-            for name, count in counts.items():
-                if isinstance(count, FederationError):
-                    failed[name] = count
-                    del contents[name]
-                    continue
+            for name, count in answers(_OPENED, "opened", int):
                 for number in range(max(count, 0) + 1, opened + 1):
                     contents[name][f"basis-{number}"] = lacking(name, number)
         updates = self._exchange("train", group, contents, "update", bytes)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ffa_kernels.backends.compose import base_product
 from ffa_kernels.errors import ConfigError
+from ffa_kernels.nn.linear import is_conv1d
 
 BASE_DTYPES = ("bf16", "int8")
 # What a layer takes over from the one in whose place it stands.
@@ -167,9 +168,6 @@ class Shrinker:
         Of these classes alone, not of subclasses, whose forward may do otherwise; and only where
         the weight is an ordinary matrix of more bytes, and finite.
         """
-        # Here, for linear.py is imported by those who import this.
-        from ffa_kernels.nn.linear import is_conv1d
-
         found: dict[nn.Module, nn.Module] = {}
         for module in modules:
             conv1d, embedding = is_conv1d(module), type(module) is nn.Embedding
