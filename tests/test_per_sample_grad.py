@@ -62,7 +62,7 @@ def errors(values: list[Tensor], g: Tensor, h: Tensor, B: Tensor, scale: float) 
 def check(leading, d_out, r, dtype, mean_loss=False):
     g, h, B = inputs(leading, d_out, r, dtype)
     scale = 0.25 * (leading[0] if mean_loss else 1)
-    u, G, square = ops.per_sample_grad(g, h, B, scaling=0.25, mean_loss=mean_loss)
+    u, G, squares = ops.per_sample_grad(g, h, B, scaling=0.25, mean_loss=mean_loss)
     assert u.shape == (*leading, r) and G.shape == (leading[0], d_out, r)
     assert u.dtype == G.dtype == dtype
     own = formulas(g, h, B, scale)
@@ -74,15 +74,15 @@ def check(leading, d_out, r, dtype, mean_loss=False):
             largest = value.abs().max().item() if value.numel() else 0.0
             ulp = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(largest)) if largest else 0
             assert error <= 2 * of_pytorch + ulp
-    assert square.shape == (leading[0],)
-    assert square.dtype == torch.float64
+    assert squares.shape == (2, leading[0]) and (squares[1] == 1).all()
+    assert squares.dtype == torch.float64
     # Of the G that was returned, not of the exact one.
     of_stored = G.double().square().sum(dim=(1, 2))
-    torch.testing.assert_close(square.double(), of_stored, rtol=4e-6, atol=0)
+    torch.testing.assert_close(squares[0], of_stored, rtol=4e-6, atol=0)
     assert alone[0].shape == (0,)
     # Tiles, and so the order of a sum, may depend on whether u is wanted.
     of_stored = alone[1].double().square().sum(dim=(1, 2))
-    torch.testing.assert_close(alone[2].double(), of_stored, rtol=4e-6, atol=0)
+    torch.testing.assert_close(alone[2][0], of_stored, rtol=4e-6, atol=0)
 
 
 @pytest.mark.parametrize("mean_loss", [False, True])
@@ -120,11 +120,12 @@ def test_inputs_need_not_be_contiguous(backend, dtype):
 def test_a_record_does_not_depend_on_the_others(backend):
     g, h, B = inputs((5, 11), 77, 5, torch.float32)
     g[3] = torch.nan
-    u, G, square = ops.per_sample_grad(g, h, B, scaling=0.5)
+    u, G, squares = ops.per_sample_grad(g, h, B, scaling=0.5)
     for i in (0, 1, 2, 4):
         alone = ops.per_sample_grad(g[i : i + 1], h[i : i + 1], B, scaling=0.5)
-        torch.testing.assert_close((u[i : i + 1], G[i : i + 1], square[i : i + 1]), alone)
-    assert G[3].isnan().all() and square[3].isnan()
+        mine = (u[i : i + 1], G[i : i + 1], squares[:, i : i + 1])
+        torch.testing.assert_close(mine, alone)
+    assert G[3].isnan().all() and squares[0, 3].isnan() and (squares[1] == 1).all()
 
 
 @pytest.mark.usefixtures("compiled")

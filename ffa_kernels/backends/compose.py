@@ -32,8 +32,7 @@ def by_way_of_G(
         max_grad_norm: float,
     ) -> tuple[Tensor, Tensor]:
         u, G, squares = per_sample_grad(g, h, lora_B, cu_seqlens, scaling, mean_loss)
-        known = torch.stack([squares, torch.ones_like(squares)])
-        return u, clip_accumulate([G], [known], [total], stats, keep, [max_grad_norm])
+        return u, clip_accumulate([G], [squares], [total], stats, keep, [max_grad_norm])
 
     return per_sample_clip
 

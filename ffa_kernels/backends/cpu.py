@@ -26,7 +26,7 @@ from ffa_kernels.backends.compose import (
     scaled_product,
 )
 from ffa_kernels.backends.dispatch import OPS
-from ffa_kernels.backends.grid import zero_sums
+from ffa_kernels.backends.grid import known_squares, zero_sums
 
 # enum ffa_dtype and enum ffa_optimizer of csrc/ffa.h
 _DTYPES = {torch.float32: 0, torch.float64: 1}
@@ -208,12 +208,12 @@ def per_sample_grad(
     scaling: float,
     mean_loss: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """u = g B, G_i = s g_i^T h_i (n, d_out, r) and |G_i|^2 (n,), from one read of g."""
+    """u = g B, G_i = s g_i^T h_i (n, d_out, r) and |G_i|^2 over ones (2, n), from one read of g."""
     d_out, r, rows = g.shape[-1], h.shape[-1], math.prod(g.shape[:-1])
     n = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     g, h = g.contiguous(), h.contiguous()
     u = g.new_empty(0 if lora_B is None else (*g.shape[:-1], r))
-    grad, squares = g.new_empty((n, d_out, r)), g.new_empty(n, dtype=torch.float64)
+    grad, squares = g.new_empty((n, d_out, r)), known_squares(n, g.device)
     lora_B = None if lora_B is None else lora_B.contiguous()
     offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
     native.load("cpu").call(

@@ -25,6 +25,7 @@ from torch import Tensor
 from ffa_kernels.backends import native
 from ffa_kernels.backends.compose import by_way_of_G
 from ffa_kernels.backends.dispatch import OPS
+from ffa_kernels.backends.grid import known_squares
 from ffa_kernels.errors import ConfigError
 
 # enum ffa_dtype and enum ffa_optimizer of csrc/ffa.h
@@ -225,15 +226,16 @@ def per_sample_grad(
     scaling: float,
     mean_loss: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """u = g B, G_i = s g_i^T h_i (n, d_out, r) and |G_i|^2 (n,), from one read of g."""
+    """u = g B, G_i = s g_i^T h_i (n, d_out, r) and |G_i|^2 over ones (2, n), from one read of g."""
     _together("per_sample_grad", g.device, h, lora_B, cu_seqlens)
     d_out, r, rows = g.shape[-1], h.shape[-1], math.prod(g.shape[:-1])
     n = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     g, h = g.contiguous(), h.contiguous()
     u = g.new_empty(0 if lora_B is None else (*g.shape[:-1], r))
-    grad, squares = g.new_empty((n, d_out, r)), g.new_empty(n, dtype=torch.float64)
+    grad, squares = g.new_empty((n, d_out, r)), known_squares(n, g.device)
     if d_out == 0 or r == 0:
-        return u.zero_(), grad, squares.zero_()
+        squares[0] = 0.0
+        return u.zero_(), grad, squares
     B = None if lora_B is None else lora_B.contiguous()
     offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
     sizes = (n, rows, d_out, r, _DTYPES[g.dtype])

@@ -26,6 +26,11 @@ def grid_size(max_grad_norm: float) -> float:
     return math.ldexp(1.0, math.frexp(max_grad_norm)[1] - 1 - GRID_BITS)
 
 
+def known_squares(n: int, device: torch.device) -> Tensor:
+    """`squares` of one call, fp64 (2, n): room for the squared norms, over ones."""
+    return torch.ones((2, n), dtype=torch.float64, device=device)
+
+
 def zero_sums(params: Sequence[Tensor], max_grad_norm: Sequence[float]) -> list[Tensor]:
     """Fresh sums for `clip_accumulate`: integers on the grid, fp64 where a bound is infinite."""
     bounds = max_grad_norm if len(max_grad_norm) > 1 else [max_grad_norm[0]] * len(params)

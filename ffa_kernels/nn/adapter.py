@@ -116,19 +116,18 @@ class Adapter(nn.Module):
 
         A and B are cast to that dtype, which may be narrower than theirs.
         """
-        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype in _AUTOCAST_FROM
-        if not autocast:
+        device = x.device.type
+        if not torch.is_autocast_enabled(device) or x.dtype not in _AUTOCAST_FROM:
             return self._adapted(x, None)
-        dtype = torch.get_autocast_dtype(x.device.type)
+        dtype = torch.get_autocast_dtype(device)
         if self.frozen_weight() is None:
             return self._adapted(x, dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             return self._adapted(x, dtype)
 
     def _adapted(self, x: Tensor, cast: torch.dtype | None) -> Tensor:
         dtype = cast or x.dtype
         taps, B = self.record_taps, self.trained_B()
-        trained: Tensor = B
         tap = norm_tap = cu_seqlens = None
         if tapping(self, taps) and B.requires_grad:
             assert taps is not None
@@ -139,7 +138,6 @@ class Adapter(nn.Module):
                 # its norm there. Counted as two calls, the norm is taken from what is in the tap.
                 norm_tap = norm_tap * 2
             cu_seqlens = taps.cu_seqlens
-            trained = B.detach()
         weight, bias, A = self.frozen_weight(), self.frozen_bias(), self.frozen_A()
         base = self.base_forward(x) if weight is None else None
         if cast is not None:
@@ -153,7 +151,7 @@ class Adapter(nn.Module):
             weight,
             bias if weight is not None else None,
             A if A.dtype == dtype else A.to(dtype),
-            trained if trained.dtype == dtype else trained.to(dtype),
+            B if B.dtype == dtype else B.to(dtype),
             tap=tap,
             norm_tap=norm_tap,
             dropout_state=self._dropout_state(x),

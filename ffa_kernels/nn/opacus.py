@@ -54,7 +54,7 @@ def grad_norms(
     From the gradients, which cost less than products of all pairs of tokens (B is thin).
     """
     squares = _sampled(layer, activations, backprops, 2)
-    return {B: of_each.sqrt().to(backprops.dtype) for B, of_each in squares.items()}
+    return {B: of_each[0].sqrt().to(backprops.dtype) for B, of_each in squares.items()}
 
 
 def _sampled(

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ffa_kernels.backends.compose import merging_pays
+from ffa_kernels.errors import ConfigError
 from ffa_kernels.ops._library import (
     LIBRARY,
     check_offsets,
     check_rng_state,
     define,
-    require,
     values_alone,
 )
 from ffa_kernels.ops.per_sample_grad import per_sample_grad, per_sample_grad_op
@@ -43,91 +43,73 @@ def _check(
     mean_loss: bool,
     records: int = 0,
 ) -> None:
+    # Plain ifs and no calls: this runs before each small product.
     if weight is None:
-        require(
-            lora_A.dim() == 2 and lora_B.dim() == 2 and bias is None,
-            lambda: (
+        if lora_A.dim() != 2 or lora_B.dim() != 2 or bias is not None:
+            raise ConfigError(
                 f"linear: without a weight, lora_A is {tuple(lora_A.shape)}, lora_B "
                 f"{tuple(lora_B.shape)} and bias {_shape(bias)}; accepted: (r, d_in), "
                 "(d_out, r), None"
-            ),
-        )
+            )
         d_out, d_in = lora_B.shape[0], lora_A.shape[1]
     else:
-        require(
-            weight.dim() == 2 and weight.is_floating_point(),
-            lambda: (
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise ConfigError(
                 f"linear: weight is {weight.dtype} {tuple(weight.shape)}; accepted: a float type, "
                 "(d_out, d_in)"
-            ),
-        )
+            )
         d_out, d_in = weight.shape
-    require(
-        x.dim() >= 2 and x.shape[-1] == d_in and x.is_floating_point(),
-        lambda: (
-            f"linear: x is {x.dtype} {tuple(x.shape)}; accepted: a float type, (n, ..., {d_in}), "
+    dtype = x.dtype
+    if x.dim() < 2 or x.shape[-1] != d_in or not dtype.is_floating_point:
+        raise ConfigError(
+            f"linear: x is {dtype} {tuple(x.shape)}; accepted: a float type, (n, ..., {d_in}), "
             "the weight's d_in"
-        ),
-    )
-    base = (x.dtype, torch.bfloat16) if x.dtype == torch.float32 else (x.dtype,)
-    require(
-        weight is None or weight.dtype in base,
-        lambda: (
-            f"linear: weight is {weight.dtype if weight is not None else None}; accepted: "
-            f"{' or '.join(map(str, base))}, for x is {x.dtype}"
-        ),
-    )
-    require(
-        bias is None or tuple(bias.shape) == (d_out,),
-        lambda: f"linear: bias is {_shape(bias)}; accepted: None or ({d_out},), the weight's d_out",
-    )
-    require(
-        lora_A.dim() == 2
-        and lora_A.shape[1] == d_in
-        and tuple(lora_B.shape) == (d_out, lora_A.shape[0]),
-        lambda: (
+        )
+    if weight is not None and weight.dtype != dtype:
+        base = (dtype, torch.bfloat16) if dtype == torch.float32 else (dtype,)
+        if weight.dtype not in base:
+            raise ConfigError(
+                f"linear: weight is {weight.dtype}; accepted: {' or '.join(map(str, base))}, for "
+                f"x is {dtype}"
+            )
+    if bias is not None and tuple(bias.shape) != (d_out,):
+        raise ConfigError(
+            f"linear: bias is {_shape(bias)}; accepted: None or ({d_out},), the weight's d_out"
+        )
+    if lora_A.dim() != 2 or lora_A.shape[1] != d_in or lora_B.shape != (d_out, lora_A.shape[0]):
+        raise ConfigError(
             f"linear: lora_A is {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}; accepted: "
             f"(r, {d_in}) and ({d_out}, r)"
-        ),
-    )
-    r = lora_A.shape[0]
-    for name, t in (
-        ("bias", bias),
-        ("lora_A", lora_A),
-        ("lora_B", lora_B),
-    ):
-        require(
-            t is None or t.dtype == x.dtype,
-            lambda name=name, t=t: (  # type: ignore[misc]
-                f"linear: {name} is {t.dtype}; accepted: {x.dtype}, the dtype of x"
-            ),
         )
-    n = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if cu_seqlens is not None:
+    for name, t in (("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B)):
+        if t is not None and t.dtype != dtype:
+            raise ConfigError(
+                f"linear: {name} is {t.dtype}; accepted: {dtype}, the dtype of x"
+            )
+    if cu_seqlens is None:
+        n = x.shape[0]
+    else:
+        n = cu_seqlens.shape[0] - 1
         check_offsets("linear", cu_seqlens, math.prod(x.shape[:-1]), x.device)
-    if tap is not None:
-        require(
-            tuple(tap.shape) == (n, d_out, r) and tap.is_floating_point(),
-            lambda: (
-                f"linear: tap is {tap.dtype} {tuple(tap.shape)}; accepted: a float type, "
-                f"{(n, d_out, r)}, which is (n, d_out, r) with n the first size of x, or of "
-                "cu_seqlens less 1"
-            ),
+    if tap is not None and (
+        tap.shape != (n, d_out, lora_A.shape[0]) or not tap.is_floating_point()
+    ):
+        raise ConfigError(
+            f"linear: tap is {tap.dtype} {tuple(tap.shape)}; accepted: a float type, "
+            f"{(n, d_out, lora_A.shape[0])}, which is (n, d_out, r) with n the first size of x, or "
+            "of cu_seqlens less 1"
         )
-    if norm_tap is not None:
-        require(
-            tap is not None and norm_tap.dtype == torch.float64 and tuple(norm_tap.shape) == (2, n),
-            lambda: (
-                f"linear: norm_tap is {norm_tap.dtype} {tuple(norm_tap.shape)}; accepted: fp64 "
-                f"{(2, n)}, beside a tap"
-            ),
+    if norm_tap is not None and (
+        tap is None or norm_tap.dtype != torch.float64 or norm_tap.shape != (2, n)
+    ):
+        raise ConfigError(
+            f"linear: norm_tap is {norm_tap.dtype} {tuple(norm_tap.shape)}; accepted: fp64 "
+            f"{(2, n)}, beside a tap"
         )
     if dropout_state is not None:
         check_rng_state("linear", "dropout_state", dropout_state)
-        require(
-            0.0 <= dropout_p < 1.0,
-            lambda: f"linear: dropout_p is {dropout_p}; accepted: 0 <= p < 1",
-        )
+        if not 0.0 <= dropout_p < 1.0:
+            raise ConfigError(f"linear: dropout_p is {dropout_p}; accepted: 0 <= p < 1")
 
 
 def _fake(
@@ -177,16 +159,17 @@ def _backward_check(
     *_: object,
 ) -> None:
     r, d_in = lora_A.shape
-    require(
-        (u is None or u.shape == (*g.shape[:-1], r))
-        and (weight is None or tuple(weight.shape) == (g.shape[-1], d_in))
-        and tuple(lora_B.shape) == (g.shape[-1], r),
-        lambda: (
+    d_out = g.shape[-1]
+    if (
+        (u is not None and u.shape != (*g.shape[:-1], r))
+        or (weight is not None and weight.shape != (d_out, d_in))
+        or lora_B.shape != (d_out, r)
+    ):
+        raise ConfigError(
             f"linear_backward: g is {tuple(g.shape)}, u {_shape(u)}, weight {_shape(weight)}, "
             f"lora_A {tuple(lora_A.shape)}, lora_B {tuple(lora_B.shape)}; accepted: "
             "(n, ..., d_out), (n, ..., r) or None, (d_out, d_in) or None, (r, d_in), (d_out, r)"
-        ),
-    )
+        )
 
 
 def _backward_fake(
@@ -231,13 +214,13 @@ class _Linear(torch.autograd.Function):
         if g is not None and torch.is_autocast_enabled(g.device.type):
             # backward() called inside it, whose casts are the forward's affair.
             with torch.autocast(g.device.type, enabled=False):
-                return None, *_gradients(ctx, g)
-        return None, *_gradients(ctx, g)
+                return _gradients(ctx, g)
+        return _gradients(ctx, g)
 
 
 def _gradients(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
     if g is None:
-        return (None,) * 13
+        return (None,) * 14
     if torch.is_grad_enabled() and g.requires_grad:
         raise NotImplementedError(
             "linear: its gradient has no gradient (create_graph=True); accepted: a first backward"
@@ -246,9 +229,9 @@ def _gradients(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     h, weight, lora_A, lora_B, dropout_state, cu_seqlens = saved
     wants = ctx.needs_input_grad
-    # After `run`: x, lora_B and norm_tap.
-    wants_x, wants_B, wants_norms = wants[1], wants[5], wants[7]
-    u = tap_grad = norm_tap_grad = grad_B = None
+    # After `run`: x and lora_B, and below norm_tap.
+    wants_x, wants_B = wants[1], wants[5]
+    grad_x = u = tap_grad = norm_tap_grad = grad_B = None
     rows = math.prod(g.shape[:-1])
     dropout = dropout_state is not None
     makes_u = wants_x and not merging_pays(rows, weight, g, dropout, ctx.records)
@@ -256,16 +239,16 @@ def _gradients(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
     alone = values_alone((g, *saved))
     input_gradient = _backward_op.implementation if alone else _backward_op
     # First, where it can be: this large product hides the time in which g comes into the cache.
-    grad_x = input_gradient(g, None, *fixed) if wants_x and not makes_u else None
+    if wants_x and not makes_u:
+        grad_x = input_gradient(g, None, *fixed)
     if ctx.tapped:
         per_record = per_sample_grad_op.implementation if alone else per_sample_grad_op
-        u, tap_grad, squares = per_record(
+        # Autograd adds up a layer's calls: the second row of norm_tap's gradient then counts them.
+        u, tap_grad, norm_tap_grad = per_record(
             g, h, lora_B if makes_u else None, cu_seqlens, ctx.scaling, ctx.mean_loss
         )
-        u = u if makes_u else None
-        if wants_norms:
-            # Autograd adds up the calls of a layer: the second row then counts them.
-            norm_tap_grad = torch.stack([squares, torch.ones_like(squares)])
+        if not wants[7]:
+            norm_tap_grad = None
     elif wants_B:
         # The whole batch as one record gives the ordinary gradient.
         flat_g, flat_h = g.flatten(0, -2), h.flatten(0, -2)
@@ -277,7 +260,7 @@ def _gradients(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         u = u.view(h.shape) if makes_u else None
     if makes_u:
         grad_x = input_gradient(g, u, *fixed)
-    return grad_x, None, None, None, grad_B, tap_grad, norm_tap_grad, *(None,) * 6
+    return None, grad_x, None, None, None, grad_B, tap_grad, norm_tap_grad, *(None,) * 6
 
 
 # What `apply` does for functorch before it calls this takes as long as the layer's smaller product.

@@ -55,7 +55,7 @@ def _fake(
     n = check_products("per_sample_grad", g, h, lora_B, cu_seqlens)
     r = h.shape[-1]
     u = g.new_empty(0) if lora_B is None else g.new_empty(*g.shape[:-1], r)
-    return u, g.new_empty(n, g.shape[-1], r), g.new_empty(n, dtype=torch.float64)
+    return u, g.new_empty(n, g.shape[-1], r), g.new_empty(2, n, dtype=torch.float64)
 
 
 per_sample_grad_op = define(
@@ -92,8 +92,9 @@ def per_sample_grad(
             the gradient of record i's own loss.
 
     Returns:
-        u (..., r), or (0,) without `lora_B`; G (n, d_out, r) of g's dtype; the squared norms fp64
-        (n,) of the G that is stored.
+        u (..., r), or (0,) without `lora_B`; G (n, d_out, r) of g's dtype; fp64 (2, n), the squared
+        norms of the G that is stored over ones, which say that they are of one call: what
+        `clip_accumulate` takes as `squares`.
 
     Raises:
         ConfigError: shapes or dtypes that do not fit together.

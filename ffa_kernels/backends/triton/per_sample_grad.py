@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ffa_kernels.backends import reference
 from ffa_kernels.backends.compose import by_way_of_G
-from ffa_kernels.backends.grid import grid_size
+from ffa_kernels.backends.grid import grid_size, known_squares
 from ffa_kernels.backends.triton.aot import Build, jit
 from ffa_kernels.backends.triton.clip_accumulate import clip_accumulate, settle
 from ffa_kernels.backends.triton.dot import dot, precision
@@ -591,15 +591,17 @@ def per_sample_grad(
             for block in h.split(_LARGEST_RANK, dim=-1)
         ]
         u = g.new_empty(0) if lora_B is None else g @ lora_B
-        squares = torch.stack([block[2] for block in blocks]).sum(0)
+        squares = known_squares(n, g.device)
+        squares[0] = torch.stack([block[2][0] for block in blocks]).sum(0)
         return u, torch.cat([block[1] for block in blocks], dim=2), squares
     u_shape = (0,) if lora_B is None else (*g.shape[:-1], r)
     if rows == 0 or d_out == 0 or r == 0:
-        squares = g.new_zeros(n, dtype=torch.float64)
+        squares = known_squares(n, g.device)
+        squares[0] = 0.0
         return g.new_zeros(u_shape), g.new_zeros(n, d_out, r), squares
     problem = _problem(g, h, lora_B is not None, cu_seqlens, scaling, mean_loss, clip=False)
-    G, squares = g.new_empty(n, d_out, r), g.new_empty(n, dtype=torch.float64)
-    u = _first_pass(problem, lora_B, G, squares)
+    G, squares = g.new_empty(n, d_out, r), known_squares(n, g.device)
+    u = _first_pass(problem, lora_B, G, squares[0])
     return u.view(u_shape), G, squares
 
 
