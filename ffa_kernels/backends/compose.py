@@ -72,7 +72,7 @@ def by_way_of_sums(
 
 
 # Tokens of a record, where a choice must not depend on how long the batch's longest one is.
-USUAL_TOKENS = 128
+USUAL_TOKENS = 192
 # Private to PyTorch: where a version lacks it, W is widened for each product.
 _BF16_PRODUCTS = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
@@ -92,8 +92,8 @@ def can_merge(weight: Tensor | None, like: Tensor, dropout: bool) -> bool:
 def merging_pays(
     rows: int, weight: Tensor | None, like: Tensor, dropout: bool, records: int = 0
 ) -> bool:
-    """Whether W + s B A costs less than rank-r terms on every row: where x has more elements than
-    the weight.
+    """Whether W + s B A costs less than rank-r terms on every row. It reads and writes as much as
+    four copies of W, in forward and backward; they read and write y, and then dx, once more.
 
     Args:
         rows: of x.
@@ -108,7 +108,7 @@ def merging_pays(
     if records:
         rows = records * (1 if like.dim() == 2 else USUAL_TOKENS)
     d_out, d_in = weight.shape
-    return rows * (d_out + d_in) >= 2 * d_out * d_in
+    return rows * (d_out + d_in) > 4 * d_out * d_in
 
 
 def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

@@ -75,6 +75,9 @@ def _storage(tensor: Tensor) -> tuple[int, int]:
     return address, 0 if tensor.is_inference() else tensor._version
 
 
+_VERSION, _REQUIRES_GRAD = operator.attrgetter("_version"), operator.attrgetter("requires_grad")
+
+
 @dataclass
 class _Watched:
     """One parameter at one place in the model."""
@@ -87,7 +90,8 @@ class _Watched:
     index: int | None
     adapter: weakref.ref[Adapter] | None
     form: tuple[torch.dtype, torch.device, torch.Size]
-    storage: tuple[int, int]
+    # Among all places: where its storage is noted.
+    at: int
     value: int | None = None
 
     @property
@@ -135,11 +139,19 @@ class Guard:
                 index=index.get(id(tensor)),
                 adapter=None if adapter is None else weakref.ref(adapter),
                 form=(tensor.dtype, tensor.device, tensor.shape),
-                storage=_storage(tensor),
+                at=len(self._watched),
             )
             self._watched.append(watched)
             if watched.index is not None:
                 self._progress[watched.index].places.append(watched)
+        # What `look` compares, a list of each: it reads little else, for in a step of a small model
+        # all of this is out of the cache.
+        self._places = [w.place for w in self._watched]
+        self._locals = [w.local for w in self._watched]
+        self._tensors = [w.tensor for w in self._watched]
+        self._trains = [w.index is not None for w in self._watched]
+        self._storages = [_storage(t) for t in self._tensors]
+        self._plain = all(type(t) is nn.Parameter for t in self._tensors)
         values = self._values()
         for watched in self._watched:
             watched.value = values[id(watched.tensor)]
@@ -170,30 +182,23 @@ class Guard:
             if (
                 now is not watched.tensor
                 or now.requires_grad is not (watched.index is not None)
-                or _storage(now) != watched.storage
+                or _storage(now) != self._storages[watched.at]
             ):
                 self._explain(watched, now)
 
     def _is_untouched(self) -> bool:
         """What `look` asks of every parameter, in a fraction of the time; False where any is of
         another kind than nearly all are."""
-        watched = self._watched
-        now = [w.place.get(w.local) for w in watched]
-        if not all(map(operator.is_, now, [w.tensor for w in watched])):
-            return False
-        tensors = [w.tensor for w in watched]
-        if not {nn.Parameter}.issuperset(map(type, tensors)):
-            return False
-        if any([t.layout is not torch.strided for t in tensors]):
+        tensors = self._tensors
+        now = map(dict.get, self._places, self._locals)
+        if not self._plain or not all(map(operator.is_, now, tensors)):
             return False
         try:
-            storages = [(t.data_ptr(), t._version) for t in tensors]
+            storages = list(zip(map(Tensor.data_ptr, tensors), map(_VERSION, tensors), strict=True))
         except RuntimeError:
-            # Inference tensors count no versions.
+            # Sparse tensors have no address, inference tensors count no versions.
             return False
-        return storages == [w.storage for w in watched] and [t.requires_grad for t in tensors] == [
-            w.index is not None for w in watched
-        ]
+        return storages == self._storages and list(map(_REQUIRES_GRAD, tensors)) == self._trains
 
     def _explain(self, watched: _Watched, now: nn.Parameter | None) -> None:
         """Raises unless what changed at this place was a harmless write."""
@@ -227,7 +232,7 @@ class Guard:
                     "now; accepted: make_private again after freezing"
                 )
             self._progress[watched.index].written = True
-        watched.storage = _storage(now)
+        self._storages[watched.at] = _storage(now)
 
     def released(
         self, reached: Iterable[int], records: bool, moving: Sequence[bool | None]
@@ -250,13 +255,13 @@ class Guard:
             progress.steps += moves is not None
             progress.due += bool(moves)
             now = _storage(p)
-            if moves and now == progress.places[0].storage:
+            if moves and now == self._storages[progress.places[0].at]:
                 raise PrivacyError(
                     f"{name}: did not move: the optimizer's step has written nothing to it; "
                     "accepted: an optimizer that updates every tensor it holds"
                 )
             for watched in progress.places:
-                watched.storage = now
+                self._storages[watched.at] = now
 
     # Values, where waiting for them is no loss.
 
@@ -304,7 +309,7 @@ class Guard:
                     "merged or disabled; accepted: requires_grad_(False) before make_private if "
                     "that is meant"
                 )
-            written = progress.written or _storage(first.tensor) != first.storage
+            written = progress.written or _storage(first.tensor) != self._storages[first.at]
             if written or first.value is None or values[id(first.tensor)] != first.value:
                 continue
             if progress.due and self._noised:
@@ -328,7 +333,7 @@ class Guard:
             progress.steps, progress.due, progress.written = 0, 0, False
             for watched in progress.places:
                 watched.value = values[id(watched.tensor)]
-                watched.storage = _storage(watched.tensor)
+                self._storages[watched.at] = _storage(watched.tensor)
 
     def _check_structure(self, module: nn.Module) -> None:
         present = {id(p): name for name, p in module.named_parameters() if p.requires_grad}

@@ -157,6 +157,7 @@ class PrivateOptimizer(Optimizer):
 
     def _fused_kind(self, groups: list[dict[str, Any]]) -> str:
         kind = {SGD: "sgd", Adam: "adam", AdamW: "adamw"}.get(type(self.original_optimizer))
+        groups = list({id(group): group for group in groups}.values())
         shared = all(
             group.get(flag, False) == groups[0].get(flag, False)
             for group in groups
@@ -186,7 +187,8 @@ class PrivateOptimizer(Optimizer):
                 )
         groups = [by_id[id(p)] for p in params]
         self._update(params, groups)
-        self.private_step.released([_moves(group) for group in groups])
+        moves = {id(group): _moves(group) for group in groups}
+        self.private_step.released([moves[id(group)] for group in groups])
 
     def _update(self, params: list[Tensor], groups: list[dict[str, Any]]) -> None:
         kind = self._fused_kind(groups)
@@ -206,8 +208,9 @@ class PrivateOptimizer(Optimizer):
         exp_avgs: list[Tensor] = []
         exp_avg_sqs: list[Tensor] = []
         steps: list[Tensor] = []
+        states = self.state
         for p, group in zip(params, groups, strict=True):
-            state = self.state[p]
+            state = states[p]
             if kind != "sgd":
                 exp_avgs.append(_buffer(state, "exp_avg", p))
                 exp_avg_sqs.append(_buffer(state, "exp_avg_sq", p))
@@ -235,7 +238,10 @@ class PrivateOptimizer(Optimizer):
         """fp64 (K, 5) on `device`; uploaded when it changes, and a tensor lr is never read here."""
         lrs = [group["lr"] for group in groups]
         on_device = [isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in lrs]
-        rows = [_hyper(group, skip_lr) for group, skip_lr in zip(groups, on_device, strict=True)]
+        of_group = {
+            id(group): _hyper(group, there) for group, there in zip(groups, on_device, strict=True)
+        }
+        rows = [of_group[id(group)] for group in groups]
         if self._hyper is None or self._hyper[0] != rows or self._hyper[1].device != device:
             table = torch.tensor(rows, dtype=torch.float64, pin_memory=device.type == "cuda")
             self._hyper = (rows, table.to(device, non_blocking=True))

@@ -173,6 +173,10 @@ class PrivateStep:
         self._reached: set[int] = set()
         self._records = False
         self._forms = [(t.parameter.device, t.parameter.dtype) for t in self.trained]
+        # Of B alone: its op has the norms at hand.
+        self._knows_norms = [all(n == "lora_B" for _, n in t.holders) for t in self.trained]
+        # Whether the sums may hold something.
+        self._summed = False
 
     def _bound(self, k: int) -> float:
         bounds = self.mechanism.scaled_bounds
@@ -209,10 +213,11 @@ class PrivateStep:
                 "max_physical_batch_size="
             )
         for t, form in zip(self.trained, self._forms, strict=True):
-            if (t.parameter.device, t.parameter.dtype) != form:
+            p = t.parameter
+            if p.device != form[0] or p.dtype != form[1]:
                 raise PrivacyError(
-                    f"{t.name}: is {t.parameter.dtype} on {t.parameter.device}, and was {form[1]} "
-                    f"on {form[0]} when made private; accepted: model.to(...) before make_private"
+                    f"{t.name}: is {p.dtype} on {p.device}, and was {form[1]} on {form[0]} when "
+                    "made private; accepted: model.to(...) before make_private"
                 )
         if piece.first:
             # What an abandoned draw left behind was not released, and must not be.
@@ -228,21 +233,29 @@ class PrivateStep:
             self._keep = torch.arange(piece.records, device=device) < piece.kept
         self._taps, self._norm_taps = [], []
         self_ref = weakref.ref(self)
-        zeros = {form: torch.zeros((), device=form[0], dtype=form[1]) for form in set(self._forms)}
+        n = piece.records
+        # Each from one element. Tensors of one form and shape are alike.
+        zeros = {
+            (form, t.parameter.shape): torch.zeros((), device=form[0], dtype=form[1]).expand(
+                n, *t.parameter.shape
+            )
+            for t, form in zip(self.trained, self._forms, strict=True)
+        }
         norm_zeros = {
-            d: torch.zeros((), device=d, dtype=torch.float64) for d, _ in set(self._forms)
+            d: torch.zeros((), device=d, dtype=torch.float64).expand(2, n)
+            for d, _ in set(self._forms)
         }
         for k, t in enumerate(self.trained):
-            t.parameter.grad_sample = None  # type: ignore[attr-defined]
-            tap = zeros[self._forms[k]].expand(piece.records, *t.parameter.shape)
-            tap = tap.detach().requires_grad_()
+            p, form = t.parameter, self._forms[k]
+            p.grad_sample = None  # type: ignore[attr-defined]
+            # A leaf of its own for each batch: a graph of an earlier one ends in its own.
+            tap = zeros[form, p.shape].detach().requires_grad_()
             hook = functools.partial(_arrived, self_ref, k)
             tap.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             self._taps.append(tap)
             norm_tap = None
-            if all(name == "lora_B" for _, name in t.holders):
-                zero = norm_zeros[t.parameter.device]
-                norm_tap = zero.expand(2, piece.records).detach().requires_grad_()
+            if self._knows_norms[k]:
+                norm_tap = norm_zeros[form[0]].detach().requires_grad_()
             self._norm_taps.append(norm_tap)
             for record_taps, name in t.holders:
                 record_taps.taps[name] = tap
@@ -273,6 +286,7 @@ class PrivateStep:
         self._clipped.add(k)
         self._reached.add(k)
         assert grad is not None
+        self._summed = True
         ops.clip_accumulate([grad], [self._sums[k]], self._stats, self._keep, [self._bound(k)])
 
     def drop(self) -> None:
@@ -301,8 +315,10 @@ class PrivateStep:
         self._forget()
 
     def _forget(self) -> None:
-        for total in self._sums:
-            total.zero_()
+        if self._summed:
+            for total in self._sums:
+                total.zero_()
+            self._summed = False
         if self._count is not None:
             self._count.zero_()
         self._reached.clear()
@@ -418,6 +434,7 @@ class PrivateStep:
             self._whole = _Whole(grads, squares, self._keep)
         elif present:
             bounds = self.mechanism.scaled_bounds
+            self._summed = True
             factors = ops.clip_accumulate(
                 grads,
                 [self._sums[k] for k in present],
@@ -459,7 +476,7 @@ class PrivateStep:
 
         On several ranks their sums are added first, and rank 0 alone charges.
         """
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if self._noise_state.is_cuda and torch.cuda.is_current_stream_capturing():
             raise PrivacyError(
                 "a private step is being captured in a CUDA graph: its replays would release "
                 "without a charge to the ledger; capture forward and backward, and call step() "
@@ -522,6 +539,7 @@ class PrivateStep:
         try:
             if self.ranks is not None:
                 counts = [] if self._count is None else [self._count]
+                self._summed = True
                 self.ranks.add([*self._sums, *counts], self.steps, error is not None)
                 # Where one fails, the others stopped in `add`.
                 if counts and error is None:
