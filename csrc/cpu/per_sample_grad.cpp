@@ -55,10 +55,13 @@ struct Problem {
 // of g are `row` apart and its summed elements `step`; right and out have `ranks` columns.
 template <class T, int M, int V>
 FFA_HD void tile(const T* g, int64_t row, int64_t step, int64_t count, const T* right,
-                 int64_t ranks, bool add, T* out) {
+                 int64_t ranks, bool add, const T* ahead, T* out) {
   using S = Simd<T>;
   typename S::Vec sum[M][V] = {};
   for (int64_t i = 0; i < count; ++i) {
+    if (ahead != nullptr) {
+      for (int m = 0; m < M; m += 16) __builtin_prefetch(ahead + m + i * step, 0, 3);
+    }
     typename S::Vec of_ranks[V];
     for (int v = 0; v < V; ++v) of_ranks[v] = S::load(right + i * ranks + v * S::W);
     // Asked for: GCC unrolls 16 turns of its own accord, and in a loop the sums lie in memory.
@@ -81,15 +84,16 @@ FFA_HD void tile(const T* g, int64_t row, int64_t step, int64_t count, const T* 
 // The same for `rows` rows, as many as a tile has or fewer at a time.
 template <class T, int M, int V>
 FFA_HD void tiles(int64_t rows, const T* g, int64_t row, int64_t step, int64_t count,
-                  const T* right, int64_t ranks, bool add, T* out) {
+                  const T* right, int64_t ranks, bool add, const T* ahead, T* out) {
   int64_t m = 0;
   for (; m + M <= rows; m += M) {
-    tile<T, M, V>(g + m * row, row, step, count, right, ranks, add, out + m * ranks);
+    tile<T, M, V>(g + m * row, row, step, count, right, ranks, add,
+                  ahead == nullptr ? nullptr : ahead + m, out + m * ranks);
   }
   if constexpr (M > 1) {
     if (m < rows) {
       tiles<T, (M > 3 ? M / 2 : 1), V>(rows - m, g + m * row, row, step, count, right, ranks, add,
-                                       out + m * ranks);
+                                       nullptr, out + m * ranks);
     }
   }
 }
@@ -97,15 +101,17 @@ FFA_HD void tiles(int64_t rows, const T* g, int64_t row, int64_t step, int64_t c
 // The same for all ranks. kAdjacent: `row` is 1.
 template <class T, bool kAdjacent>
 FFA_HD void product(int64_t rows, const T* g, int64_t row, int64_t step, int64_t count,
-                    const T* right, int64_t ranks, bool add, T* out) {
+                    const T* right, int64_t ranks, bool add, const T* ahead, T* out) {
   constexpr int W = Simd<T>::W;
   constexpr int kOne = kAdjacent ? kSums : kApart[0], kTwo = kAdjacent ? kSums / 2 : kApart[1];
   if (kAdjacent) row = 1;
   int64_t k = 0;
   for (; k + 2 * W <= ranks; k += 2 * W) {
-    tiles<T, kTwo, 2>(rows, g, row, step, count, right + k, ranks, add, out + k);
+    tiles<T, kTwo, 2>(rows, g, row, step, count, right + k, ranks, add, ahead, out + k);
+    ahead = nullptr;
   }
-  if (k < ranks) tiles<T, kOne, 1>(rows, g, row, step, count, right + k, ranks, add, out + k);
+  if (k < ranks)
+    tiles<T, kOne, 1>(rows, g, row, step, count, right + k, ranks, add, ahead, out + k);
 }
 
 // One span and one panel: its columns of G, its part of u (added to u if `add`), its |G|^2.
@@ -123,11 +129,13 @@ double run_panel(const Problem<T>& p, int64_t span, int64_t panel, bool add, T* 
     if (u != nullptr) {
       T* to = u + (t - begin) * p.ranks;
       product<T, false>(tokens, g, p.d_out, int64_t{1}, columns, p.B + first * p.ranks, p.ranks,
-                        add, to);
+                        add, nullptr, to);
     }
-    if (record)
+    if (record) {
+      const int64_t next = t + kTokens < end ? kTokens * p.d_out : (begin - t) * p.d_out + kPanel;
       product<T, true>(columns, g, int64_t{1}, p.d_out, tokens, p.h + t * p.ranks, p.ranks, true,
-                       acc);
+                       g + next, acc);
+    }
   }
   if (!record) return 0.0;
   T* G = p.G + (i * p.d_out + first) * p.r;

@@ -3,6 +3,7 @@ base layer's product, alone or with the adapter merged into W."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -82,31 +83,31 @@ def can_merge(weight: Tensor | None, like: Tensor, dropout: bool) -> bool:
     rank-r term with the product: on a CPU, in types that have bits to spare for it."""
     return (
         weight is not None
+        and weight.dim() == 2
         and not dropout
-        and like.device.type == "cpu"
+        and like.is_cpu
         and weight.dtype == like.dtype
         and like.dtype in (torch.float32, torch.float64)
     )
 
 
-def merging_pays(
-    rows: int, weight: Tensor | None, like: Tensor, dropout: bool, records: int = 0
-) -> bool:
+def merging_pays(x: Tensor, weight: Tensor | None, dropout: bool, records: int = 0) -> bool:
     """Whether W + s B A costs less than rank-r terms on every row. It reads and writes as much as
     four copies of W, in forward and backward; they read and write y, and then dx, once more.
 
     Args:
-        rows: of x.
+        x: (..., d_in).
         weight: (d_out, d_in), or None.
-        like: of x's device, dtype and number of dimensions.
         dropout: whether x is masked.
         records: how many a batch is expected to have, where records are clipped: the choice, and so
             the rounding of each record's gradient, must then not depend on the batch. 0: it may.
     """
-    if weight is None or not can_merge(weight, like, dropout):
+    if weight is None or not can_merge(weight, x, dropout):
         return False
     if records:
-        rows = records * (1 if like.dim() == 2 else USUAL_TOKENS)
+        rows = records * (1 if x.dim() == 2 else USUAL_TOKENS)
+    else:
+        rows = math.prod(x.shape[:-1])
     d_out, d_in = weight.shape
     return rows * (d_out + d_in) > 4 * d_out * d_in
 

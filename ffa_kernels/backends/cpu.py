@@ -22,7 +22,6 @@ from ffa_kernels.backends.compose import (
     by_way_of_sums,
     can_merge,
     merged_weight,
-    merging_pays,
     scaled_product,
 )
 from ffa_kernels.backends.dispatch import OPS
@@ -136,12 +135,12 @@ def linear(
     scaling: float,
     dropout_p: float,
     mean_loss: bool,
-    records: int = 0,
+    merge: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y = x W^T + b + s h B^T (..., d_out) and h = dropout(x) A^T (..., r); x is (..., d_in)."""
     lead = x.shape[:-1]
     rows = x.reshape(-1, x.shape[-1])
-    if merging_pays(len(rows), weight, x, dropout_state is not None, records):
+    if merge and can_merge(weight, x, dropout_state is not None):
         assert weight is not None
         y = F.linear(rows, merged_weight(weight, lora_A, lora_B, scaling), bias)
         # Last: the large product hides the time in which x comes into the cache.

@@ -180,7 +180,7 @@ def linear(
     scaling: float,
     dropout_p: float,
     mean_loss: bool,
-    records: int = 0,
+    merge: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y = x W^T + b + s h B^T (..., d_out) and h = dropout(x) A^T (..., r); x is (..., d_in).
 

@@ -107,7 +107,7 @@ def linear(
     scaling: float,
     dropout_p: float,
     mean_loss: bool,
-    records: int = 0,
+    merge: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y = x W^T + b + s h B^T and h = dropout(x) A^T; see `ffa_kernels.ops.linear`."""
     dropped = x if dropout_state is None else x * dropout_scale(dropout_state, x, dropout_p)

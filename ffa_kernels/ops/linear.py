@@ -41,7 +41,7 @@ def _check(
     scaling: float,
     dropout_p: float,
     mean_loss: bool,
-    records: int = 0,
+    merge: bool = False,
 ) -> None:
     # Plain ifs and no calls: this runs before each small product.
     if weight is None:
@@ -125,11 +125,11 @@ def _fake(
     scaling: float,
     dropout_p: float,
     mean_loss: bool,
-    records: int = 0,
+    merge: bool = False,
 ) -> tuple[Tensor, Tensor]:
     _check(
         *(x, weight, bias, lora_A, lora_B, tap, norm_tap, dropout_state, cu_seqlens),
-        *(scaling, dropout_p, mean_loss, records),
+        *(scaling, dropout_p, mean_loss, merge),
     )
     leading = x.shape[:-1]
     return x.new_empty(*leading, lora_B.shape[0]), x.new_empty(*leading, lora_A.shape[0])
@@ -143,7 +143,7 @@ def _by_base(x: Tensor, weight: Tensor | None, *_: object) -> tuple[Tensor, ...]
 _op = define(
     "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? tap,"
     " Tensor? norm_tap, Tensor? dropout_state, Tensor? cu_seqlens, float scaling,"
-    " float dropout_p, bool mean_loss, int records=0) -> (Tensor, Tensor)",
+    " float dropout_p, bool mean_loss, bool merge=False) -> (Tensor, Tensor)",
     _check,
     _by_base,
     _fake,
@@ -185,7 +185,8 @@ def _backward_fake(
     return g.new_empty(*g.shape[:-1], lora_A.shape[1])
 
 
-# u is g B. Without it a backend may use W + s B A, where `can_merge`; else it makes u.
+# u is g B. Without it a backend may multiply by W + s B A, where `can_merge`, as in a forward with
+# `merge`; else it makes u.
 _backward_op = define(
     "linear_backward(Tensor g, Tensor? u, Tensor? weight, Tensor lora_A, Tensor lora_B,"
     " Tensor? dropout_state, float scaling, float dropout_p) -> Tensor",
@@ -204,14 +205,14 @@ class _Linear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Not x: backward needs it for nothing, and it is d_in / r times the size of h.
         ctx.save_for_backward(h, weight, lora_A, lora_B, dropout_state, cu_seqlens)
-        ctx.tapped = tap is not None
-        ctx.scaling, ctx.dropout_p, ctx.mean_loss, ctx.records = inputs[9:]
+        ctx.settings = (tap is not None, *inputs[9:])
         return y, h
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (g, _) = grads
-        if g is not None and torch.is_autocast_enabled(g.device.type):
+        on = g is not None and torch._C._is_any_autocast_enabled()
+        if on and g is not None and torch.is_autocast_enabled(g.device.type):
             # backward() called inside it, whose casts are the forward's affair.
             with torch.autocast(g.device.type, enabled=False):
                 return _gradients(ctx, g)
@@ -232,20 +233,19 @@ def _gradients(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
     # After `run`: x and lora_B, and below norm_tap.
     wants_x, wants_B = wants[1], wants[5]
     grad_x = u = tap_grad = norm_tap_grad = grad_B = None
-    rows = math.prod(g.shape[:-1])
-    dropout = dropout_state is not None
-    makes_u = wants_x and not merging_pays(rows, weight, g, dropout, ctx.records)
-    fixed = (weight, lora_A, lora_B, dropout_state, ctx.scaling, ctx.dropout_p)
+    tapped, scaling, dropout_p, mean_loss, merge = ctx.settings
+    makes_u = wants_x and not merge
+    fixed = (weight, lora_A, lora_B, dropout_state, scaling, dropout_p)
     alone = values_alone((g, *saved))
     input_gradient = _backward_op.implementation if alone else _backward_op
     # First, where it can be: this large product hides the time in which g comes into the cache.
     if wants_x and not makes_u:
         grad_x = input_gradient(g, None, *fixed)
-    if ctx.tapped:
+    if tapped:
         per_record = per_sample_grad_op.implementation if alone else per_sample_grad_op
         # Autograd adds up a layer's calls: the second row of norm_tap's gradient then counts them.
         u, tap_grad, norm_tap_grad = per_record(
-            g, h, lora_B if makes_u else None, cu_seqlens, ctx.scaling, ctx.mean_loss
+            g, h, lora_B if makes_u else None, cu_seqlens, scaling, mean_loss
         )
         if not wants[7]:
             norm_tap_grad = None
@@ -254,7 +254,7 @@ def _gradients(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         flat_g, flat_h = g.flatten(0, -2), h.flatten(0, -2)
         u, summed, _ = per_sample_grad(
             *(flat_g.unsqueeze(0), flat_h.unsqueeze(0), lora_B if makes_u else None),
-            scaling=ctx.scaling,
+            scaling=scaling,
         )
         grad_B = summed[0]
         u = u.view(h.shape) if makes_u else None
@@ -279,7 +279,7 @@ def _differentiated(inputs: tuple[Any, ...]) -> bool:
 
 def _differentiable(*inputs: Any) -> Any:
     # The dispatcher leaves out a last argument that is its default.
-    inputs = (*inputs, 0)[:13]
+    inputs = (*inputs, False)[:13]
     if _differentiated(inputs):
         return _Linear.apply(_op, *inputs)  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
@@ -343,7 +343,8 @@ def linear(
         ConfigError: shapes or dtypes that do not fit together.
     """
     tensors = (x, weight, bias, lora_A, lora_B, tap, norm_tap, dropout_state, cu_seqlens)
-    inputs = (*tensors, scaling, dropout_p, mean_loss, records)
+    merge = merging_pays(x, weight, dropout_state is not None, records)
+    inputs = (*tensors, scaling, dropout_p, mean_loss, merge)
     y: Tensor
     if not values_alone(tensors):
         y = torch.ops.ffa.linear.default(*inputs)[0]

@@ -7,30 +7,31 @@ import math
 import torch
 from torch import Tensor
 
-from ffa_kernels.ops._library import by_first, check_offsets, define, require
+from ffa_kernels.ops._library import by_first, check_offsets, define
+from ffa_kernels.errors import ConfigError
 
 
 def check_products(
     op: str, g: Tensor, h: Tensor, lora_B: Tensor | None, cu_seqlens: Tensor | None
 ) -> int:
     """What the products of g are made with; the number of records."""
-    require(
-        g.dim() >= 2
-        and g.shape[:-1] == h.shape[:-1]
-        and g.dtype == h.dtype
-        and g.is_floating_point(),
-        lambda: (
+    # Plain ifs and no calls: as in `linear`.
+    if (
+        g.dim() < 2
+        or g.shape[:-1] != h.shape[:-1]
+        or g.dtype != h.dtype
+        or not g.is_floating_point()
+    ):
+        raise ConfigError(
             f"{op}: g is {g.dtype} {tuple(g.shape)}, h is {h.dtype} {tuple(h.shape)}; "
             "accepted: (n, ..., d_out) and (n, ..., r) with the same leading sizes and float type"
-        ),
-    )
-    if lora_B is not None:
-        require(
-            tuple(lora_B.shape) == (g.shape[-1], h.shape[-1]) and lora_B.dtype == g.dtype,
-            lambda: (
-                f"{op}: lora_B is {lora_B.dtype} {tuple(lora_B.shape)}; accepted: "
-                f"{g.dtype} {(g.shape[-1], h.shape[-1])}, (d_out, r) of g and h"
-            ),
+        )
+    if lora_B is not None and (
+        lora_B.shape != (g.shape[-1], h.shape[-1]) or lora_B.dtype != g.dtype
+    ):
+        raise ConfigError(
+            f"{op}: lora_B is {lora_B.dtype} {tuple(lora_B.shape)}; accepted: "
+            f"{g.dtype} {(g.shape[-1], h.shape[-1])}, (d_out, r) of g and h"
         )
     if cu_seqlens is None:
         return g.shape[0]

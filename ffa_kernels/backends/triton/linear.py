@@ -650,7 +650,7 @@ def linear(
     scaling: float,
     dropout_p: float,
     mean_loss: bool,
-    records: int = 0,
+    merge: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y = x W^T + b + s h B^T and h = dropout(x) A^T; see `ffa_kernels.ops.linear`."""
     leading, rows = x.shape[:-1], _rows(x)
