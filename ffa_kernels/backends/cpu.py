@@ -19,14 +19,12 @@ from ffa_kernels.backends import native
 from ffa_kernels.backends.compose import (
     base_product,
     by_way_of_G,
-    by_way_of_sums,
     can_merge,
     merged_weight,
     merging_pays,
     scaled_product,
 )
 from ffa_kernels.backends.dispatch import OPS
-from ffa_kernels.backends.grid import zero_sums
 
 # enum ffa_dtype and enum ffa_optimizer of csrc/ffa.h
 _DTYPES = {torch.float32: 0, torch.float64: 1}
@@ -312,21 +310,43 @@ def private_update(
     in_place.finish()
 
 
-# Zeroed sums of the last step, for the next one of the same tensors: new pages would cost as much
-# as clipping does. None of many bytes, and none of a step that failed.
-_spare: dict[Any, list[Tensor]] = {}
-_SPARE_ELEMENTS = 1 << 20
-
-
-def _take_sums(params: list[Tensor], max_grad_norm: list[float]) -> tuple[Any, list[Tensor]]:
-    key = (tuple(p.shape for p in params), *map(math.isinf, max_grad_norm))
-    return key, _spare.pop(key, None) or zero_sums(params, max_grad_norm)
-
-
-def _give_sums(key: Any, sums: list[Tensor]) -> None:
-    _spare.clear()
-    if sum(t.numel() for t in sums) <= _SPARE_ELEMENTS:
-        _spare[key] = sums
-
-
-private_step = by_way_of_sums(clip_accumulate, private_update, _take_sums, _give_sums)
+def private_step(
+    grad_samples: list[Tensor],
+    squares: list[Tensor],
+    stats: Tensor,
+    keep: Tensor | None,
+    params: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    rng_state: Tensor,
+    hyper: Tensor,
+    tensor_ids: list[int],
+    max_grad_norm: list[float],
+    noise_multiplier: float,
+    expected_batch_size: float,
+    optimizer: str,
+    nesterov: bool,
+    maximize: bool,
+) -> Tensor:
+    """`clip_accumulate`, then `private_update`, with a chunk of the sums in the cache alone."""
+    n = len(grad_samples[0])
+    grads, known = [t.contiguous() for t in grad_samples], [t.contiguous() for t in squares]
+    in_place = native.InPlace()
+    p, m, v = (in_place(tensors) for tensors in (params, exp_avgs, exp_avg_sqs))
+    counts, state = in_place([stats, rng_state])
+    counted = [] if optimizer == "none" else in_place(steps)
+    kept, table = None if keep is None else keep.contiguous(), hyper.contiguous()
+    factors = torch.empty((len(max_grad_norm), n), dtype=torch.float64)
+    native.load("cpu").call(
+        *("private_step", len(p), n, native.longs([t.numel() for t in p]), _codes(grads)),
+        *(native.pointers(grads), native.pointers(known) if known else None),
+        *(None if kept is None else kept.data_ptr(), counts.data_ptr(), factors.data_ptr()),
+        *(_codes(p), native.pointers(p), native.pointers(m) if m else None),
+        *(native.pointers(v) if v else None, native.pointers(counted) if counted else None),
+        *(state.data_ptr(), table.data_ptr(), native.longs(tensor_ids), len(max_grad_norm)),
+        *(native.doubles(max_grad_norm), noise_multiplier, expected_batch_size),
+        *(_OPTIMIZERS[optimizer], int(nesterov), int(maximize), _threads()),
+    )
+    in_place.finish()
+    return factors

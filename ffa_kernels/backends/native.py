@@ -21,7 +21,7 @@ from ffa_kernels.errors import FFAError
 if TYPE_CHECKING:
     from torch import Tensor
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 DIRECTORY = Path(__file__).resolve().parent.parent / "_lib"
 
 _POINTERS = POINTER(c_void_p)
@@ -48,6 +48,13 @@ _CPU_LAUNCHERS: dict[str, tuple[Any, ...]] = {
     ),
     "private_update": (
         *(c_int64, _LONGS, _INTS, _POINTERS, _POINTERS, _POINTERS, _POINTERS, _POINTERS),
+        *(c_void_p, c_void_p, _LONGS, c_int64, _DOUBLES),
+        *(c_double, c_double, c_int, c_int, c_int, c_int),
+    ),
+    "private_step": (
+        *(c_int64, c_int64, _LONGS, _INTS, _POINTERS, _POINTERS),
+        *(c_void_p, c_void_p, c_void_p),
+        *(_INTS, _POINTERS, _POINTERS, _POINTERS, _POINTERS),
         *(c_void_p, c_void_p, _LONGS, c_int64, _DOUBLES),
         *(c_double, c_double, c_int, c_int, c_int, c_int),
     ),
