@@ -6,6 +6,7 @@
 // records of the only physical batch, a chunk at a time, and they are in no memory at all.
 #include <stdlib.h>
 
+#include "../common/division.h"
 #include "../common/optimizer.h"
 #include "../ffa.h"
 #include "chunks.h"
@@ -45,35 +46,9 @@ struct Tensor {
   int dtype;
 };
 
-// x / L, the same bits as a division has in a fraction of its time. With y = 1 / L rounded, one
-// Newton step makes the quotient faithful and a second rounds it correctly, as long as nothing
-// overflows or is denormal (Markstein 1990, theorem 8.5 of the Handbook of Floating-Point
-// Arithmetic).
-struct Division {
-  double divisor, inverse;
-  bool inverts;
-
-  Division(double divisor, double sigma) : divisor(divisor), inverse(1.0 / divisor) {
-#if defined(__FMA__) || defined(__aarch64__)
-    inverts = divisor > 0x1p-200 && divisor < 0x1p200 && sigma < 0x1p700;
-#else
-    inverts = false;
-#endif
-  }
-
-  // Of finite numbers that are 0 or no smaller than the least grid.
-  FFA_HD double by_inverse(double x) const {
-    double quotient = x * inverse;
-    for (int step = 0; step < 2; ++step) {
-      quotient = multiply_add(multiply_add(-quotient, divisor, x), inverse, quotient);
-    }
-    return quotient;
-  }
-};
-
 struct Step {
-  double sigma;
-  Division by_batch_size;
+  double sigma, expected_batch_size;
+  bool moderate;  // the sums are far from the ends of fp64, and so are they over the batch size
   int optimizer;
   bool nesterov, maximize;
 };
@@ -102,12 +77,12 @@ void make_grad(const Tensor& t, const Step& step, int64_t first, int count, doub
     const double per_grid = step.sigma / t.grid;
     for (int i = 0; i < count; ++i) total[i] += round_half_even(per_grid * z[i]);
   }
-  const Division division = step.by_batch_size;
-  const double grid = t.grid;
-  if (division.inverts && t.bounded) {
-    for (int i = 0; i < count; ++i) grad[i] = static_cast<T>(division.by_inverse(total[i] * grid));
+  const double grid = t.grid, batch_size = step.expected_batch_size;
+  if (t.bounded && step.moderate) {
+    const Divisor<double> divisor(batch_size);
+    for (int i = 0; i < count; ++i) grad[i] = static_cast<T>(divisor.divide(total[i] * grid));
   } else {
-    for (int i = 0; i < count; ++i) grad[i] = static_cast<T>(total[i] * grid / division.divisor);
+    for (int i = 0; i < count; ++i) grad[i] = static_cast<T>(total[i] * grid / batch_size);
   }
 }
 
@@ -195,8 +170,9 @@ int run_update(const Update& u, Source total_of, int threads) {
   double bound_sq = 0.0;
   for (int64_t k = 0; k < u.groups; ++k) bound_sq += u.max_grad_norm[k] * u.max_grad_norm[k];
   const double sigma = u.noise_multiplier > 0.0 ? u.noise_multiplier * sqrt(bound_sq) : 0.0;
-  const Step step = {sigma, Division(u.expected_batch_size, sigma), u.optimizer, u.nesterov != 0,
-                     u.maximize != 0};
+  const double L = u.expected_batch_size;
+  const bool moderate = sigma < 0x1p700 && L > 0x1p-200 && L < 0x1p200;
+  const Step step = {sigma, L, moderate, u.optimizer, u.nesterov != 0, u.maximize != 0};
   const int status =
       for_each_chunk(threads, u.n_tensors, u.numels, [&](int64_t k, int64_t first, int count) {
         const Tensor& t = tensors[k];
