@@ -36,8 +36,7 @@ def define(
     Returns:
         The callable op. Where no gradient is recorded it runs the implementation on plain tensors
         without the dispatcher, whose way into Python takes longer than a small layer; one that
-        writes to its inputs does not, for the dispatcher counts their versions: `call_in_place`
-        is for those.
+        writes to its inputs is for `call_in_place`.
     """
     name = schema.split("(", 1)[0]
 
@@ -59,23 +58,19 @@ def define(
     return op
 
 
-def call_in_place(
-    op: Any, arguments: tuple[Any, ...], written: list[torch.Tensor], parameters: list[torch.Tensor]
-) -> Any:
+def call_in_place(op: Any, arguments: tuple[Any, ...], written: list[torch.Tensor]) -> Any:
     """Calls an op that writes to its inputs, without the dispatcher where it may be.
 
     Args:
         op: what `define` returned.
         arguments: of the op.
-        written: the tensors among them that it writes to.
-        parameters: those of them whose versions the dispatcher does not count, for it sees no
-            gradient of theirs.
+        written: the tensors among them that it writes to, below autograd: their versions are
+            counted here.
     """
+    torch.autograd.graph.increment_version(written)
     flat = chain.from_iterable([a if type(a) is list else (a,) for a in arguments])
-    direct = values_alone(flat)
-    torch.autograd.graph.increment_version(written if direct else parameters)
     with torch.no_grad():
-        return (op.implementation if direct else op)(*arguments)
+        return (op.implementation if values_alone(flat) else op)(*arguments)
 
 
 def values_alone(arguments: Iterable[object]) -> bool:

@@ -154,5 +154,5 @@ def clip_accumulate(
     """
     totals = list(sums)
     arguments = (list(grad_samples), list(squares), totals, stats, keep, list(max_grad_norm))
-    result: Tensor = call_in_place(_op, arguments, [*totals, stats], [])
+    result: Tensor = call_in_place(_op, arguments, [*totals, stats])
     return result

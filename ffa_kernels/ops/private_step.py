@@ -97,6 +97,5 @@ def private_step(
             *(optimizer, nesterov, maximize),
         ),
         [*chain(*updated), stats, rng_state],
-        updated[0],
     )
     return factors

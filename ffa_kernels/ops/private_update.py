@@ -188,5 +188,4 @@ def private_update(
             *(noise_multiplier, expected_batch_size, optimizer, nesterov, maximize),
         ),
         [*chain(*updated), rng_state],
-        updated[0],
     )
