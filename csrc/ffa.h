@@ -11,7 +11,7 @@
 
 #include <stdint.h>
 
-#define FFA_ABI_VERSION 2
+#define FFA_ABI_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -90,6 +90,17 @@ int ffa_cpu_private_update(int64_t n_tensors, const int64_t* numels, const int* 
                            double expected_batch_size, int optimizer, int nesterov, int maximize,
                            int threads);
 
+/* clip_accumulate into sums that are nowhere in memory, then private_update: the same bits. */
+int ffa_cpu_private_step(int64_t n_tensors, int64_t n, const int64_t* numels,
+                         const int* grad_dtypes, const void* const* grad_samples,
+                         const double* const* squares, const uint8_t* keep, int64_t* stats,
+                         double* factors, const int* dtypes, void* const* params,
+                         void* const* exp_avgs, void* const* exp_avg_sqs, float* const* steps,
+                         int64_t* rng_state, const double* hyper, const int64_t* tensor_ids,
+                         int64_t groups, const double* max_grad_norm, double noise_multiplier,
+                         double expected_batch_size, int optimizer, int nesterov, int maximize,
+                         int threads);
+
 /* Number of usable devices, 0 when there is no driver. */
 int ffa_cuda_device_count(void);
 /* FFA_OK when the library has code for the current device, FFA_WRONG_ARCH when it has none. */
@@ -148,8 +159,7 @@ int ffa_cuda_private_update(int64_t n_tensors, const int64_t* numels, const int*
                             double expected_batch_size, int optimizer, int nesterov, int maximize,
                             void* stream);
 
-/* clip_accumulate into sums that are nowhere in memory, then private_update: the same bits. scratch
- * is that of clip_accumulate. */
+/* As ffa_cpu_private_step; any dtypes. scratch is that of clip_accumulate. */
 int ffa_cuda_private_step(int64_t n_tensors, int64_t n, const int64_t* numels,
                           const int* grad_dtypes, const void* const* grad_samples,
                           const double* const* squares, const uint8_t* keep, int64_t* stats,

@@ -327,6 +327,18 @@ def test_tiny_gradients_pass_or_vanish_but_are_never_lifted(backend):
     assert norm == pytest.approx(3e-30, rel=1e-8) and norm <= 3e-30
 
 
+@pytest.mark.parametrize("backend", COMPILED, indirect=True)
+def test_more_records_than_fp64_adds_exactly(backend):
+    n, value = (1 << 18) + 5, 2.0 - 2.0**-30
+    grads = [
+        torch.full((n, 1), value, dtype=torch.float64),
+        torch.full((n,), -value, dtype=torch.float64),
+    ]
+    sums, _, factors = clip(grads, [math.nextafter(2.0, 0.0)] * 2)
+    assert (factors == 1).all()
+    assert [total.item() for total in sums] == [n * int(value * 2**32), n * int(-value * 2**32)]
+
+
 def test_sums_and_stats_are_added_to(backend):
     grads = draw(SHAPES, 4)
     once, stats, _ = clip(grads, [0.5])

@@ -13,7 +13,10 @@ COPIES = ("baseline", "avx2", "avx512")
 # The others call what these call, through autograd or one after another.
 KERNELS = [
     f"tests/test_{name}.py"
-    for name in ("per_sample_grad", "packed", "clip_accumulate", "private_update", "gaussian")
+    for name in (
+        *("per_sample_grad", "packed", "clip_accumulate", "private_update", "private_step"),
+        "gaussian",
+    )
 ]
 
 

@@ -159,9 +159,9 @@ def test_what_changes_numbers_or_the_mechanism_is_taken_only_where_allowed():
 
 
 def test_per_layer_clipping_comes_before_checkpointing_and_only_where_it_helps():
-    # Few tokens and wide layers: gradients of single records are most of the memory.
+    # One token and wide layers: gradients of single records are most of the memory.
     model = tiny(device="meta", hidden_size=256, intermediate_size=512, vocab_size=64)
-    few = {"batch_size": 6, "tokens": 2, "margin": 0}
+    few = {"batch_size": 6, "tokens": 1, "margin": 0}
     one = ffa.plan(model, memory="1GiB", **{**few, "batch_size": 1})
     assert one.parts["per-sample gradients"] > one.parts["activations"]
     made = ffa.plan(model, memory=one.peak - 1, allow=WAYS, **few)

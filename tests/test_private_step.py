@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ffa_kernels import ops
+from ffa_kernels.backends.dispatch import use_backend
 from ffa_kernels.errors import ConfigError
 
 STATE = torch.tensor([7, -8, 9, -10, 11])
@@ -253,46 +254,66 @@ def test_opcheck(backend, optimizer):
     )
 
 
-def test_sums_are_kept_for_the_next_step_as_zeros_and_none_of_a_step_that_failed(monkeypatch):
-    """One step after another gives what each gives alone."""
-    from ffa_kernels.backends import cpu, native
-    from ffa_kernels.backends.dispatch import use_backend
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("bounds", [[0.7], [0.5, 2.0, 0.1], [math.inf, 0.5, 1.0]])
+@pytest.mark.parametrize("grad, param", [("float32", "float32"), ("float64", "float32")])
+def test_sizes_around_a_chunk_on_any_number_of_threads(n, bounds, grad, param, monkeypatch):
+    """The CPU adds four records at a time, to a chunk of 1024 elements."""
+    module = sys.modules[__name__]
+    monkeypatch.setattr(module, "SHAPES", [(1023,), (5, 205, 2), (2048,)])
+    monkeypatch.setattr(module, "N", n)
+    grads = records(dtype=getattr(torch, grad))
+    keep = torch.ones(n, dtype=torch.bool)
+    if n > 2:
+        grads[1][n - 2, 3, 7, 1] = math.nan
+        keep[0] = False
+    steps = []
+    with use_backend("cpu"):
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            known = squares_of(grads) if threads == 2 else []
+            steps.append(check_same_bits(grads, keep, known, "adam", bounds, getattr(torch, param)))
+    for other in steps[2:]:
+        for a, b in zip(tensors_of(steps[0]), tensors_of(other), strict=True):
+            assert torch.equal(a, b)
 
-    if not native.available("cpu"):
-        pytest.skip("no CPU library")
-    torch.manual_seed(0)
-    grads = [torch.randn(3, 5, 2), torch.randn(3, 4)]
-    hyper = torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0]] * 2, dtype=torch.float64)
 
-    def step():
-        params = [torch.zeros(5, 2), torch.zeros(4)]
-        with use_backend("cpu"):
-            ops.private_step(
-                grads, torch.zeros(2, dtype=torch.int64), None, params, [], [],
-                [torch.zeros(()) for _ in params], torch.arange(5), hyper,
-                tensor_ids=[0, 1], max_grad_norm=[1.0], noise_multiplier=0.0,
-                expected_batch_size=3.0,
-            )  # fmt: skip
-        return params
+@pytest.mark.usefixtures("compiled")
+def test_more_records_than_fp64_can_add_on_the_cpu(monkeypatch):
+    module = sys.modules[__name__]
+    monkeypatch.setattr(module, "SHAPES", [(1,), (), (2,)])
+    monkeypatch.setattr(module, "N", (1 << 18) + 3)
+    with use_backend("cpu"):
+        check_same_bits(records(dtype=torch.float64), None, [], "none", [1.999, 1.5, 0.7])
 
-    cpu._spare.clear()
-    first = step()
-    (kept,) = cpu._spare.values()
-    assert all(not total.any() for total in kept)
-    assert all(torch.equal(a, b) for a, b in zip(first, step(), strict=True))
-    assert all(p.any() for p in first)
 
-    def fails(*arguments, **options):
-        raise RuntimeError("stopped halfway")
+class Watched(TorchDispatchMode):
+    """Sees what the dispatcher is given: an op must then go by way of it."""
 
-    real = cpu.native.Library.call
-    monkeypatch.setattr(
-        cpu.native.Library,
-        "call",
-        lambda self, op, *rest: fails() if op == "private_update" else real(self, op, *rest),
-    )
-    with pytest.raises(RuntimeError, match="halfway"):
-        step()
-    assert not cpu._spare
-    monkeypatch.undo()
-    assert all(torch.equal(a, b) for a, b in zip(first, step(), strict=True))
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_all_that_is_written_counts_a_version(watched):
+    def versions(call, tensors):
+        before = [t._version for t in tensors]
+        if watched:
+            with Watched():
+                call()
+        else:
+            call()
+        assert all(t._version > v for t, v in zip(tensors, before, strict=True))
+
+    grads, one, two = records(), start("adam", [0.7]), start("adam", [0.7])
+    one["params"] = [torch.nn.Parameter(p) for p in one["params"]]
+    two["params"] = [torch.nn.Parameter(p) for p in two["params"]]
+    versions(lambda: in_one(grads, None, [], one), tensors_of(one))
+    sums = [torch.zeros(shape, dtype=torch.int64) for shape in SHAPES]
+    stats = two.pop("stats")
+    versions(lambda: ops.clip_accumulate(grads, sums, stats, None, [0.7]), [*sums, stats])
+    written = [t for t in tensors_of({"stats": stats, **two}) if t is not stats] + sums
+    lists = [two.pop(name) for name in ("params", "exp_avgs", "exp_avg_sqs", "steps")]
+    state, hyper = two.pop("rng_state"), two.pop("hyper")
+    versions(lambda: ops.private_update(lists[0], sums, *lists[1:], state, hyper, **two), written)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -242,6 +243,56 @@ def test_the_gradient_is_divided_in_fp64_and_rounded_once(backend, dtype):
         # On the CPU, for a GPU's division by a number is a product with its inverse.
         expected = (total.cpu().double() * grid_of(0.7) / 3.7).to(dtype)
         assert torch.equal(value.cpu(), expected)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("bound", [1.0, 0.7, 1e-100, 1e100])
+@pytest.mark.parametrize(
+    "size",
+    [1.0, 3.0, 127.3, 1 / 3, math.nextafter(2.0, 0.0), math.nextafter(1.0, 2.0), 1e-200, 1e280],
+)
+def test_the_cpus_division_is_a_division(bound, size):
+    """It goes by way of an inverse where that has the same bits, and has them elsewhere too."""
+    generator = torch.Generator().manual_seed(5)
+    total = torch.randint(-(2**62), 2**62, (5003,), generator=generator)
+    total >>= torch.randint(0, 62, total.shape, generator=generator)
+    expected = total.double() * grid_of(bound) / size
+    with use_backend("cpu"):
+        (value,) = release([total], max_grad_norm=[bound], expected_batch_size=size)
+    assert torch.equal(value, expected)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adam_on_the_cpu_has_the_bits_of_its_formula(dtype):
+    lr, decay, beta1, beta2, eps = 0.1, 0.01, 0.9, 0.999, 1e-8
+    generator = torch.Generator().manual_seed(6)
+    total = torch.randint(-(2**33), 2**33, (5003,), generator=generator)
+    total[:100] = 0
+    param, first, second = torch.randn(3, 5003, generator=generator, dtype=dtype).unbind()
+    second = 10 ** (10 * second).clamp(-40, 38)
+    second[:5] = torch.tensor([0.0, math.inf, math.nan, 1e-45, 3e38])
+    param[0] = first[0] = 0.0
+
+    def number(value):
+        return torch.tensor(value, dtype=dtype)
+
+    grad = (total.double() * 2.0**-32 / 3.7).to(dtype) + number(decay) * param
+    exp_avg = first + number(1 - beta1) * (grad - first)
+    exp_avg_sq = number(beta2) * second + number(1 - beta2) * (grad * grad)
+    # PyTorch's root is off by an ulp now and then.
+    exact = torch.from_numpy(np.sqrt(exp_avg_sq.numpy()))
+    root = exact / number(math.sqrt(1 - beta2**3.0))
+    expected = param - number(lr / (1 - beta1**3.0)) * (exp_avg / (root + number(eps)))
+    hyper = torch.tensor([[lr, decay, beta1, beta2, eps]], dtype=torch.float64)
+    with use_backend("cpu"):
+        ops.private_update(
+            [param], [total], [first], [second], [torch.tensor(2.0)], STATE.clone(), hyper,
+            tensor_ids=[0], max_grad_norm=[1.0], noise_multiplier=0.0, expected_batch_size=3.7,
+            optimizer="adam",
+        )  # fmt: skip
+    for found, wanted in ((first, exp_avg), (second, exp_avg_sq), (param, expected)):
+        assert torch.equal(found.nan_to_num(7.0, 8.0), wanted.nan_to_num(7.0, 8.0))
 
 
 def test_an_infinite_bound_releases_the_plain_mean(backend):

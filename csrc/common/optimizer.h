@@ -4,7 +4,7 @@
 // torch does in Python, then rounded to the parameter's precision.
 #pragma once
 
-#include "platform.h"
+#include "division.h"
 
 namespace ffa::FFA_ISA {
 
@@ -62,7 +62,9 @@ FFA_HD T adam_update(T param, T grad, T& exp_avg, T& exp_avg_sq, const Optimizer
   exp_avg = exp_avg + s.one_minus_beta1 * (grad - exp_avg);
   exp_avg_sq = s.beta2 * exp_avg_sq + s.one_minus_beta2 * (grad * grad);
   const T root = sizeof(T) == 4 ? T(sqrtf(float(exp_avg_sq))) : T(sqrt(double(exp_avg_sq)));
-  return param - s.step_size * (exp_avg / (root / s.root_correction2 + s.eps));
+  // The correction is 0 or above 2^-27, the root of a number 0 or far above the least one.
+  const Divisor<T> correction(s.root_correction2);
+  return param - s.step_size * (exp_avg / (correction.divide(root) + s.eps));
 }
 
 }  // namespace ffa::FFA_ISA

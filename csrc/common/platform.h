@@ -36,6 +36,7 @@ FFA_HD T multiply_add(T a, T b, T c) {
 #if defined(__CUDA_ARCH__)
   return ::fma(a, b, c);
 #elif defined(__FMA__) || defined(__aarch64__)
+  if constexpr (sizeof(T) == sizeof(float)) return __builtin_fmaf(a, b, c);
   return __builtin_fma(a, b, c);
 #else
   return a * b + c;

@@ -16,6 +16,7 @@
   decltype(ffa_cpu_per_sample_grad) per_sample_grad; \
   decltype(ffa_cpu_clip_accumulate) clip_accumulate; \
   decltype(ffa_cpu_private_update) private_update;   \
+  decltype(ffa_cpu_private_step) private_step;       \
   }
 
 FFA_DECLARE_COPY(baseline)
@@ -117,6 +118,21 @@ int ffa_cpu_private_update(int64_t n_tensors, const int64_t* numels, const int* 
                                   steps, rng_state, hyper, tensor_ids, groups, max_grad_norm,
                                   noise_multiplier, expected_batch_size, optimizer, nesterov,
                                   maximize, threads);
+}
+
+int ffa_cpu_private_step(int64_t n_tensors, int64_t n, const int64_t* numels,
+                         const int* grad_dtypes, const void* const* grad_samples,
+                         const double* const* squares, const uint8_t* keep, int64_t* stats,
+                         double* factors, const int* dtypes, void* const* params,
+                         void* const* exp_avgs, void* const* exp_avg_sqs, float* const* steps,
+                         int64_t* rng_state, const double* hyper, const int64_t* tensor_ids,
+                         int64_t groups, const double* max_grad_norm, double noise_multiplier,
+                         double expected_batch_size, int optimizer, int nesterov, int maximize,
+                         int threads) {
+  return FFA_COPY(private_step)(
+      n_tensors, n, numels, grad_dtypes, grad_samples, squares, keep, stats, factors, dtypes,
+      params, exp_avgs, exp_avg_sqs, steps, rng_state, hyper, tensor_ids, groups, max_grad_norm,
+      noise_multiplier, expected_batch_size, optimizer, nesterov, maximize, threads);
 }
 
 }  // extern "C"

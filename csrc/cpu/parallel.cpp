@@ -18,7 +18,20 @@
 namespace ffa {
 namespace {
 
-using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+// The two functions of the runtime that are used here.
+struct Runtime {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
+  int (*thread_number)(void);
+};
+
+bool look_up(void* handle, Runtime* found) {
+  void* parallel = dlsym(handle, "GOMP_parallel");
+  void* thread_number = dlsym(handle, "omp_get_thread_num");
+  if (parallel == nullptr || thread_number == nullptr) return false;
+  found->parallel = reinterpret_cast<decltype(found->parallel)>(parallel);
+  found->thread_number = reinterpret_cast<decltype(found->thread_number)>(thread_number);
+  return true;
+}
 
 #if defined(__linux__)
 int find_in_object(dl_phdr_info* info, size_t, void* found) {
@@ -29,53 +42,71 @@ int find_in_object(dl_phdr_info* info, size_t, void* found) {
     return 0;
   }
   void* handle = dlopen(info->dlpi_name, RTLD_NOLOAD | RTLD_LAZY);
-  if (handle == nullptr) return 0;
-  *static_cast<void**>(found) = dlsym(handle, "GOMP_parallel");
-  return *static_cast<void**>(found) != nullptr;
+  return handle != nullptr && look_up(handle, static_cast<Runtime*>(found));
 }
 #endif
 
-GompParallel find_gomp() {
-  void* found = dlsym(RTLD_DEFAULT, "GOMP_parallel");
-#if defined(__linux__)
+Runtime find_runtime() {
+  Runtime found = {};
   // A runtime loaded by an extension module is not in the global scope.
-  if (found == nullptr) dl_iterate_phdr(find_in_object, &found);
+  if (!look_up(RTLD_DEFAULT, &found)) {
+#if defined(__linux__)
+    dl_iterate_phdr(find_in_object, &found);
 #endif
-  return reinterpret_cast<GompParallel>(found);
-}
-
-GompParallel gomp_parallel() {
-  static const GompParallel found = find_gomp();
+  }
   return found;
 }
 
+const Runtime& runtime() {
+  static const Runtime found = find_runtime();
+  return found;
+}
+
+// A part of the tasks, on a cache line of its own: whoever comes to it takes the next one.
+struct alignas(64) Range {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
+constexpr int kMostRanges = 64;
+
 struct Job {
-  std::atomic<int64_t> next{0};
-  int64_t tasks;
+  Range ranges[kMostRanges];
+  int count;
   void (*fn)(void*, int64_t);
   void* context;
 };
 
+// A thread begins with the range of its number, in the next call as in this one, and finds in its
+// cache what it left there. Then it helps the others.
 void work(void* data) {
   Job* job = static_cast<Job*>(data);
-  for (int64_t task; (task = job->next.fetch_add(1)) < job->tasks;) job->fn(job->context, task);
+  const int own = runtime().thread_number();
+  for (int i = 0; i < job->count; ++i) {
+    Range& range = job->ranges[(own + i) % job->count];
+    for (int64_t task; (task = range.next.fetch_add(1)) < range.end;) job->fn(job->context, task);
+  }
 }
 
 }  // namespace
 
-bool parallel_available() { return gomp_parallel() != nullptr; }
+bool parallel_available() { return runtime().parallel != nullptr; }
 
 void parallel_run(int threads, int64_t tasks, void (*fn)(void*, int64_t), void* context) {
   if (threads > tasks) threads = static_cast<int>(tasks);
-  if (threads <= 1 || gomp_parallel() == nullptr) {
+  if (threads <= 1 || !parallel_available()) {
     for (int64_t task = 0; task < tasks; ++task) fn(context, task);
     return;
   }
   Job job;
-  job.tasks = tasks;
+  job.count = threads < kMostRanges ? threads : kMostRanges;
   job.fn = fn;
   job.context = context;
-  gomp_parallel()(work, &job, static_cast<unsigned>(threads), 0);
+  for (int i = 0; i < job.count; ++i) {
+    job.ranges[i].next = tasks * i / job.count;
+    job.ranges[i].end = tasks * (i + 1) / job.count;
+  }
+  runtime().parallel(work, &job, static_cast<unsigned>(threads), 0);
 }
 
 }  // namespace ffa

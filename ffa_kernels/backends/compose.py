@@ -41,11 +41,8 @@ def by_way_of_G(
 def by_way_of_sums(
     clip_accumulate: Callable[..., Tensor],
     private_update: Callable[..., None],
-    take: Callable[..., tuple[Any, list[Tensor]]] = lambda *like: (None, zero_sums(*like)),
-    give: Callable[..., None] = lambda key, sums: None,
 ) -> Callable[..., Tensor]:
-    """`private_step` from the two ops that it stands for: the sums live as long as the call, unless
-    `give` keeps them, which the update has zeroed, for the next `take`."""
+    """`private_step` from the two ops that it stands for: the sums live as long as the call."""
 
     def private_step(
         grad_samples: list[Tensor],
@@ -62,11 +59,10 @@ def by_way_of_sums(
         max_grad_norm: list[float],
         *settings: Any,
     ) -> Tensor:
-        key, sums = take(params, max_grad_norm)
+        sums = zero_sums(params, max_grad_norm)
         factors = clip_accumulate(grad_samples, squares, sums, stats, keep, max_grad_norm)
         buffers = (exp_avgs, exp_avg_sqs, steps, rng_state, hyper)
         private_update(params, sums, *buffers, tensor_ids, max_grad_norm, *settings)
-        give(key, sums)
         return factors
 
     return private_step

@@ -1,7 +1,8 @@
 """Every op on the compiled CPU kernels of ``csrc/cpu``, for float32 and float64.
 
 Same names and arguments as the ops. Outputs are allocated here; the launchers get addresses, sizes
-and a thread count. Rules of dtype and shape are the ops' own business and checked there.
+and a thread count. Rules of dtype, shape and layout are the ops' own business and checked there:
+parameters, moments and sums come contiguous.
 """
 
 from __future__ import annotations
@@ -19,13 +20,12 @@ from ffa_kernels.backends import native
 from ffa_kernels.backends.compose import (
     base_product,
     by_way_of_G,
-    by_way_of_sums,
     can_merge,
     merged_weight,
     scaled_product,
 )
 from ffa_kernels.backends.dispatch import OPS
-from ffa_kernels.backends.grid import known_squares, zero_sums
+from ffa_kernels.backends.grid import known_squares
 
 # enum ffa_dtype and enum ffa_optimizer of csrc/ffa.h
 _DTYPES = {torch.float32: 0, torch.float64: 1}
@@ -226,7 +226,18 @@ def per_sample_grad(
 
 
 def _codes(tensors: Sequence[Tensor]) -> Any:
-    return native.ints([_dtype_code(t.dtype) for t in tensors])
+    try:
+        return native.ints([_DTYPES[t.dtype] for t in tensors])
+    except KeyError:
+        return [_dtype_code(t.dtype) for t in tensors]  # which says what is wrong
+
+
+def _addresses(tensors: Sequence[Tensor]) -> Any:
+    return native.pointers(tensors) if tensors else None
+
+
+def _numels(tensors: Sequence[Tensor]) -> Any:
+    return native.longs([t.numel() for t in tensors])
 
 
 def clip_accumulate(
@@ -239,25 +250,14 @@ def clip_accumulate(
 ) -> Tensor:
     """Clip each record and add it to `sums` on their grids; factors float64 (groups, n)."""
     n = len(grad_samples[0])
-    grads = [t.contiguous() for t in grad_samples]
+    grads, known = [t.contiguous() for t in grad_samples], [t.contiguous() for t in squares]
     in_place = native.InPlace()
-    totals, (counts,) = in_place(sums), in_place([stats])
+    (counts,) = in_place([stats])
     factors = torch.empty((len(max_grad_norm), n), dtype=torch.float64)
     kept = None if keep is None else keep.contiguous()
-    known = [t.contiguous() for t in squares]
     native.load("cpu").call(
-        *(
-            "clip_accumulate",
-            len(grads),
-            n,
-            native.longs([t.numel() for t in totals]),
-            _codes(grads),
-        ),
-        *(
-            native.pointers(grads),
-            native.pointers(known) if known else None,
-            native.pointers(totals),
-        ),
+        *("clip_accumulate", len(grads), n, _numels(sums), _codes(grads)),
+        *(_addresses(grads), _addresses(known), _addresses(sums)),
         *(len(max_grad_norm), native.doubles(max_grad_norm)),
         *(None if kept is None else kept.data_ptr(), counts.data_ptr(), factors.data_ptr()),
         _threads(),
@@ -287,45 +287,54 @@ def private_update(
 ) -> None:
     """Noise `sums`, average, and step the optimizer on `params`, all tensors in one call."""
     in_place = native.InPlace()
-    p, s, m, v = (in_place(tensors) for tensors in (params, sums, exp_avgs, exp_avg_sqs))
     (state,) = in_place([rng_state])
-    counts = [] if optimizer == "none" else in_place(steps)
+    counts = [] if optimizer == "none" else steps
     table = hyper.contiguous()
     native.load("cpu").call(
-        *("private_update", len(p), native.longs([t.numel() for t in p]), _codes(p)),
-        *(
-            native.pointers(p),
-            native.pointers(s),
-            native.pointers(m) if m else None,
-            native.pointers(v) if v else None,
-        ),
-        *(native.pointers(counts) if counts else None, state.data_ptr(), table.data_ptr()),
-        *(
-            native.longs(tensor_ids),
-            len(max_grad_norm),
-            native.doubles(max_grad_norm),
-            noise_multiplier,
-        ),
+        *("private_update", len(params), _numels(params), _codes(params)),
+        *(_addresses(params), _addresses(sums), _addresses(exp_avgs), _addresses(exp_avg_sqs)),
+        *(_addresses(counts), state.data_ptr(), table.data_ptr(), native.longs(tensor_ids)),
+        *(len(max_grad_norm), native.doubles(max_grad_norm), noise_multiplier),
         *(expected_batch_size, _OPTIMIZERS[optimizer], int(nesterov), int(maximize), _threads()),
     )
     in_place.finish()
 
 
-# Zeroed sums of the last step, for the next one of the same tensors: new pages would cost as much
-# as clipping does. None of many bytes, and none of a step that failed.
-_spare: dict[Any, list[Tensor]] = {}
-_SPARE_ELEMENTS = 1 << 20
-
-
-def _take_sums(params: list[Tensor], max_grad_norm: list[float]) -> tuple[Any, list[Tensor]]:
-    key = (tuple(p.shape for p in params), *map(math.isinf, max_grad_norm))
-    return key, _spare.pop(key, None) or zero_sums(params, max_grad_norm)
-
-
-def _give_sums(key: Any, sums: list[Tensor]) -> None:
-    _spare.clear()
-    if sum(t.numel() for t in sums) <= _SPARE_ELEMENTS:
-        _spare[key] = sums
-
-
-private_step = by_way_of_sums(clip_accumulate, private_update, _take_sums, _give_sums)
+def private_step(
+    grad_samples: list[Tensor],
+    squares: list[Tensor],
+    stats: Tensor,
+    keep: Tensor | None,
+    params: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    rng_state: Tensor,
+    hyper: Tensor,
+    tensor_ids: list[int],
+    max_grad_norm: list[float],
+    noise_multiplier: float,
+    expected_batch_size: float,
+    optimizer: str,
+    nesterov: bool,
+    maximize: bool,
+) -> Tensor:
+    """`clip_accumulate`, then `private_update`, with a chunk of the sums in the cache alone."""
+    n = len(grad_samples[0])
+    grads, known = [t.contiguous() for t in grad_samples], [t.contiguous() for t in squares]
+    in_place = native.InPlace()
+    counts, state = in_place([stats, rng_state])
+    kept, table = None if keep is None else keep.contiguous(), hyper.contiguous()
+    factors = torch.empty((len(max_grad_norm), n), dtype=torch.float64)
+    native.load("cpu").call(
+        *("private_step", len(params), n, _numels(params), _codes(grads)),
+        *(_addresses(grads), _addresses(known), None if kept is None else kept.data_ptr()),
+        *(counts.data_ptr(), factors.data_ptr(), _codes(params), _addresses(params)),
+        *(_addresses(exp_avgs), _addresses(exp_avg_sqs)),
+        *(_addresses([] if optimizer == "none" else steps), state.data_ptr(), table.data_ptr()),
+        *(native.longs(tensor_ids), len(max_grad_norm), native.doubles(max_grad_norm)),
+        *(noise_multiplier, expected_batch_size, _OPTIMIZERS[optimizer], int(nesterov)),
+        *(int(maximize), _threads()),
+    )
+    in_place.finish()
+    return factors

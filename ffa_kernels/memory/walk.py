@@ -178,10 +178,8 @@ def _served(device: str, func: Any, args: tuple[Any, ...]) -> Any:
         return getattr(cpu, name)(*args)
     if name in ("per_sample_grad", "per_sample_clip"):
         held = [t.contiguous() for t in args[:2]]
-    elif name == "clip_accumulate":
+    elif name == "clip_accumulate" or (name == "private_step" and backend == "cpu"):
         held = [t.contiguous() for t in args[0]]
-    elif name == "private_step" and backend == "cpu":
-        held = zero_sums(args[4], args[11])
     out = func(*args)
     del held
     return out

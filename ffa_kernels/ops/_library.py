@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from ffa_kernels.errors import ConfigError
 
 # `Library.define` and not `custom_op`: half the overhead a call, which small models feel.
 LIBRARY: Any = torch.library.Library("ffa", "DEF")  # type: ignore[no-untyped-call]
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), float, int, bool, torch.dtype))
+_PLAIN = frozenset(
+    (torch.Tensor, torch.nn.Parameter, type(None), float, int, bool, str, torch.dtype)
+)
 
 
 def define(
@@ -34,8 +36,7 @@ def define(
     Returns:
         The callable op. Where no gradient is recorded it runs the implementation on plain tensors
         without the dispatcher, whose way into Python takes longer than a small layer; one that
-        writes to its inputs does not, for the dispatcher counts their versions. Its attribute
-        `implementation` is for callers that see to all of this themselves.
+        writes to its inputs is for `call_in_place`.
     """
     name = schema.split("(", 1)[0]
 
@@ -55,6 +56,21 @@ def define(
 
     op.implementation = implementation  # type: ignore[attr-defined]
     return op
+
+
+def call_in_place(op: Any, arguments: tuple[Any, ...], written: list[torch.Tensor]) -> Any:
+    """Calls an op that writes to its inputs, without the dispatcher where it may be.
+
+    Args:
+        op: what `define` returned.
+        arguments: of the op.
+        written: the tensors among them that it writes to, below autograd: their versions are
+            counted here.
+    """
+    torch.autograd.graph.increment_version(written)
+    flat = chain.from_iterable([a if type(a) is list else (a,) for a in arguments])
+    with torch.no_grad():
+        return (op.implementation if values_alone(flat) else op)(*arguments)
 
 
 def values_alone(arguments: Iterable[object]) -> bool:
@@ -77,6 +93,18 @@ def require(condition: bool, message: Callable[[], str]) -> None:
     """Raises ConfigError with `message()` unless `condition`."""
     if not condition:
         raise ConfigError(message())
+
+
+def require_each(hold: list[bool], message: Callable[[int], str]) -> None:
+    """Raises ConfigError with `message(k)` for the first k where `hold` is False."""
+    if not all(hold):
+        raise ConfigError(message(hold.index(False)))
+
+
+def require_same(found: list[Any], wanted: list[Any], message: Callable[[int], str]) -> None:
+    """Raises ConfigError with `message(k)` for the first k where two lists of a length differ."""
+    if found != wanted:
+        require_each([a == b for a, b in zip(found, wanted, strict=True)], message)
 
 
 def check_rng_state(op: str, argument: str, state: torch.Tensor) -> None:
@@ -103,9 +131,7 @@ def check_offsets(op: str, cu_seqlens: torch.Tensor, rows: int, device: torch.de
     if type(cu_seqlens) is torch.Tensor and cu_seqlens.device.type == "cpu":
         offsets = cu_seqlens.tolist()
         require(
-            offsets[0] >= 0
-            and offsets[-1] <= rows
-            and all(a <= b for a, b in itertools.pairwise(offsets)),
+            offsets[0] >= 0 and offsets[-1] <= rows and all(a <= b for a, b in pairwise(offsets)),
             lambda: (
                 f"{op}: cu_seqlens is {offsets}; accepted: numbers that do not fall, from 0 to "
                 f"{rows}, the number of rows"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ffa_kernels.ops._library import define, require
+from ffa_kernels.ops._library import call_in_place, define, require, require_same
 
 # Outside these the square of a norm that must be clipped would leave fp64's range.
 _SMALLEST_BOUND, _LARGEST_BOUND = 2.0**-500, 2.0**500
@@ -34,16 +34,16 @@ def check_sums(op: str, sums: list[Tensor], max_grad_norm: list[float], count: i
         len(sums) == count,
         lambda: f"{op}: {len(sums)} sums for {count} tensors; accepted: one each",
     )
-    for k, total in enumerate(sums):
-        bound = max_grad_norm[0 if len(max_grad_norm) == 1 else k]
-        dtype = torch.float64 if math.isinf(bound) else torch.int64
-        require(
-            total.dtype == dtype and total.is_contiguous(),
-            lambda k=k, total=total, dtype=dtype: (  # type: ignore[misc]
-                f"{op}: sums[{k}] is {total.dtype} with strides {total.stride()}; accepted: "
-                f"contiguous {dtype} for its bound"
-            ),
-        )
+    dtypes = [torch.float64 if math.isinf(c) else torch.int64 for c in max_grad_norm]
+    wanted = [(dtype, True) for dtype in dtypes] * (count // len(dtypes))
+    require_same(
+        [(total.dtype, total.is_contiguous()) for total in sums],
+        wanted,
+        lambda k: (
+            f"{op}: sums[{k}] is {sums[k].dtype} with strides {sums[k].stride()}; accepted: "
+            f"contiguous {wanted[k][0]} for its bound"
+        ),
+    )
 
 
 def check_records(
@@ -56,17 +56,18 @@ def check_records(
 ) -> None:
     """What one physical batch brings: gradients of n records for tensors shaped as `totals`."""
     n = grad_samples[0].shape[0]
-    for k, (grad_sample, total) in enumerate(zip(grad_samples, totals, strict=True)):
-        require(
-            tuple(grad_sample.shape) == (n, *total.shape) and grad_sample.is_floating_point(),
-            lambda k=k, grad_sample=grad_sample, total=total: (  # type: ignore[misc]
-                f"{op}: grad_samples[{k}] is {grad_sample.dtype} {tuple(grad_sample.shape)}; "
-                f"accepted: a float type, {(n, *total.shape)}"
-            ),
-        )
+    wanted = [(n, *total.shape) for total in totals]
+    require_same(
+        [t.shape if t.is_floating_point() else None for t in grad_samples],
+        wanted,
+        lambda k: (
+            f"{op}: grad_samples[{k}] is {grad_samples[k].dtype} {tuple(grad_samples[k].shape)}; "
+            f"accepted: a float type, {wanted[k]}"
+        ),
+    )
     require(
         len(squares) in (0, len(grad_samples))
-        and all(t.dtype == torch.float64 and tuple(t.shape) == (2, n) for t in squares),
+        and [(t.dtype, t.shape) for t in squares] == [(torch.float64, (2, n))] * len(squares),
         lambda: (
             f"{op}: squares are {[(t.dtype, tuple(t.shape)) for t in squares]}; accepted: none, or "
             f"{len(grad_samples)} of fp64 {(2, n)}"
@@ -151,7 +152,7 @@ def clip_accumulate(
     Raises:
         ConfigError: shapes, dtypes or bounds that do not fit together.
     """
-    result: Tensor = _op(
-        list(grad_samples), list(squares), list(sums), stats, keep, list(max_grad_norm)
-    )
+    totals = list(sums)
+    arguments = (list(grad_samples), list(squares), totals, stats, keep, list(max_grad_norm))
+    result: Tensor = call_in_place(_op, arguments, [*totals, stats])
     return result

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ffa_kernels.ops._library import define, values_alone
+from ffa_kernels.ops._library import call_in_place, define
 from ffa_kernels.ops.clip_accumulate import check_bounds, check_records
 from ffa_kernels.ops.private_update import check_update
 
@@ -87,28 +88,14 @@ def private_step(
     Raises:
         ConfigError: shapes, dtypes or values that do not fit together.
     """
-    written = [stats, *params, *exp_avgs, *exp_avg_sqs, *steps, rng_state]
-    direct = values_alone((*written, *grad_samples, *squares, keep, hyper))
-    # The dispatcher counts versions too, but not those of parameters, of which it sees no gradient.
-    torch.autograd.graph.increment_version(written if direct else list(params))
-    with torch.no_grad():
-        factors: Tensor = (_op.implementation if direct else _op)(
-            list(grad_samples),
-            list(squares),
-            stats,
-            keep,
-            list(params),
-            list(exp_avgs),
-            list(exp_avg_sqs),
-            list(steps),
-            rng_state,
-            hyper,
-            list(tensor_ids),
-            list(max_grad_norm),
-            noise_multiplier,
-            expected_batch_size,
-            optimizer,
-            nesterov,
-            maximize,
-        )
+    updated = [list(t) for t in (params, exp_avgs, exp_avg_sqs, steps)]
+    factors: Tensor = call_in_place(
+        _op,
+        (
+            *(list(grad_samples), list(squares), stats, keep, *updated, rng_state, hyper),
+            *(list(tensor_ids), list(max_grad_norm), noise_multiplier, expected_batch_size),
+            *(optimizer, nesterov, maximize),
+        ),
+        [*chain(*updated), stats, rng_state],
+    )
     return factors

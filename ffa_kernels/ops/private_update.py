@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ffa_kernels.ops._library import check_rng_state, define, require
+from ffa_kernels.ops._library import (
+    call_in_place,
+    check_rng_state,
+    define,
+    require,
+    require_each,
+    require_same,
+)
 from ffa_kernels.ops.clip_accumulate import check_sums
 
 OPTIMIZERS = ("none", "sgd", "adam", "adamw")
@@ -50,35 +58,33 @@ def check_update(
                 f"{' or '.join(map(str, sizes))}"
             ),
         )
-    for k, param in enumerate(params):
-        require(
-            param.is_contiguous() and param.is_floating_point(),
-            lambda k=k, param=param: (  # type: ignore[misc]
-                f"{op}: params[{k}] is {param.dtype} with strides {param.stride()}; accepted: a "
-                "contiguous float tensor"
-            ),
-        )
+    layouts = [(p.shape, p.dtype, p.is_contiguous()) for p in params]
+    require_each(
+        [contiguous and dtype.is_floating_point for _, dtype, contiguous in layouts],
+        lambda k: (
+            f"{op}: params[{k}] is {params[k].dtype} with strides {params[k].stride()}; accepted: "
+            "a contiguous float tensor"
+        ),
+    )
     for name, buffers in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
-        for k, (buffer, param) in enumerate(zip(buffers, params, strict=False)):
-            require(
-                buffer.shape == param.shape
-                and buffer.dtype == param.dtype
-                and buffer.is_contiguous(),
-                lambda name=name, k=k, buffer=buffer, param=param: (  # type: ignore[misc]
-                    f"{op}: {name}[{k}] is {buffer.dtype} {tuple(buffer.shape)}; "
-                    f"accepted: contiguous {param.dtype} {tuple(param.shape)}, as its parameter"
-                ),
-            )
-    for k, step in enumerate(steps):
-        require(
-            step.dtype == torch.float32 and step.numel() == 1,
-            lambda k=k, step=step: (  # type: ignore[misc]
-                f"{op}: steps[{k}] is {step.dtype} {tuple(step.shape)}; accepted: a float32 scalar"
+        require_same(
+            [(b.shape, b.dtype, b.is_contiguous()) for b in buffers],
+            layouts if buffers else [],
+            lambda k, name=name, buffers=buffers: (  # type: ignore[misc]
+                f"{op}: {name}[{k}] is {buffers[k].dtype} {tuple(buffers[k].shape)}; accepted: "
+                f"contiguous {layouts[k][1]} {tuple(layouts[k][0])}, as its parameter"
             ),
         )
+    require_each(
+        [step.dtype == torch.float32 and step.numel() == 1 for step in steps],
+        lambda k: (
+            f"{op}: steps[{k}] is {steps[k].dtype} {tuple(steps[k].shape)}; accepted: a float32 "
+            "scalar"
+        ),
+    )
     require(
         len(tensor_ids) == len(set(tensor_ids)) == count
-        and all(0 <= i < 1 << 32 for i in tensor_ids),
+        and all([0 <= i < 1 << 32 for i in tensor_ids]),
         lambda: (
             f"{op}: tensor_ids are {tensor_ids}; accepted: {count} different ones from "
             "0 to 2^32 - 1"
@@ -105,14 +111,14 @@ def check_update(
 def _check(params: list[Tensor], sums: list[Tensor], *update: Any) -> None:
     max_grad_norm = update[6]
     check_sums("private_update", sums, max_grad_norm, len(params))
-    for k, (param, total) in enumerate(zip(params, sums, strict=True)):
-        require(
-            param.shape == total.shape,
-            lambda k=k, param=param, total=total: (  # type: ignore[misc]
-                f"private_update: params[{k}] is {param.dtype} {tuple(param.shape)}; accepted: "
-                f"{tuple(total.shape)}, as its sum"
-            ),
-        )
+    require_same(
+        [p.shape for p in params],
+        [total.shape for total in sums],
+        lambda k: (
+            f"private_update: params[{k}] is {params[k].dtype} {tuple(params[k].shape)}; accepted: "
+            f"{tuple(sums[k].shape)}, as its sum"
+        ),
+    )
     check_update("private_update", params, *update)
 
 
@@ -174,22 +180,12 @@ def private_update(
     Raises:
         ConfigError: shapes, dtypes or values that do not fit together.
     """
-    # The in-place writes happen below autograd: its version counters are told here.
-    torch.autograd.graph.increment_version(list(params))
-    with torch.no_grad():
-        _op(
-            list(params),
-            list(sums),
-            list(exp_avgs),
-            list(exp_avg_sqs),
-            list(steps),
-            rng_state,
-            hyper,
-            list(tensor_ids),
-            list(max_grad_norm),
-            noise_multiplier,
-            expected_batch_size,
-            optimizer,
-            nesterov,
-            maximize,
-        )
+    updated = [list(t) for t in (params, sums, exp_avgs, exp_avg_sqs, steps)]
+    call_in_place(
+        _op,
+        (
+            *(*updated, rng_state, hyper, list(tensor_ids), list(max_grad_norm)),
+            *(noise_multiplier, expected_batch_size, optimizer, nesterov, maximize),
+        ),
+        [*chain(*updated), rng_state],
+    )
