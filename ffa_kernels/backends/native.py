@@ -21,7 +21,7 @@ from ffa_kernels.errors import FFAError
 if TYPE_CHECKING:
     from torch import Tensor
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 DIRECTORY = Path(__file__).resolve().parent.parent / "_lib"
 
 _POINTERS = POINTER(c_void_p)
@@ -41,6 +41,10 @@ _CPU_LAUNCHERS: dict[str, tuple[Any, ...]] = {
     "per_sample_grad": (
         *(c_int64, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_void_p),
         *(c_void_p, c_double, c_void_p, c_void_p, c_void_p, c_int),
+    ),
+    "bf16_product": (
+        *(c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p),
+        *(c_void_p, c_void_p, c_int64, c_int64, c_double, c_void_p, c_int),
     ),
     "clip_accumulate": (
         *(c_int64, c_int64, _LONGS, _INTS, _POINTERS, _POINTERS, _POINTERS),
@@ -115,6 +119,12 @@ class Library:
         if status != 0:
             words = self.handle.ffa_status_string(status).decode()
             raise NativeError(f"ffa_{self.kind}_{op}: {words} (status {status})")
+
+
+@functools.cache
+def has_bf16_product() -> bool:
+    """Whether the CPU library is there and its bf16_product runs on this machine."""
+    return available("cpu") and bool(load("cpu").handle.ffa_cpu_has_bf16_product())
 
 
 def pointers(tensors: Sequence[Tensor]) -> Any:
