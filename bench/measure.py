@@ -45,7 +45,8 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """The most that `run` holds at once beyond what is there when it begins.
 
     Bytes of tensors as PyTorch's allocator counts them, on a CPU by the profiler's account of each
-    allocation; what csrc's kernels take for themselves (under 1 MiB a thread) is not in it.
+    allocation; what csrc's kernels take for themselves (about 2 MiB, and under 1 MiB a thread) is
+    not in it.
     """
     if device.type == "cuda":
         wait(device)

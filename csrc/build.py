@@ -123,6 +123,8 @@ def _build_cpu(
         for op in OPS:
             contract = ["-ffp-contract=fast"] if op in CONTRACTED_OPS else []
             add(op, isa, [*contract, *ISA_FLAGS[isa], f"-DFFA_ISA={isa}"])
+    # Its one copy asks for its instructions itself.
+    add("bf16_product", "amx", ["-DFFA_ISA=amx"])
     add("dispatch", "shared", [])
     add("parallel", "shared", [])
     _compile_all(commands)

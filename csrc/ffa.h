@@ -69,6 +69,19 @@ int ffa_cpu_per_sample_grad(int64_t n, int64_t rows, int64_t d_out, int64_t r, i
                             const int32_t* offsets, double scale, void* u, void* G, double* sq,
                             int threads);
 
+/* Whether the next one runs here: it needs AMX tiles. */
+int ffa_cpu_has_bf16_product(void);
+
+/* out (rows, columns) = x right + scaling left term + bias, each of x (rows, depth), right (depth,
+ * columns), scaling left (rows, r) and term (r, columns) rounded to bf16. right is BF16, all else
+ * F32; bias (columns,) or null. Element (k, c) of right is right_row k + right_column c elements
+ * from its start, and term likewise; x, left and out are contiguous. A row of out has the same bits
+ * whatever the other rows are. */
+int ffa_cpu_bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
+                         const void* right, int64_t right_row, int64_t right_column,
+                         const void* bias, const void* left, const void* term, int64_t term_row,
+                         int64_t term_column, double scaling, void* out, int threads);
+
 /* grad_samples[k] (n, numels[k]) of dtypes[k]; sums[k] (numels[k],) int64 on the grid of its bound,
  * float64 when the bound is infinite; groups is 1 (flat) or n_tensors, and so is the length of
  * max_grad_norm; keep (n,) bytes or null; stats int64[2]; factors float64 (groups, n).

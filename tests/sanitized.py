@@ -22,7 +22,7 @@ OPS = [
     f"tests/test_{name}.py"
     for name in (
         *("linear", "per_sample_grad", "per_sample_clip", "packed", "clip_accumulate"),
-        *("private_update", "private_step", "chacha20", "gaussian"),
+        *("private_update", "private_step", "chacha20", "gaussian", "bf16_product"),
     )
 ]
 

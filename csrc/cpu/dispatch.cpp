@@ -19,6 +19,11 @@
   decltype(ffa_cpu_private_step) private_step;       \
   }
 
+namespace ffa::amx {
+decltype(ffa_cpu_has_bf16_product) has_bf16_product;
+decltype(ffa_cpu_bf16_product) bf16_product;
+}  // namespace ffa::amx
+
 FFA_DECLARE_COPY(baseline)
 #if defined(FFA_X86_COPIES)
 FFA_DECLARE_COPY(avx2)
@@ -97,6 +102,16 @@ int ffa_cpu_per_sample_grad(int64_t n, int64_t rows, int64_t d_out, int64_t r, i
                             int threads) {
   return FFA_COPY(per_sample_grad)(n, rows, d_out, r, dtype, g, h, lora_B, offsets, scale, u, G, sq,
                                    threads);
+}
+
+int ffa_cpu_has_bf16_product(void) { return isa() == kAvx512 && ffa::amx::has_bf16_product(); }
+
+int ffa_cpu_bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
+                         const void* right, int64_t right_row, int64_t right_column,
+                         const void* bias, const void* left, const void* term, int64_t term_row,
+                         int64_t term_column, double scaling, void* out, int threads) {
+  return ffa::amx::bf16_product(rows, depth, columns, r, x, right, right_row, right_column, bias,
+                                left, term, term_row, term_column, scaling, out, threads);
 }
 
 int ffa_cpu_clip_accumulate(int64_t n_tensors, int64_t n, const int64_t* numels, const int* dtypes,

@@ -7,9 +7,8 @@
 // columns x ranks of G along the tokens, each element of g times a vector of ranks at a time. Ranks
 // are padded with zeros to whole vectors. The order of every sum depends on the shape alone, never
 // on the number of threads.
-#include <stdlib.h>
-
 #include "../ffa.h"
+#include "buffer.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -158,25 +157,6 @@ void strip(const T* from, int64_t rows, int64_t r, int64_t ranks, T* to) {
   for (int64_t i = 0; i < rows; ++i)
     memcpy(to + i * r, from + i * ranks, static_cast<size_t>(r) * sizeof(T));
 }
-
-template <class T>
-T* allocate(int64_t count) {
-  const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
-  return static_cast<T*>(aligned_alloc(64, bytes));
-}
-
-// Frees what it holds.
-template <class T>
-struct Buffer {
-  T* data = nullptr;
-  bool ok = true;
-  explicit Buffer(int64_t count) : data(count > 0 ? allocate<T>(count) : nullptr) {
-    ok = count <= 0 || data != nullptr;
-  }
-  ~Buffer() { free(data); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-};
 
 template <class T>
 int run(Problem<T> p, double* sq, int threads) {

@@ -114,6 +114,16 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
 
 
 def base_product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b in x's dtype, by the kernel for fp32 beside bf16 where that runs."""
+    if not torch.compiler.is_compiling() and rows.device.type == "cpu":
+        from ffa_kernels.backends import cpu
+
+        if cpu.has_bf16_product(rows, weight):
+            return cpu.bf16_product(rows, weight, bias)
+    return plain_product(rows, weight, bias)
+
+
+def plain_product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b in x's dtype. A W of fewer bits is multiplied in its own type, where the device has
     instructions for that; x, b and the product are then rounded to it."""
     if weight.dtype == rows.dtype:

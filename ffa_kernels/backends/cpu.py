@@ -122,6 +122,50 @@ def _dropped_product(
         torch.mm(masked, lora_A.t(), out=h[start:end])
 
 
+def has_bf16_product(x: Tensor, weight: Tensor) -> bool:
+    """Whether `bf16_product` takes these: nothing that stands for a tensor, such as a tracer's."""
+    return (
+        type(x) is Tensor
+        and (x.dtype, weight.dtype) == (torch.float32, torch.bfloat16)
+        and native.has_bf16_product()
+    )
+
+
+def bf16_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    left: Tensor | None = None,
+    term: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """x W^T + b + s left term (..., d_out) in fp32, from x, W, s left and term rounded to bf16.
+
+    A row has the same bits whatever the other rows are; W is packed a part at a time.
+    """
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    y = rows.new_empty(len(rows), weight.shape[0])
+    bias = None if bias is None else bias.contiguous()
+    if left is None or term is None:
+        left, term = rows.new_empty(len(rows), 0), rows.new_empty(0, y.shape[1])
+    left = left.contiguous()
+    native.load("cpu").call(
+        *("bf16_product", *rows.shape, y.shape[1], len(term), rows.data_ptr(), weight.data_ptr()),
+        *(weight.stride(1), weight.stride(0), None if bias is None else bias.data_ptr()),
+        *(left.data_ptr(), term.data_ptr(), *term.stride(), scaling, y.data_ptr(), _threads()),
+    )
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _adapted_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, term: Tensor, scaling: float
+) -> Tensor:
+    """x W^T + b + s left term, for x (rows, d_in)."""
+    if has_bf16_product(x, weight):
+        return bf16_product(x, weight, bias, left, term, scaling)
+    return base_product(x, weight, bias).addmm_(left, term, alpha=scaling)
+
+
 def linear(
     x: Tensor,
     weight: Tensor | None,
@@ -154,7 +198,7 @@ def linear(
     if weight is None:
         y = scaled_product(h, lora_B.t(), scaling)
     else:
-        y = base_product(rows, weight, bias).addmm_(h, lora_B.t(), alpha=scaling)
+        y = _adapted_product(rows, weight, bias, h, lora_B.t(), scaling)
     return y.view(*lead, lora_B.shape[0]), h.view(*lead, lora_A.shape[0])
 
 
@@ -175,20 +219,17 @@ def linear_backward(
         merged = merged_weight(weight, lora_A, lora_B, scaling)
         return (g_rows @ merged).view(*g.shape[:-1], columns)
     u_rows = g_rows @ lora_B if u is None else u.reshape(-1, u.shape[-1])
-    library = native.load("cpu")
-    if weight is None and dropout_state is None:
-        dx = scaled_product(u_rows, lora_A, scaling)
-    else:
-        dx = (
-            g.new_zeros(len(g_rows), columns)
-            if weight is None
-            else base_product(g_rows, weight.t())
-        )
     if dropout_state is None:
-        if weight is not None:
-            dx.addmm_(u_rows, lora_A, alpha=scaling)
+        if weight is None:
+            dx = scaled_product(u_rows, lora_A, scaling)
+        else:
+            dx = _adapted_product(g_rows, weight.t(), None, u_rows, lora_A, scaling)
     else:
-        state = dropout_state.contiguous()
+        library, state = native.load("cpu"), dropout_state.contiguous()
+        if weight is None:
+            dx = g.new_zeros(len(g_rows), columns)
+        else:
+            dx = base_product(g_rows, weight.t())
         for start, end in _dropout_chunks(*dx.shape):
             adapter = u_rows[start:end] @ lora_A
             library.call(

@@ -43,6 +43,10 @@ _CPU_LAUNCHERS: dict[str, tuple[Any, ...]] = {
         *(c_int64, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_void_p),
         *(c_void_p, c_double, c_void_p, c_void_p, c_void_p, c_int),
     ),
+    "bf16_product": (
+        *(c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p),
+        *(c_void_p, c_void_p, c_int64, c_int64, c_double, c_void_p, c_int),
+    ),
     "clip_accumulate": (
         *(c_int64, c_int64, _LONGS, _INTS, _POINTERS, _POINTERS, _POINTERS),
         *(c_int64, _DOUBLES, c_void_p, c_void_p, c_void_p, c_int),
@@ -123,6 +127,12 @@ class Library:
         if status != 0:
             words = self.handle.ffa_status_string(status).decode()
             raise NativeError(f"ffa_{self.kind}_{op}: {words} (status {status})")
+
+
+@functools.cache
+def has_bf16_product() -> bool:
+    """Whether the CPU library is there and its bf16_product runs on this machine."""
+    return available("cpu") and bool(load("cpu").handle.ffa_cpu_has_bf16_product())
 
 
 # A ctypes array made of an `array` takes a third of the time that its own constructor takes.

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ffa_kernels.backends.compose import base_product, by_way_of_G, by_way_of_sums, scaled_product
+from ffa_kernels.backends.compose import by_way_of_G, by_way_of_sums, plain_product, scaled_product
 from ffa_kernels.backends.grid import NORM_MARGIN, grid_size, known_squares
 
 _MASK32 = 0xFFFFFFFF
@@ -115,7 +115,7 @@ def linear(
     if weight is None:
         y = scaled_product(_rows(h), lora_B.t(), scaling)
         return y.view(*x.shape[:-1], lora_B.shape[0]), h
-    y = base_product(x, weight, bias)
+    y = plain_product(x, weight, bias)
     _rows(y).addmm_(_rows(h), lora_B.t(), alpha=scaling)
     return y, h
 
@@ -137,7 +137,7 @@ def linear_backward(
         if dropout_state is not None:
             dx.mul_(dropout_scale(dropout_state, dx, dropout_p))
         return dx
-    dx = base_product(g, weight.t())
+    dx = plain_product(g, weight.t())
     if dropout_state is None:
         _rows(dx).addmm_(_rows(u), lora_A, alpha=scaling)
         return dx
