@@ -42,8 +42,10 @@ def _forever(loader: Any, device: torch.device) -> Iterator[tuple[Tensor, Tensor
             yield tokens.to(device), labels.to(device)
 
 
-def floor(s: Setting, model: nn.Module, device: torch.device) -> Step:
+def floor(s: Setting, model: nn.Module, device: torch.device, compiled: bool = False) -> Step:
     """The frozen model's forward and its gradient as far as the embeddings: no method does less."""
+    if compiled:
+        model.compile()
     batches = _batches(s, device)
     embedding = model.get_submodule(s.embedding)
 
@@ -56,9 +58,17 @@ def floor(s: Setting, model: nn.Module, device: torch.device) -> Step:
     return step
 
 
-def private(s: Setting, model: nn.Module, device: torch.device, **options: Any) -> Step:
+def floor_compiled(s: Setting, model: nn.Module, device: torch.device) -> Step:
+    return floor(s, model, device, compiled=True)
+
+
+def private(
+    s: Setting, model: nn.Module, device: torch.device, compiled: bool = False, **options: Any
+) -> Step:
     """This library's private step, once the probe of the first batches is over."""
     _convert(s, model, **options)
+    if compiled:
+        model.compile()
     model, optimizer, loader = ffa.PrivacyEngine().make_private(
         module=model, optimizer=_adamw(model), data_loader=_loader(s), noise_multiplier=NOISE,
         max_grad_norm=CLIP, poisson_sampling=False,
@@ -67,6 +77,10 @@ def private(s: Setting, model: nn.Module, device: torch.device, **options: Any) 
     for i in range(PROBED):
         step(i)
     return step
+
+
+def private_compiled(s: Setting, model: nn.Module, device: torch.device) -> Step:
+    return private(s, model, device, compiled=True)
 
 
 def private_bf16(s: Setting, model: nn.Module, device: torch.device) -> Step:
@@ -209,6 +223,8 @@ SUBJECTS: dict[str, tuple[Callable[[Setting, nn.Module, torch.device], Step], st
     "ffa_kernels, private, bf16 base": (private_bf16, "ffa_kernels"),
     "ffa_kernels, private, int8 base": (private_int8, "ffa_kernels"),
     "Opacus, hooks, bf16 autocast": (opacus_bf16, "opacus"),
+    "floor, torch.compile (not private)": (floor_compiled, "torch"),
+    "ffa_kernels, private, torch.compile": (private_compiled, "ffa_kernels"),
     f"ffa_kernels, private, dropout {DROPOUT}": (private_dropout, "ffa_kernels"),
     f"PEFT, B alone, dropout {DROPOUT} (not private)": (peft_B_dropout, "peft"),
 }

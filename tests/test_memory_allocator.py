@@ -39,10 +39,13 @@ for tell in (False, True):
 """
 
 
-@pytest.mark.skipif(
+GLIBC = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc" or not Path("/proc/self/statm").exists(),
     reason="needs glibc and Linux's /proc",
 )
+
+
+@GLIBC
 def test_freed_tensors_leave_the_process_once_it_is_told():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -51,3 +54,32 @@ def test_freed_tensors_leave_the_process_once_it_is_told():
     assert stock > TENSORS // 2 * MIB * 3 // 4
     assert told is True
     assert kept < MIB
+
+
+FAULTS = f"""
+import json, os, resource
+import torch
+from ffa_kernels.memory import keep_freed_memory
+
+def faults():
+    "Of a step whose tensors are larger than what glibc would ever keep."
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(64 * {MIB} // 4)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.set_num_threads(1)
+stock = [faults() for _ in range(3)]
+told = keep_freed_memory()
+print(json.dumps([told, stock[-1], [faults() for _ in range(3)][-1]]))
+"""
+
+
+@GLIBC
+def test_a_step_finds_the_pages_of_the_last_one_where_they_are_kept():
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told, stock, kept = json.loads(done.stdout)
+    assert told is True
+    # A fault a page, of 4 KiB or, with luck, of 2 MiB; and none.
+    assert stock >= 32
+    assert kept <= 4
