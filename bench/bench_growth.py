@@ -16,7 +16,7 @@ import subjects
 import torch
 
 MIDDLE = models.Setting(
-    "RoBERTa-like 256 wide, all", lambda: models.roberta(256, 2, 8), False, 8, 128, 32,
+    "RoBERTa-like 256 x 2, all", lambda: models.roberta(256, 2, 8), False, 8, 128, 32,
     models.ALL_ROBERTA, models.ROBERTA_EMBEDDING,
 )  # fmt: skip
 SWEEPS = {"n": (4, 8, 16, 32), "T": (64, 128, 256, 512), "r": (16, 32, 48, 64),
@@ -43,7 +43,7 @@ def bench_growth(
     model = setting.build().to(device)
     floor = subjects.floor(setting, models.sharing(model), device)
     race(
-        subjects.make(subject, setting, models.sharing(model), device), floor, rounds=24 if subject == subjects.OURS else 6, warmup=2,
+        subjects.make(subject, setting, models.sharing(model), device), floor, rounds=16, warmup=2,
         op="growth", subject=subject, model=setting.name, knob=knob, value=value,
         against=subjects.FLOOR,
     )  # fmt: skip

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -78,6 +79,12 @@ def backends(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     ]
 
 
+def _found(library: str) -> str | None:
+    """Its version, or that it lies on the path as its repository has it."""
+    there = find_spec(library.replace("-", "_")) is not None
+    return version(library) or ("its main branch" if there else None)
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What the figures depend on; neither host name nor path."""
     cuda = device.type == "cuda"
@@ -89,5 +96,5 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else cpu_model(),
         "instructions": native.describe()["cpu"]["isa"],
         "threads": torch.get_num_threads(),
-        "libraries": {name: found for name in LIBRARIES if (found := version(name)) is not None},
+        "libraries": {name: found for name in LIBRARIES if (found := _found(name)) is not None},
     }

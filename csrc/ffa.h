@@ -76,7 +76,7 @@ int ffa_cpu_has_bf16_product(void);
  * columns), scaling left (rows, r) and term (r, columns) rounded to bf16. right is BF16, all else
  * F32; bias (columns,) or null. Element (k, c) of right is right_row k + right_column c elements
  * from its start, and term likewise; x, left and out are contiguous. A row of out has the same bits
- * whatever the other rows are. */
+ * whatever the other rows are. Subnormal numbers count as 0. */
 int ffa_cpu_bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
                          const void* right, int64_t right_row, int64_t right_column,
                          const void* bias, const void* left, const void* term, int64_t term_row,

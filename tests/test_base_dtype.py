@@ -7,7 +7,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -351,3 +353,28 @@ def test_what_shares_a_weight_with_something_trained_stays():
     assert type(model.lm_head) is nn.Linear and type(model.model.embed_tokens) is nn.Embedding
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.lm_head.weight.requires_grad
+
+
+def frozen_bf16():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 70), nn.Linear(70, 3))
+    ffa.convert(model, target_modules=["1"], base_dtype="bf16")
+    assert isinstance(model[0], FrozenLinear)
+    return model[0]
+
+
+def test_a_frozen_product_is_in_the_graph_that_a_tracer_makes():
+    frozen, x = frozen_bf16(), torch.randn(5, 40)
+    expected = frozen(x)
+    traced = make_fx(lambda x: frozen(x))(x)
+    torch.testing.assert_close(traced(x), expected, rtol=0.02, atol=0.02)
+    other = torch.randn(5, 40)
+    torch.testing.assert_close(traced(other), frozen(other), rtol=0.02, atol=0.02)
+    with FlopCounterMode(display=False) as counter:
+        frozen(x)
+    assert counter.get_total_flops() == 2 * 5 * 40 * 70
+
+
+def test_a_parameter_is_multiplied_as_any_tensor_is():
+    frozen, x = frozen_bf16(), torch.randn(5, 40)
+    assert torch.equal(frozen(nn.Parameter(x)), frozen(x))

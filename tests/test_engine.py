@@ -162,6 +162,17 @@ def test_grad_sample_has_a_row_for_each_record_and_grad_stays_none():
         assert all(p.grad is None and p.grad_sample is None for p in trained(model))
 
 
+def test_a_hook_on_a_trained_tensor_is_given_no_summed_gradient():
+    model, optimizer, loader = private(converted())
+    seen = []
+    for p in trained(model):
+        p.register_hook(seen.append)
+    for batch in loader:
+        loss_of(model, batch).backward()
+        optimizer.step()
+    assert seen == []
+
+
 # Refusals, with nothing half done.
 
 

@@ -224,6 +224,8 @@ def call_with(**changes):
     "change, message",
     [
         ({"grad_samples": [torch.zeros(N, 2), *records()[1:]]}, r"grad_samples\[0\] is .*\(5, 2\)"),
+        ({"grad_samples": records()[1:]}, "2 grad_samples for 3 tensors; accepted: one each"),
+        ({"grad_samples": []}, "0 grad_samples for 3 tensors"),
         ({"squares": [torch.zeros(2, N).double()]}, "squares are"),
         ({"squares": [torch.zeros(2, N)] * 3}, r"squares are .* accepted: none, or 3 of fp64"),
         ({"keep": torch.ones(N)}, r"accepted: None or bool \(5,\)"),

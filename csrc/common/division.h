@@ -14,7 +14,7 @@ struct Divisor {
 
   FFA_HD explicit Divisor(T value) : value(value), inverse(T(1) / value) {}
 
-  // x / value, for x and quotient that are 0, not finite, or far from the ends of the exponents.
+  // x / value, for x and quotient that are +0, not finite, or far from the ends of the exponents.
   FFA_HD T divide(T x) const {
 #if !defined(__CUDA_ARCH__) && (defined(__FMA__) || defined(__aarch64__))
     T quotient = x * inverse;

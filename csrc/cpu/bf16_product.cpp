@@ -102,7 +102,8 @@ FFA_AMX void pack_columns(const Matrix& m, int64_t start, int64_t columns, bf16*
       bf16* tile_row = to + k / kDepth * kBlock + c / 16 * (kBlock / 2) + k % kDepth * 16;
       const T* at = from + k * m.row + c * m.column;
       if constexpr (sizeof(T) == sizeof(bf16)) {
-        if (c + 16 <= columns && k + 2 <= m.depth && (m.row == 1 || m.column == 1)) {
+        if (c + 16 <= columns && k + 2 <= m.depth &&
+            (m.column == 1 || (m.row == 1 && m.column < INT32_MAX / 16))) {
           _mm512_store_si512(tile_row, pairs(at, m.row, m.column));
           continue;
         }

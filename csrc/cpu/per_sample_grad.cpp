@@ -59,7 +59,7 @@ FFA_HD void tile(const T* g, int64_t row, int64_t step, int64_t count, const T* 
   typename S::Vec sum[M][V] = {};
   for (int64_t i = 0; i < count; ++i) {
     if (ahead != nullptr) {
-      for (int m = 0; m < M; m += 16) __builtin_prefetch(ahead + m + i * step, 0, 3);
+      for (int m = 0; m < M; m += 64 / sizeof(T)) __builtin_prefetch(ahead + m + i * step, 0, 3);
     }
     typename S::Vec of_ranks[V];
     for (int v = 0; v < V; ++v) of_ranks[v] = S::load(right + i * ranks + v * S::W);

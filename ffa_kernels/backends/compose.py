@@ -100,10 +100,8 @@ def merging_pays(x: Tensor, weight: Tensor | None, dropout: bool, records: int =
     """
     if weight is None or not can_merge(weight, x, dropout):
         return False
-    if records:
-        rows = records * (1 if x.dim() == 2 else USUAL_TOKENS)
-    else:
-        rows = math.prod(x.shape[:-1])
+    expected = records * (1 if x.dim() == 2 else USUAL_TOKENS)
+    rows = expected or math.prod(x.shape[:-1])
     d_out, d_in = weight.shape
     return rows * (d_out + d_in) > 4 * d_out * d_in
 

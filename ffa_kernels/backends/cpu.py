@@ -123,10 +123,13 @@ def _dropped_product(
 
 
 def has_bf16_product(x: Tensor, weight: Tensor) -> bool:
-    """Whether `bf16_product` takes these: nothing that stands for a tensor, such as a tracer's."""
+    """Whether `bf16_product` takes these: nothing that stands for a tensor, such as a tracer's, nor
+    what a mode must see."""
     return (
-        type(x) is Tensor
-        and (x.dtype, weight.dtype) == (torch.float32, torch.bfloat16)
+        x.dtype == torch.float32
+        and weight.dtype == torch.bfloat16
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()
         and native.has_bf16_product()
     )
 
@@ -141,7 +144,8 @@ def bf16_product(
 ) -> Tensor:
     """x W^T + b + s left term (..., d_out) in fp32, from x, W, s left and term rounded to bf16.
 
-    A row has the same bits whatever the other rows are; W is packed a part at a time.
+    Subnormal numbers count as 0. A row has the same bits whatever the other rows are; W is packed
+    a part at a time.
     """
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
     y = rows.new_empty(len(rows), weight.shape[0])
@@ -182,14 +186,13 @@ def linear(
     merge: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y = x W^T + b + s h B^T (..., d_out) and h = dropout(x) A^T (..., r); x is (..., d_in)."""
-    lead = x.shape[:-1]
-    rows = x.reshape(-1, x.shape[-1])
     if merge and can_merge(weight, x, dropout_state is not None):
         assert weight is not None
-        y = F.linear(rows, merged_weight(weight, lora_A, lora_B, scaling), bias)
+        y = F.linear(x, merged_weight(weight, lora_A, lora_B, scaling), bias)
         # Last: the large product hides the time in which x comes into the cache.
-        h = rows @ lora_A.t()
-        return y.view(*lead, lora_B.shape[0]), h.view(*lead, lora_A.shape[0])
+        return y, F.linear(x, lora_A)
+    lead = x.shape[:-1]
+    rows = x.reshape(-1, x.shape[-1])
     if dropout_state is None:
         h = rows @ lora_A.t()
     else:

@@ -16,7 +16,7 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 # glibc's own first values; setting them is what stops them from moving.
 _THRESHOLD = 128 * 1024
-_LARGEST = 2**31 - 1
+_LARGEST, _LARGEST_OF_OLD = 2**31 - 1, 32 << 20
 
 
 def give_freed_memory_back() -> bool:
@@ -53,5 +53,8 @@ def _told(threshold: int) -> ctypes.CDLL | None:
     if platform.libc_ver()[0] != "glibc":
         return None
     libc = ctypes.CDLL(None)
-    told = all(libc.mallopt(p, threshold) for p in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
-    return libc if told else None
+    # Older ones take no more than 32 MiB for the first.
+    blocks = libc.mallopt(_M_MMAP_THRESHOLD, threshold) or libc.mallopt(
+        _M_MMAP_THRESHOLD, min(threshold, _LARGEST_OF_OLD)
+    )
+    return libc if libc.mallopt(_M_TRIM_THRESHOLD, threshold) and blocks else None

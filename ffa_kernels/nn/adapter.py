@@ -130,7 +130,8 @@ class Adapter(nn.Module):
 
     def _adapted(self, x: Tensor, cast: torch.dtype | None) -> Tensor:
         dtype = cast or x.dtype
-        taps, B = self.record_taps, self.trained_B()
+        taps = self.record_taps
+        B: Tensor = self.trained_B()
         tap = norm_tap = cu_seqlens = None
         if tapping(self, taps) and B.requires_grad:
             assert taps is not None
@@ -141,6 +142,8 @@ class Adapter(nn.Module):
                 # its norm there. Counted as two calls, the norm is taken from what is in the tap.
                 norm_tap = norm_tap * 2
             cu_seqlens = taps.cu_seqlens
+            # Out of the graph: a hook on B has no summed gradient to see.
+            B = B.detach()
         weight, bias, A = self.frozen_weight(), self.frozen_bias(), self.frozen_A()
         base = self.base_forward(x) if weight is None else None
         if cast is not None:

@@ -70,8 +70,10 @@ class _Frozen(nn.Module):
 class FrozenLinear(_Frozen):
     """y = x W^T + b in x's dtype; a `FrozenBase`, which the adapters take as it is.
 
-    From bf16 the product is made in bf16, where the device has instructions for it: x, b and y are
-    then rounded to it. From int8, W is made in x's dtype for each product and kept nowhere.
+    From bf16 the product is made in bf16, where the device has instructions for it: x is rounded to
+    it then, and b and y as well but on a CPU with AMX, where they stay in fp32 (in eager mode: what
+    is traced or compiled is PyTorch's product). From int8, W is made in x's dtype for each product
+    and kept nowhere.
 
     Args:
         stored, scale, dtype: W, (d_out, d_in), and the dtype that it had.

@@ -55,6 +55,13 @@ def check_records(
     keep: Tensor | None,
 ) -> None:
     """What one physical batch brings: gradients of n records for tensors shaped as `totals`."""
+    # First: these lists become addresses.
+    require(
+        len(grad_samples) == len(totals),
+        lambda: (
+            f"{op}: {len(grad_samples)} grad_samples for {len(totals)} tensors; accepted: one each"
+        ),
+    )
     n = grad_samples[0].shape[0]
     wanted = [(n, *total.shape) for total in totals]
     require_same(

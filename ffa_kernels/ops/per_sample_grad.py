@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ffa_kernels.ops._library import by_first, check_offsets, define
 from ffa_kernels.errors import ConfigError
+from ffa_kernels.ops._library import by_first, check_offsets, define
 
 
 def check_products(
