@@ -229,6 +229,7 @@ int run(Problem<T> p, double* sq, int threads) {
     const double* of_record = squares + (i + p.first_record) * p.panels;
     for (int64_t panel = 0; panel < p.panels; ++panel) sum += of_record[panel];
     sq[i] = sum;
+    sq[p.n + i] = 1.0;
   }
   return FFA_OK;
 }

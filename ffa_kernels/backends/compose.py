@@ -79,7 +79,6 @@ def can_merge(weight: Tensor | None, like: Tensor, dropout: bool) -> bool:
     rank-r term with the product: on a CPU, in types that have bits to spare for it."""
     return (
         weight is not None
-        and weight.dim() == 2
         and not dropout
         and like.is_cpu
         and weight.dtype == like.dtype
@@ -98,12 +97,12 @@ def merging_pays(x: Tensor, weight: Tensor | None, dropout: bool, records: int =
         records: how many a batch is expected to have, where records are clipped: the choice, and so
             the rounding of each record's gradient, must then not depend on the batch. 0: it may.
     """
-    if weight is None or not can_merge(weight, x, dropout):
+    if weight is None or weight.dim() != 2:
         return False
     expected = records * (1 if x.dim() == 2 else USUAL_TOKENS)
     rows = expected or math.prod(x.shape[:-1])
     d_out, d_in = weight.shape
-    return rows * (d_out + d_in) > 4 * d_out * d_in
+    return rows * (d_out + d_in) > 4 * d_out * d_in and can_merge(weight, x, dropout)
 
 
 def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -113,7 +112,8 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
 
 def base_product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b in x's dtype, by the kernel for fp32 beside bf16 where that runs."""
-    if not torch.compiler.is_compiling() and rows.device.type == "cpu":
+    narrower = weight.dtype != rows.dtype and rows.device.type == "cpu"
+    if narrower and not torch.compiler.is_compiling():
         from ffa_kernels.backends import cpu
 
         if cpu.has_bf16_product(rows, weight):

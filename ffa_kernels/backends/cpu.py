@@ -22,10 +22,10 @@ from ffa_kernels.backends.compose import (
     by_way_of_G,
     can_merge,
     merged_weight,
+    plain_product,
     scaled_product,
 )
 from ffa_kernels.backends.dispatch import OPS
-from ffa_kernels.backends.grid import known_squares
 
 # enum ffa_dtype and enum ffa_optimizer of csrc/ffa.h
 _DTYPES = {torch.float32: 0, torch.float64: 1}
@@ -165,9 +165,14 @@ def _adapted_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, term: Tensor, scaling: float
 ) -> Tensor:
     """x W^T + b + s left term, for x (rows, d_in)."""
-    if has_bf16_product(x, weight):
+    # The usual case first.
+    if weight.dtype == x.dtype:
+        y = F.linear(x, weight, bias)
+    elif has_bf16_product(x, weight):
         return bf16_product(x, weight, bias, left, term, scaling)
-    return base_product(x, weight, bias).addmm_(left, term, alpha=scaling)
+    else:
+        y = plain_product(x, weight, bias)
+    return y.addmm_(left, term, alpha=scaling)
 
 
 def linear(
@@ -194,7 +199,7 @@ def linear(
     lead = x.shape[:-1]
     rows = x.reshape(-1, x.shape[-1])
     if dropout_state is None:
-        h = rows @ lora_A.t()
+        h = F.linear(rows, lora_A)
     else:
         h = x.new_empty((len(rows), lora_A.shape[0]))
         _dropped_product(rows, lora_A, dropout_state, dropout_p, h)
@@ -225,6 +230,8 @@ def linear_backward(
     if dropout_state is None:
         if weight is None:
             dx = scaled_product(u_rows, lora_A, scaling)
+        elif weight.dtype == g.dtype:
+            dx = (g_rows @ weight).addmm_(u_rows, lora_A, alpha=scaling)
         else:
             dx = _adapted_product(g_rows, weight.t(), None, u_rows, lora_A, scaling)
     else:
@@ -256,7 +263,7 @@ def per_sample_grad(
     n = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     g, h = g.contiguous(), h.contiguous()
     u = g.new_empty(0 if lora_B is None else (*g.shape[:-1], r))
-    grad, squares = g.new_empty((n, d_out, r)), known_squares(n, g.device)
+    grad, squares = g.new_empty((n, d_out, r)), g.new_empty((2, n), dtype=torch.float64)
     lora_B = None if lora_B is None else lora_B.contiguous()
     offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
     native.load("cpu").call(

@@ -150,7 +150,9 @@ class Guard:
         self._locals = [w.local for w in self._watched]
         self._tensors = [w.tensor for w in self._watched]
         self._trains = [w.index is not None for w in self._watched]
-        self._storages = [_storage(t) for t in self._tensors]
+        storages = [_storage(t) for t in self._tensors]
+        self._addresses = [address for address, _ in storages]
+        self._versions = [version for _, version in storages]
         self._plain = all(type(t) is nn.Parameter for t in self._tensors)
         values = self._values()
         for watched in self._watched:
@@ -182,7 +184,7 @@ class Guard:
             if (
                 now is not watched.tensor
                 or now.requires_grad is not (watched.index is not None)
-                or _storage(now) != self._storages[watched.at]
+                or _storage(now) != self._noted(watched)
             ):
                 self._explain(watched, now)
 
@@ -194,11 +196,20 @@ class Guard:
         if not self._plain or not all(map(operator.is_, now, tensors)):
             return False
         try:
-            storages = list(zip(map(Tensor.data_ptr, tensors), map(_VERSION, tensors), strict=True))
+            return (
+                list(map(Tensor.data_ptr, tensors)) == self._addresses
+                and list(map(_VERSION, tensors)) == self._versions
+                and list(map(_REQUIRES_GRAD, tensors)) == self._trains
+            )
         except RuntimeError:
             # Sparse tensors have no address, inference tensors count no versions.
             return False
-        return storages == self._storages and list(map(_REQUIRES_GRAD, tensors)) == self._trains
+
+    def _noted(self, watched: _Watched) -> tuple[int, int]:
+        return self._addresses[watched.at], self._versions[watched.at]
+
+    def _note(self, watched: _Watched, storage: tuple[int, int]) -> None:
+        self._addresses[watched.at], self._versions[watched.at] = storage
 
     def _explain(self, watched: _Watched, now: nn.Parameter | None) -> None:
         """Raises unless what changed at this place was a harmless write."""
@@ -232,7 +243,7 @@ class Guard:
                     "now; accepted: make_private again after freezing"
                 )
             self._progress[watched.index].written = True
-        self._storages[watched.at] = _storage(now)
+        self._note(watched, _storage(now))
 
     def released(
         self, reached: Iterable[int], records: bool, moving: Sequence[bool | None]
@@ -255,13 +266,13 @@ class Guard:
             progress.steps += moves is not None
             progress.due += bool(moves)
             now = _storage(p)
-            if moves and now == self._storages[progress.places[0].at]:
+            if moves and now == self._noted(progress.places[0]):
                 raise PrivacyError(
                     f"{name}: did not move: the optimizer's step has written nothing to it; "
                     "accepted: an optimizer that updates every tensor it holds"
                 )
             for watched in progress.places:
-                self._storages[watched.at] = now
+                self._note(watched, now)
 
     # Values, where waiting for them is no loss.
 
@@ -309,7 +320,7 @@ class Guard:
                     "merged or disabled; accepted: requires_grad_(False) before make_private if "
                     "that is meant"
                 )
-            written = progress.written or _storage(first.tensor) != self._storages[first.at]
+            written = progress.written or _storage(first.tensor) != self._noted(first)
             if written or first.value is None or values[id(first.tensor)] != first.value:
                 continue
             if progress.due and self._noised:
@@ -333,7 +344,7 @@ class Guard:
             progress.steps, progress.due, progress.written = 0, 0, False
             for watched in progress.places:
                 watched.value = values[id(watched.tensor)]
-                self._storages[watched.at] = _storage(watched.tensor)
+                self._note(watched, _storage(watched.tensor))
 
     def _check_structure(self, module: nn.Module) -> None:
         present = {id(p): name for name, p in module.named_parameters() if p.requires_grad}

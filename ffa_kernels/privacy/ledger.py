@@ -26,14 +26,17 @@ _BINDING = {"data": str, "delta": float, "accountant": str}
 _CHARGE = {"noise_multiplier": float, "sample_rate": float, "steps": int, "private": bool}
 
 
+_ENCODER = json.JSONEncoder(sort_keys=True)
+
+
 def _checksum(previous: str, record: dict[str, Any]) -> str:
-    text = previous + json.dumps(record, sort_keys=True)
+    text = previous + _ENCODER.encode(record)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _line(record: dict[str, Any], previous: str) -> bytes:
     checksum = _checksum(previous, record)
-    return json.dumps({**record, "checksum": checksum}, sort_keys=True).encode() + b"\n"
+    return _ENCODER.encode({**record, "checksum": checksum}).encode() + b"\n"
 
 
 def _makes_sense(noise_multiplier: float, sample_rate: float, steps: int) -> bool:
