@@ -62,8 +62,9 @@ int ffa_cpu_dropout_add(const int64_t* dropout_state, double p, double scaling, 
 
 /* g (rows, d_out), h (rows, r), lora_B (d_out, r) or null; u (rows, r) = g B (not written without
  * lora_B), G (n, d_out, r) = scale g_i^T h_i, sq (2, n) in float64: |G_i|^2, and below it ones, as
- * clip_accumulate takes them. All else of one dtype, F32 or F64. Record i owns rows offsets[i] to offsets[i + 1] - 1; offsets (n + 1,) lie in
- * [0, rows] and do not fall. Null offsets: rows / n each. */
+ * clip_accumulate takes them. All else of one dtype, F32 or F64. Record i owns rows offsets[i] to
+ * offsets[i + 1] - 1; offsets (n + 1,) lie in [0, rows] and do not fall. Null offsets: rows / n
+ * each. */
 int ffa_cpu_per_sample_grad(int64_t n, int64_t rows, int64_t d_out, int64_t r, int dtype,
                             const void* g, const void* h, const void* lora_B,
                             const int32_t* offsets, double scale, void* u, void* G, double* sq,
@@ -146,7 +147,7 @@ int ffa_cuda_rank_term(int64_t rows, int64_t columns, int64_t r, int dtype, cons
                        void* stream);
 
 /* As ffa_cpu_per_sample_grad, except that offsets may hold anything: they are clamped to [0, rows],
- * and that sq is (n,), without the ones. d_out and r are at least 1. `ragged`: offsets are given. */
+ * and that sq is (n,), without ones. d_out and r are at least 1. `ragged`: offsets are given. */
 int ffa_cuda_per_sample_grad_scratch(int64_t n, int64_t rows, int64_t d_out, int64_t r, int dtype,
                                      int with_u, int ragged, int64_t* bytes);
 int ffa_cuda_per_sample_grad(int64_t n, int64_t rows, int64_t d_out, int64_t r, int dtype,
