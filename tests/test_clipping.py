@@ -492,10 +492,12 @@ def test_padding_rows_are_left_out_even_when_they_are_nan():
         assert (a - b).norm() <= 1e-5 * a.norm()
 
 
-def test_an_abandoned_draw_is_not_released_with_the_next():
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+def test_an_abandoned_draw_is_not_released_with_the_next(clipping):
     model = classifier()
     reveal = Reveal(trained(model))
-    _, optimizer, loader = private(model, dataset(), reveal, max_physical_batch_size=4)
+    options = {"max_physical_batch_size": 4, "clipping": clipping}
+    _, optimizer, loader = private(model, dataset(), reveal, **options)
     for batch in loader:
         loss_of(model, batch).backward()
         optimizer.step()
@@ -504,7 +506,7 @@ def test_an_abandoned_draw_is_not_released_with_the_next():
     steps(model, optimizer, loader)
     fresh_model = classifier()
     fresh = Reveal(trained(fresh_model))
-    _, optimizer, loader = private(fresh_model, dataset(), fresh, max_physical_batch_size=4)
+    _, optimizer, loader = private(fresh_model, dataset(), fresh, **options)
     steps(fresh_model, optimizer, loader)
     assert all(
         torch.equal(a, b) for a, b in zip(reveal.released[0], fresh.released[0], strict=True)

@@ -242,6 +242,22 @@ def test_a_frozen_tensor_that_moved_stops_the_release(frozen):
     assert all(torch.equal(p, q) for p, q in zip(before, trained(model), strict=True))
 
 
+def test_a_frozen_tensor_that_was_given_other_data_stops_the_release():
+    """Which counts no version, but lies elsewhere."""
+    engine = PrivacyEngine()
+    model, optimizer, loader = private(converted(), engine=engine)
+
+    def swap():
+        weight = model.first.weight
+        version = weight._version
+        weight.data = weight.data + 1e-6
+        assert weight._version == version
+
+    with pytest.raises(PrivacyError, match="layer 'first': weight is frozen, and moved"):
+        train(model, optimizer, loader, before_step=swap)
+    assert engine.ledger.steps == 0
+
+
 @pytest.mark.parametrize("read", ["epoch", "model", "optimizer", "engine"])
 def test_a_write_that_no_version_counter_knows_is_found_where_values_are_read(read):
     engine = PrivacyEngine()

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ffa_kernels as ffa
 from ffa_kernels import ops
+from ffa_kernels.backends.compose import merging_pays
 from ffa_kernels.privacy import PrivacyEngine
 from ffa_kernels.privacy.sampling import Piece
 
@@ -514,10 +515,12 @@ def engine_sums(spied, seed, x, weights, bound, options):
 def test_how_many_records_there_are_changes_no_other_records_gradient():
     """Where a layer has two ways to round, the number of records does not choose between them."""
     torch.manual_seed(0)
-    x = torch.randn(64, 64)
+    x = torch.randn(129, 64)
     seen = []
-    # 63 and 64 rows stand on either side of where W + s B A begins to pay.
-    for n in (63, 64):
+    # 128 and 129 rows stand on either side of where W + s B A begins to pay.
+    weight = torch.zeros(64, 64)
+    assert [merging_pays(x[:n], weight, False) for n in (128, 129)] == [False, True]
+    for n in (128, 129):
         torch.manual_seed(1)
         model = torch.nn.Sequential(
             *(m for _ in range(3) for m in (torch.nn.Linear(64, 64), torch.nn.Tanh()))
@@ -540,6 +543,6 @@ def test_how_many_records_there_are_changes_no_other_records_gradient():
         )
         optimizer.private_step.begin(Piece(records=n, kept=n, first=True, last=True))
         model(x[:n]).square().sum().backward()
-        seen.append([p.grad_sample[:63].clone() for p in trained])
+        seen.append([p.grad_sample[:128].clone() for p in trained])
     for own, other in zip(*seen, strict=True):
         assert torch.equal(own, other)

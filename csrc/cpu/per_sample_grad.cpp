@@ -51,7 +51,9 @@ struct Problem {
 };
 
 // out[m][k] = or += sum over i of g[m][i] right[i][k], for M rows m and V vectors of ranks k. Rows
-// of g are `row` apart and its summed elements `step`; right and out have `ranks` columns.
+// of g are `row` apart and its summed elements `step`; right and out have `ranks` columns. What
+// stands at `ahead` as g does here, and is read next, is asked for meanwhile: the processor sees no
+// stream in rows so far apart. Null for nothing, and nothing is read from it.
 template <class T, int M, int V>
 FFA_HD void tile(const T* g, int64_t row, int64_t step, int64_t count, const T* right,
                  int64_t ranks, bool add, const T* ahead, T* out) {

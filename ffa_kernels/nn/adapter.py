@@ -116,11 +116,10 @@ class Adapter(nn.Module):
 
         A and B are cast to that dtype, which may be narrower than theirs.
         """
-        # The first question costs a fifth of the second.
-        if not torch._C._is_any_autocast_enabled():
-            return self._adapted(x, None)
         device = x.device.type
-        if not torch.is_autocast_enabled(device) or x.dtype not in _AUTOCAST_FROM:
+        # The first question costs a fifth of the second.
+        autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device)
+        if not autocast or x.dtype not in _AUTOCAST_FROM:
             return self._adapted(x, None)
         dtype = torch.get_autocast_dtype(device)
         if self.frozen_weight() is None:

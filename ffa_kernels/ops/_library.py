@@ -36,7 +36,8 @@ def define(
     Returns:
         The callable op. Where no gradient is recorded it runs the implementation on plain tensors
         without the dispatcher, whose way into Python takes longer than a small layer; one that
-        writes to its inputs is for `call_in_place`.
+        writes to its inputs is for `call_in_place`. Its attribute `implementation` is for callers
+        that see to all of this themselves.
     """
     name = schema.split("(", 1)[0]
 

@@ -157,7 +157,7 @@ class PrivateOptimizer(Optimizer):
 
     def _fused_kind(self, groups: list[dict[str, Any]]) -> str:
         kind = {SGD: "sgd", Adam: "adam", AdamW: "adamw"}.get(type(self.original_optimizer))
-        groups = list({id(group): group for group in groups}.values())
+        groups = _distinct(groups)
         shared = all(
             group.get(flag, False) == groups[0].get(flag, False)
             for group in groups
@@ -187,7 +187,7 @@ class PrivateOptimizer(Optimizer):
                 )
         groups = [by_id[id(p)] for p in params]
         self._update(params, groups)
-        moves = {id(group): _moves(group) for group in groups}
+        moves = {id(group): _moves(group) for group in _distinct(groups)}
         self.private_step.released([moves[id(group)] for group in groups])
 
     def _update(self, params: list[Tensor], groups: list[dict[str, Any]]) -> None:
@@ -237,9 +237,9 @@ class PrivateOptimizer(Optimizer):
     def _hyper_table(self, groups: list[dict[str, Any]], device: torch.device) -> Tensor:
         """fp64 (K, 5) on `device`; uploaded when it changes, and a tensor lr is never read here."""
         lrs = [group["lr"] for group in groups]
-        on_device = [isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in lrs]
+        on_device = [_is_on_device(lr) for lr in lrs]
         of_group = {
-            id(group): _hyper(group, there) for group, there in zip(groups, on_device, strict=True)
+            id(group): _hyper(group, _is_on_device(group["lr"])) for group in _distinct(groups)
         }
         rows = [of_group[id(group)] for group in groups]
         if self._hyper is None or self._hyper[0] != rows or self._hyper[1].device != device:
@@ -254,10 +254,19 @@ class PrivateOptimizer(Optimizer):
         return table
 
 
+def _distinct(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each group once, of a list that has one for each tensor."""
+    return list({id(group): group for group in groups}.values())
+
+
+def _is_on_device(lr: object) -> bool:
+    return isinstance(lr, Tensor) and lr.device.type != "cpu"
+
+
 def _moves(group: dict[str, Any]) -> bool | None:
     """Whether this learning rate is not 0; None where there is none, or only a device knows it."""
     lr = group.get("lr")
-    if lr is None or (isinstance(lr, Tensor) and lr.device.type != "cpu"):
+    if lr is None or _is_on_device(lr):
         return None
     return float(lr) != 0.0
 

@@ -235,11 +235,10 @@ class PrivateStep:
         self_ref = weakref.ref(self)
         n = piece.records
         # Each from one element. Tensors of one form and shape are alike.
+        kinds = {(f, t.parameter.shape) for t, f in zip(self.trained, self._forms, strict=True)}
         zeros = {
-            (form, t.parameter.shape): torch.zeros((), device=form[0], dtype=form[1]).expand(
-                n, *t.parameter.shape
-            )
-            for t, form in zip(self.trained, self._forms, strict=True)
+            (form, shape): torch.zeros((), device=form[0], dtype=form[1]).expand(n, *shape)
+            for form, shape in kinds
         }
         norm_zeros = {
             d: torch.zeros((), device=d, dtype=torch.float64).expand(2, n)
