@@ -11,7 +11,7 @@
 
 #include <stdint.h>
 
-#define FFA_ABI_VERSION 3
+#define FFA_ABI_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -59,6 +59,14 @@ int ffa_cpu_dropout(const int64_t* dropout_state, double p, int64_t first_row, i
 int ffa_cpu_dropout_add(const int64_t* dropout_state, double p, double scaling, int64_t first_row,
                         int64_t rows, int64_t columns, int dtype, const void* v, void* dx,
                         int threads);
+
+/* left (rows, r) = x lora_A^T, with x (rows, depth) and lora_A (r, depth), unless x is null; then
+ * out (rows, columns) += scaling left right^T. Element (c, k) of right stands at
+ * c column_stride + k rank_stride. All of one dtype, F32 or F64. */
+int ffa_cpu_rank_term(int64_t rows, int64_t columns, int64_t r, int dtype, const void* x,
+                      int64_t depth, const void* lora_A, void* left, const void* right,
+                      int64_t column_stride, int64_t rank_stride, double scaling, void* out,
+                      int threads);
 
 /* g (rows, d_out), h (rows, r), lora_B (d_out, r) or null; u (rows, r) = g B (not written without
  * lora_B), G (n, d_out, r) = scale g_i^T h_i, sq (2, n) in float64: |G_i|^2, and below it ones, as

@@ -13,6 +13,7 @@
   decltype(ffa_cpu_gaussian) gaussian;               \
   decltype(ffa_cpu_dropout) dropout;                 \
   decltype(ffa_cpu_dropout_add) dropout_add;         \
+  decltype(ffa_cpu_rank_term) rank_term;             \
   decltype(ffa_cpu_per_sample_grad) per_sample_grad; \
   decltype(ffa_cpu_clip_accumulate) clip_accumulate; \
   decltype(ffa_cpu_private_update) private_update;   \
@@ -94,6 +95,14 @@ int ffa_cpu_dropout_add(const int64_t* dropout_state, double p, double scaling, 
                         int threads) {
   return FFA_COPY(dropout_add)(dropout_state, p, scaling, first_row, rows, columns, dtype, v, dx,
                                threads);
+}
+
+int ffa_cpu_rank_term(int64_t rows, int64_t columns, int64_t r, int dtype, const void* x,
+                      int64_t depth, const void* lora_A, void* left, const void* right,
+                      int64_t column_stride, int64_t rank_stride, double scaling, void* out,
+                      int threads) {
+  return FFA_COPY(rank_term)(rows, columns, r, dtype, x, depth, lora_A, left, right, column_stride,
+                             rank_stride, scaling, out, threads);
 }
 
 int ffa_cpu_per_sample_grad(int64_t n, int64_t rows, int64_t d_out, int64_t r, int dtype,

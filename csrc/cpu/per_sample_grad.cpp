@@ -10,32 +10,10 @@
 #include "../ffa.h"
 #include "buffer.h"
 #include "parallel.h"
-#include "simd.h"
+#include "tiles.h"
 
 namespace ffa::FFA_ISA {
 namespace {
-
-// A block of g that suits L1 and the tiles below.
-constexpr int64_t kTokens = 32;
-constexpr int64_t kPanel = 192;
-// Vectors of sums in a tile: with those of ranks and of g they fill the registers.
-constexpr int kSums = kVectorBytes == 64 ? 24 : 12;
-// Rows of a tile that lie far apart, with one vector of ranks and with two: each row has a register
-// for its address.
-constexpr int kApart[2] = {8, kVectorBytes == 64 ? 8 : 6};
-
-template <class T>
-struct Simd {
-  static constexpr int W = kVectorBytes / sizeof(T);
-  typedef T Vec __attribute__((vector_size(kVectorBytes)));
-
-  static FFA_HD Vec load(const T* p) {
-    Vec v;
-    memcpy(&v, p, sizeof(v));
-    return v;
-  }
-  static FFA_HD void store(T* p, Vec v) { memcpy(p, &v, sizeof(v)); }
-};
 
 template <class T>
 struct Problem {
@@ -49,71 +27,6 @@ struct Problem {
   T scale;
   T *u, *G;
 };
-
-// out[m][k] = or += sum over i of g[m][i] right[i][k], for M rows m and V vectors of ranks k. Rows
-// of g are `row` apart and its summed elements `step`; right and out have `ranks` columns. What
-// stands at `ahead` as g does here, and is read next, is asked for meanwhile: the processor sees no
-// stream in rows so far apart. Null for nothing, and nothing is read from it.
-template <class T, int M, int V>
-FFA_HD void tile(const T* g, int64_t row, int64_t step, int64_t count, const T* right,
-                 int64_t ranks, bool add, const T* ahead, T* out) {
-  using S = Simd<T>;
-  typename S::Vec sum[M][V] = {};
-  for (int64_t i = 0; i < count; ++i) {
-    if (ahead != nullptr) {
-      for (int m = 0; m < M; m += 64 / sizeof(T)) __builtin_prefetch(ahead + m + i * step, 0, 3);
-    }
-    typename S::Vec of_ranks[V];
-    for (int v = 0; v < V; ++v) of_ranks[v] = S::load(right + i * ranks + v * S::W);
-    // Asked for: GCC unrolls 16 turns of its own accord, and in a loop the sums lie in memory.
-#pragma GCC unroll 32
-    for (int m = 0; m < M; ++m) {
-      // Less zero, which the compiler leaves out; plus zero would change -0, and so stay.
-      const typename S::Vec element = g[m * row + i * step] - typename S::Vec{};
-      for (int v = 0; v < V; ++v) sum[m][v] += element * of_ranks[v];
-    }
-  }
-#pragma GCC unroll 32
-  for (int m = 0; m < M; ++m) {
-    for (int v = 0; v < V; ++v) {
-      T* at = out + m * ranks + v * S::W;
-      S::store(at, add ? S::load(at) + sum[m][v] : sum[m][v]);
-    }
-  }
-}
-
-// The same for `rows` rows, as many as a tile has or fewer at a time.
-template <class T, int M, int V>
-FFA_HD void tiles(int64_t rows, const T* g, int64_t row, int64_t step, int64_t count,
-                  const T* right, int64_t ranks, bool add, const T* ahead, T* out) {
-  int64_t m = 0;
-  for (; m + M <= rows; m += M) {
-    tile<T, M, V>(g + m * row, row, step, count, right, ranks, add,
-                  ahead == nullptr ? nullptr : ahead + m, out + m * ranks);
-  }
-  if constexpr (M > 1) {
-    if (m < rows) {
-      tiles<T, (M > 3 ? M / 2 : 1), V>(rows - m, g + m * row, row, step, count, right, ranks, add,
-                                       nullptr, out + m * ranks);
-    }
-  }
-}
-
-// The same for all ranks. kAdjacent: `row` is 1.
-template <class T, bool kAdjacent>
-FFA_HD void product(int64_t rows, const T* g, int64_t row, int64_t step, int64_t count,
-                    const T* right, int64_t ranks, bool add, const T* ahead, T* out) {
-  constexpr int W = Simd<T>::W;
-  constexpr int kOne = kAdjacent ? kSums : kApart[0], kTwo = kAdjacent ? kSums / 2 : kApart[1];
-  if (kAdjacent) row = 1;
-  int64_t k = 0;
-  for (; k + 2 * W <= ranks; k += 2 * W) {
-    tiles<T, kTwo, 2>(rows, g, row, step, count, right + k, ranks, add, ahead, out + k);
-    ahead = nullptr;
-  }
-  if (k < ranks)
-    tiles<T, kOne, 1>(rows, g, row, step, count, right + k, ranks, add, ahead, out + k);
-}
 
 // One span and one panel: its columns of G, its part of u (added to u if `add`), its |G|^2.
 template <class T>
@@ -144,20 +57,6 @@ double run_panel(const Problem<T>& p, int64_t span, int64_t panel, bool add, T* 
     for (int64_t k = 0; k < p.r; ++k) G[c * p.r + k] = p.scale * acc[c * p.ranks + k];
   }
   return sum_squares(G, columns * p.r);
-}
-
-// rows x r to rows x ranks, zeros beside them; and back.
-template <class T>
-void pad(const T* from, int64_t rows, int64_t r, int64_t ranks, T* to) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t k = 0; k < ranks; ++k) to[i * ranks + k] = k < r ? from[i * r + k] : T(0);
-  }
-}
-
-template <class T>
-void strip(const T* from, int64_t rows, int64_t r, int64_t ranks, T* to) {
-  for (int64_t i = 0; i < rows; ++i)
-    memcpy(to + i * r, from + i * ranks, static_cast<size_t>(r) * sizeof(T));
 }
 
 template <class T>

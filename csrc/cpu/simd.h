@@ -1,6 +1,10 @@
 // SIMD vectors of the copy being compiled, and ChaCha20 blocks side by side in them.
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "../common/chacha20.h"
 
 namespace ffa::FFA_ISA {
@@ -16,6 +20,23 @@ constexpr int kVectorBytes = 16;
 constexpr int kBlockLanes = kVectorBytes / 4;
 
 typedef uint32_t WordVector __attribute__((vector_size(kVectorBytes)));
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// AVX2 cannot rotate, and shifts on fewer ports than it moves bytes.
+template <>
+inline WordVector rotate_left<16>(WordVector v) {
+  return (WordVector)_mm256_shuffle_epi8(
+      (__m256i)v, _mm256_setr_epi32(0x01000302, 0x05040706, 0x09080b0a, 0x0d0c0f0e, 0x01000302,
+                                    0x05040706, 0x09080b0a, 0x0d0c0f0e));
+}
+
+template <>
+inline WordVector rotate_left<8>(WordVector v) {
+  return (WordVector)_mm256_shuffle_epi8(
+      (__m256i)v, _mm256_setr_epi32(0x02010003, 0x06050407, 0x0a09080b, 0x0e0d0c0f, 0x02010003,
+                                    0x06050407, 0x0a09080b, 0x0e0d0c0f));
+}
+#endif
 
 // Words of kBlockLanes consecutive blocks: words[j][lane] is word j of block first + lane.
 FFA_HD void chacha20_lanes(const ChaChaStream& stream, uint32_t first, WordVector words[16]) {

@@ -161,18 +161,18 @@ def bf16_product(
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def _adapted_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, term: Tensor, scaling: float
-) -> Tensor:
-    """x W^T + b + s left term, for x (rows, d_in)."""
-    # The usual case first.
-    if weight.dtype == x.dtype:
-        y = F.linear(x, weight, bias)
-    elif has_bf16_product(x, weight):
-        return bf16_product(x, weight, bias, left, term, scaling)
-    else:
-        y = plain_product(x, weight, bias)
-    return y.addmm_(left, term, alpha=scaling)
+def _add_term(left: Tensor, right: Tensor, scaling: float, out: Tensor, *made: Tensor) -> None:
+    """out += s left right^T for right (columns, r) and out (..., columns), contiguous.
+
+    `made`: x (..., d_in) and A, contiguous, of which left (..., r) is made first, x A^T.
+    """
+    columns, r = right.shape
+    x, lora_A = made or (None, None)
+    native.load("cpu").call(
+        *("rank_term", out.numel() // max(columns, 1), columns, r, _dtype_code(out.dtype)),
+        *((None, 0, None) if x is None else (x.data_ptr(), x.shape[-1], lora_A.data_ptr())),
+        *(left.data_ptr(), right.data_ptr(), *right.stride(), scaling, out.data_ptr(), _threads()),
+    )
 
 
 def linear(
@@ -196,18 +196,27 @@ def linear(
         y = F.linear(x, merged_weight(weight, lora_A, lora_B, scaling), bias)
         # Last: the large product hides the time in which x comes into the cache.
         return y, F.linear(x, lora_A)
-    lead = x.shape[:-1]
-    rows = x.reshape(-1, x.shape[-1])
+    lead, r = x.shape[:-1], lora_A.shape[0]
+    x, lora_A = x.contiguous(), lora_A.contiguous()
+    if dropout_state is None and weight is not None and weight.dtype == x.dtype:
+        # The usual case: the term's launch makes h as well.
+        y, h = F.linear(x, weight, bias).contiguous(), x.new_empty((*lead, r))
+        _add_term(h, lora_B, scaling, y, x, lora_A)
+        return y, h
+    rows = x.view(-1, x.shape[-1])
     if dropout_state is None:
         h = F.linear(rows, lora_A)
     else:
-        h = x.new_empty((len(rows), lora_A.shape[0]))
+        h = x.new_empty((len(rows), r))
         _dropped_product(rows, lora_A, dropout_state, dropout_p, h)
     if weight is None:
         y = scaled_product(h, lora_B.t(), scaling)
+    elif has_bf16_product(rows, weight):
+        y = bf16_product(rows, weight, bias, h, lora_B.t(), scaling)
     else:
-        y = _adapted_product(rows, weight, bias, h, lora_B.t(), scaling)
-    return y.view(*lead, lora_B.shape[0]), h.view(*lead, lora_A.shape[0])
+        y = plain_product(rows, weight, bias)
+        _add_term(h, lora_B, scaling, y)
+    return y.view(*lead, lora_B.shape[0]), h.view(*lead, r)
 
 
 def linear_backward(
@@ -221,7 +230,13 @@ def linear_backward(
     dropout_p: float,
 ) -> Tensor:
     """dx = g W + s dropout^T(u A) (..., d_in); g is (..., d_out), u (..., r)."""
-    g_rows, columns = g.reshape(-1, g.shape[-1]), lora_A.shape[1]
+    columns = lora_A.shape[1]
+    if u is not None and weight is not None and dropout_state is None and weight.dtype == g.dtype:
+        # The usual case.
+        dx = torch.matmul(g, weight).contiguous()
+        _add_term(u.contiguous(), lora_A.t(), scaling, dx)
+        return dx
+    g_rows = g.reshape(-1, g.shape[-1])
     if u is None and can_merge(weight, g, dropout_state is not None):
         assert weight is not None
         merged = merged_weight(weight, lora_A, lora_B, scaling)
@@ -230,10 +245,11 @@ def linear_backward(
     if dropout_state is None:
         if weight is None:
             dx = scaled_product(u_rows, lora_A, scaling)
-        elif weight.dtype == g.dtype:
-            dx = (g_rows @ weight).addmm_(u_rows, lora_A, alpha=scaling)
+        elif has_bf16_product(g_rows, weight):
+            dx = bf16_product(g_rows, weight.t(), None, u_rows, lora_A, scaling)
         else:
-            dx = _adapted_product(g_rows, weight.t(), None, u_rows, lora_A, scaling)
+            dx = plain_product(g_rows, weight.t())
+            _add_term(u_rows.contiguous(), lora_A.t(), scaling, dx)
     else:
         library, state = native.load("cpu"), dropout_state.contiguous()
         if weight is None:

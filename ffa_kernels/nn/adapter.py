@@ -116,10 +116,11 @@ class Adapter(nn.Module):
 
         A and B are cast to that dtype, which may be narrower than theirs.
         """
-        device = x.device.type
         # The first question costs a fifth of the second.
-        autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device)
-        if not autocast or x.dtype not in _AUTOCAST_FROM:
+        if not torch._C._is_any_autocast_enabled():
+            return self._adapted(x, None)
+        device = x.device.type
+        if not torch.is_autocast_enabled(device) or x.dtype not in _AUTOCAST_FROM:
             return self._adapted(x, None)
         dtype = torch.get_autocast_dtype(device)
         if self.frozen_weight() is None:
@@ -132,18 +133,19 @@ class Adapter(nn.Module):
         taps = self.record_taps
         B: Tensor = self.trained_B()
         tap = norm_tap = cu_seqlens = None
+        mean_loss, records = False, 0
         if tapping(self, taps) and B.requires_grad:
             assert taps is not None
             tap = taps.get("lora_B", x)
             norm_tap = taps.norm_taps.get("lora_B")
-            if norm_tap is not None and torch.promote_types(dtype, tap.dtype) != tap.dtype:
+            rounded = tap.dtype != dtype and torch.promote_types(dtype, tap.dtype) != tap.dtype
+            if norm_tap is not None and rounded:
                 # G is rounded once more on its way into the tap, so that backward does not know
                 # its norm there. Counted as two calls, the norm is taken from what is in the tap.
                 norm_tap = norm_tap * 2
-            cu_seqlens = taps.cu_seqlens
-            # Out of the graph: a hook on B has no summed gradient to see.
-            B = B.detach()
-        weight, bias, A = self.frozen_weight(), self.frozen_bias(), self.frozen_A()
+            cu_seqlens, mean_loss, records = taps.cu_seqlens, taps.mean_loss, taps.records
+        weight, A = self.frozen_weight(), self.frozen_A()
+        bias = None if weight is None else self.frozen_bias()
         base = self.base_forward(x) if weight is None else None
         if cast is not None:
             # x may have that dtype already, from the layer before.
@@ -154,7 +156,7 @@ class Adapter(nn.Module):
         y = ops.linear(
             x,
             weight,
-            bias if weight is not None else None,
+            bias,
             A if A.dtype == dtype else A.to(dtype),
             B if B.dtype == dtype else B.to(dtype),
             tap=tap,
@@ -163,8 +165,8 @@ class Adapter(nn.Module):
             cu_seqlens=cu_seqlens,
             scaling=self.adapter_scaling(),
             dropout_p=self.adapter_dropout(),
-            mean_loss=tap is not None and taps is not None and taps.mean_loss,
-            records=taps.records if tap is not None and taps is not None else 0,
+            mean_loss=mean_loss,
+            records=records,
         )
         return y if base is None else base + y.to(base.dtype)
 

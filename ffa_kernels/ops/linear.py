@@ -43,15 +43,15 @@ def _check(
     mean_loss: bool,
     merge: bool = False,
 ) -> None:
-    # Plain ifs and no calls: this runs before each small product.
+    # Plain ifs on what was read once: this runs before each small product.
+    dtype, shape, shape_A, shape_B = x.dtype, x.shape, lora_A.shape, lora_B.shape
     if weight is None:
-        if lora_A.dim() != 2 or lora_B.dim() != 2 or bias is not None:
+        if len(shape_A) != 2 or len(shape_B) != 2 or bias is not None:
             raise ConfigError(
-                f"linear: without a weight, lora_A is {tuple(lora_A.shape)}, lora_B "
-                f"{tuple(lora_B.shape)} and bias {_shape(bias)}; accepted: (r, d_in), "
-                "(d_out, r), None"
+                f"linear: without a weight, lora_A is {tuple(shape_A)}, lora_B {tuple(shape_B)} "
+                f"and bias {_shape(bias)}; accepted: (r, d_in), (d_out, r), None"
             )
-        d_out, d_in = lora_B.shape[0], lora_A.shape[1]
+        d_out, d_in = shape_B[0], shape_A[1]
     else:
         if weight.dim() != 2 or not weight.is_floating_point():
             raise ConfigError(
@@ -59,10 +59,9 @@ def _check(
                 "(d_out, d_in)"
             )
         d_out, d_in = weight.shape
-    dtype = x.dtype
-    if x.dim() < 2 or x.shape[-1] != d_in or not dtype.is_floating_point:
+    if len(shape) < 2 or shape[-1] != d_in or not dtype.is_floating_point:
         raise ConfigError(
-            f"linear: x is {dtype} {tuple(x.shape)}; accepted: a float type, (n, ..., {d_in}), "
+            f"linear: x is {dtype} {tuple(shape)}; accepted: a float type, (n, ..., {d_in}), "
             "the weight's d_in"
         )
     if weight is not None and weight.dtype != dtype:
@@ -72,29 +71,32 @@ def _check(
                 f"linear: weight is {weight.dtype}; accepted: {' or '.join(map(str, base))}, for "
                 f"x is {dtype}"
             )
-    if bias is not None and tuple(bias.shape) != (d_out,):
+    if bias is not None and bias.shape != (d_out,):
         raise ConfigError(
             f"linear: bias is {_shape(bias)}; accepted: None or ({d_out},), the weight's d_out"
         )
-    if lora_A.dim() != 2 or lora_A.shape[1] != d_in or lora_B.shape != (d_out, lora_A.shape[0]):
+    if len(shape_A) != 2 or shape_A[1] != d_in or shape_B != (d_out, shape_A[0]):
         raise ConfigError(
-            f"linear: lora_A is {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}; accepted: "
+            f"linear: lora_A is {tuple(shape_A)} and lora_B {tuple(shape_B)}; accepted: "
             f"(r, {d_in}) and ({d_out}, r)"
         )
-    for name, t in (("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B)):
-        if t is not None and t.dtype != dtype:
-            raise ConfigError(f"linear: {name} is {t.dtype}; accepted: {dtype}, the dtype of x")
+    if (
+        lora_A.dtype != dtype or lora_B.dtype != dtype or (bias is not None and bias.dtype != dtype)
+    ):
+        for name, t in (("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B)):
+            if t is not None and t.dtype != dtype:
+                raise ConfigError(f"linear: {name} is {t.dtype}; accepted: {dtype}, the dtype of x")
     if cu_seqlens is None:
-        n = x.shape[0]
+        n = shape[0]
     else:
         n = cu_seqlens.shape[0] - 1
-        check_offsets("linear", cu_seqlens, math.prod(x.shape[:-1]), x.device)
+        check_offsets("linear", cu_seqlens, math.prod(shape[:-1]), x.device)
     if tap is not None and (
-        tap.shape != (n, d_out, lora_A.shape[0]) or not tap.is_floating_point()
+        tap.shape != (n, d_out, shape_A[0]) or not tap.dtype.is_floating_point
     ):
         raise ConfigError(
             f"linear: tap is {tap.dtype} {tuple(tap.shape)}; accepted: a float type, "
-            f"{(n, d_out, lora_A.shape[0])}, which is (n, d_out, r) with n the first size of x, or "
+            f"{(n, d_out, shape_A[0])}, which is (n, d_out, r) with n the first size of x, or "
             "of cu_seqlens less 1"
         )
     if norm_tap is not None and (
@@ -196,21 +198,32 @@ _backward_op = define(
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: Callable[..., Any], *inputs: Any) -> tuple[Tensor, Tensor]:
-        y, h = run(*inputs)
-        _, weight, _, lora_A, lora_B, tap, _, dropout_state, cu_seqlens = inputs[:9]
+    def forward(
+        ctx: Any,
+        run: Callable[..., Any],
+        x: Tensor,
+        trained_B: Tensor | None,
+        tap: Tensor | None,
+        norm_tap: Tensor | None,
+        frozen: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor]:
+        # What is in a tuple autograd does not look at: beside a tap, that includes B.
+        weight, bias, lora_A, lora_B, dropout_state, cu_seqlens, *settings = frozen
+        y, h = run(
+            *(x, weight, bias, lora_A, lora_B, tap, norm_tap, dropout_state, cu_seqlens, *settings)
+        )
         ctx.mark_non_differentiable(h)
         ctx.set_materialize_grads(False)
         # Not x: backward needs it for nothing, and it is d_in / r times the size of h.
         ctx.save_for_backward(h, weight, lora_A, lora_B, dropout_state, cu_seqlens)
-        ctx.settings = (tap is not None, *inputs[9:])
+        ctx.settings = (tap is not None, *settings)
         return y, h
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (g, _) = grads
         if g is None:
-            return (None,) * 14
+            return (None,) * 6
         # The first question costs a fifth of the second.
         if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(g.device.type):
             # backward() called inside it, whose casts are the forward's affair.
@@ -220,16 +233,14 @@ class _Linear(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled() and g.requires_grad:
+    if g.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(
             "linear: its gradient has no gradient (create_graph=True); accepted: a first backward"
         )
     # Read once: a checkpoint's tensors are gone then.
     saved = ctx.saved_tensors
     h, weight, lora_A, lora_B, dropout_state, cu_seqlens = saved
-    wants = ctx.needs_input_grad
-    # After `run`: x and lora_B, and below norm_tap.
-    wants_x, wants_B = wants[1], wants[5]
+    _, wants_x, wants_B, _, wants_norm, _ = ctx.needs_input_grad
     grad_x = u = tap_grad = norm_tap_grad = grad_B = None
     tapped, scaling, dropout_p, mean_loss, merge = ctx.settings
     makes_u = wants_x and not merge
@@ -245,7 +256,7 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         u, tap_grad, norm_tap_grad = per_record(
             g, h, lora_B if makes_u else None, cu_seqlens, scaling, mean_loss
         )
-        if not wants[7]:
+        if not wants_norm:
             norm_tap_grad = None
     elif wants_B:
         # The whole batch as one record gives the ordinary gradient.
@@ -258,30 +269,47 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         u = u.view(h.shape) if makes_u else None
     if makes_u:
         grad_x = input_gradient(g, u, *fixed)
-    return None, grad_x, None, None, None, grad_B, tap_grad, norm_tap_grad, *(None,) * 6
+    return None, grad_x, grad_B, tap_grad, norm_tap_grad, None
 
 
 # What `apply` does for functorch before it calls this takes as long as the layer's smaller product.
 _apply: Any = super(torch.autograd.Function, _Linear).apply
 
 
-def _differentiated(inputs: tuple[Any, ...]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    tap = inputs[5]
-    # The usual case first.
-    return (tap is not None and tap.requires_grad) or any(
-        t is not None and t.requires_grad for t in inputs[:9]
+def _differentiated(
+    x: Tensor, lora_B: Tensor, tap: Tensor | None, norm_tap: Tensor | None
+) -> bool:
+    """Whether a gradient is asked for, of those that there are."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad
+        or (lora_B if tap is None else tap).requires_grad
+        or (norm_tap is not None and norm_tap.requires_grad)
     )
 
 
-def _differentiable(*inputs: Any) -> Any:
+def _differentiable(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    tap: Tensor | None,
+    norm_tap: Tensor | None,
+    dropout_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    mean_loss: bool,
     # The dispatcher leaves out a last argument that is its default.
-    inputs = (*inputs, False)[:13]
-    if _differentiated(inputs):
-        return _Linear.apply(_op, *inputs)  # type: ignore[no-untyped-call]
+    merge: bool = False,
+) -> Any:
+    settings = (dropout_state, cu_seqlens, scaling, dropout_p, mean_loss, merge)
+    if _differentiated(x, lora_B, tap, norm_tap):
+        trained_B = lora_B if tap is None else None
+        frozen = (weight, bias, lora_A, lora_B, *settings)
+        return _Linear.apply(_op, x, trained_B, tap, norm_tap, frozen)  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
-        return _op(*inputs)
+        return _op(x, weight, bias, lora_A, lora_B, tap, norm_tap, *settings)
 
 
 # Not `register_autograd`: what it puts around each call takes longer than a small layer.
@@ -342,12 +370,18 @@ def linear(
     """
     tensors = (x, weight, bias, lora_A, lora_B, tap, norm_tap, dropout_state, cu_seqlens)
     merge = merging_pays(x, weight, dropout_state is not None, records)
-    inputs = (*tensors, scaling, dropout_p, mean_loss, merge)
+    settings = (dropout_state, cu_seqlens, scaling, dropout_p, mean_loss, merge)
     y: Tensor
     if not values_alone(tensors):
+        # Beside a tap out of the graph: a hook on B has no summed gradient to see.
+        lora_B = lora_B if tap is None else lora_B.detach()
+        inputs = (x, weight, bias, lora_A, lora_B, tap, norm_tap, *settings)
         y = torch.ops.ffa.linear.default(*inputs)[0]
-    elif _differentiated(inputs):
-        y = _apply(_op.implementation, *inputs)[0]
+    elif _differentiated(x, lora_B, tap, norm_tap):
+        trained_B = lora_B if tap is None else None
+        frozen = (weight, bias, lora_A, lora_B, *settings)
+        y = _apply(_op.implementation, x, trained_B, tap, norm_tap, frozen)[0]
     else:
+        inputs = (x, weight, bias, lora_A, lora_B, tap, norm_tap, *settings)
         y = _op.implementation(*inputs)[0]
     return y
