@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -161,17 +161,28 @@ def bf16_product(
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def _add_term(left: Tensor, right: Tensor, scaling: float, out: Tensor, *made: Tensor) -> None:
-    """out += s left right^T for right (columns, r) and out (..., columns), contiguous.
+def _term(
+    left: Tensor,
+    right: Tensor,
+    scaling: float,
+    rows: int,
+    x: Tensor | None = None,
+    lora_A: Tensor | None = None,
+) -> Callable[[Tensor], None]:
+    """A function of out (rows, columns), contiguous, that adds s left right^T to it.
 
-    `made`: x (..., d_in) and A, contiguous, of which left (..., r) is made first, x A^T.
+    With x (rows, d_in) and A, contiguous, left (rows, r) is made first: x A^T. What can be done
+    before the large product is done here: after it nothing is in the cache any more.
     """
     columns, r = right.shape
-    x, lora_A = made or (None, None)
-    native.load("cpu").call(
-        *("rank_term", out.numel() // max(columns, 1), columns, r, _dtype_code(out.dtype)),
-        *((None, 0, None) if x is None else (x.data_ptr(), x.shape[-1], lora_A.data_ptr())),
-        *(left.data_ptr(), right.data_ptr(), *right.stride(), scaling, out.data_ptr(), _threads()),
+    call, code = native.load("cpu").call, _dtype_code(left.dtype)
+    made: tuple[int | None, ...] = (None, 0, None)
+    if x is not None and lora_A is not None:
+        made = (x.data_ptr(), x.shape[-1], lora_A.data_ptr())
+    places = (left.data_ptr(), right.data_ptr(), *right.stride(), scaling)
+    threads = _threads()
+    return lambda out: call(
+        "rank_term", rows, columns, r, code, *made, *places, out.data_ptr(), threads
     )
 
 
@@ -200,8 +211,10 @@ def linear(
     x, lora_A = x.contiguous(), lora_A.contiguous()
     if dropout_state is None and weight is not None and weight.dtype == x.dtype:
         # The usual case: the term's launch makes h as well.
-        y, h = F.linear(x, weight, bias).contiguous(), x.new_empty((*lead, r))
-        _add_term(h, lora_B, scaling, y, x, lora_A)
+        h = x.new_empty((*lead, r))
+        add_term = _term(h, lora_B, scaling, math.prod(lead), x, lora_A)
+        y = F.linear(x, weight, bias).contiguous()
+        add_term(y)
         return y, h
     rows = x.view(-1, x.shape[-1])
     if dropout_state is None:
@@ -214,8 +227,8 @@ def linear(
     elif has_bf16_product(rows, weight):
         y = bf16_product(rows, weight, bias, h, lora_B.t(), scaling)
     else:
-        y = plain_product(rows, weight, bias)
-        _add_term(h, lora_B, scaling, y)
+        y = plain_product(rows, weight, bias).contiguous()
+        _term(h, lora_B, scaling, len(rows))(y)
     return y.view(*lead, lora_B.shape[0]), h.view(*lead, r)
 
 
@@ -233,8 +246,10 @@ def linear_backward(
     columns = lora_A.shape[1]
     if u is not None and weight is not None and dropout_state is None and weight.dtype == g.dtype:
         # The usual case.
+        u = u.contiguous()
+        add_term = _term(u, lora_A.t(), scaling, math.prod(g.shape[:-1]))
         dx = torch.matmul(g, weight).contiguous()
-        _add_term(u.contiguous(), lora_A.t(), scaling, dx)
+        add_term(dx)
         return dx
     g_rows = g.reshape(-1, g.shape[-1])
     if u is None and can_merge(weight, g, dropout_state is not None):
@@ -248,8 +263,8 @@ def linear_backward(
         elif has_bf16_product(g_rows, weight):
             dx = bf16_product(g_rows, weight.t(), None, u_rows, lora_A, scaling)
         else:
-            dx = plain_product(g_rows, weight.t())
-            _add_term(u_rows.contiguous(), lora_A.t(), scaling, dx)
+            dx, u_rows = plain_product(g_rows, weight.t()).contiguous(), u_rows.contiguous()
+            _term(u_rows, lora_A.t(), scaling, len(g_rows))(dx)
     else:
         library, state = native.load("cpu"), dropout_state.contiguous()
         if weight is None:

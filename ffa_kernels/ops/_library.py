@@ -13,6 +13,11 @@ from ffa_kernels.errors import ConfigError
 
 # `Library.define` and not `custom_op`: half the overhead a call, which small models feel.
 LIBRARY: Any = torch.library.Library("ffa", "DEF")  # type: ignore[no-untyped-call]
+# Asked at each call: in a small model the tables that they are found in are out of the cache by then.
+_is_compiling = torch.compiler.is_compiling
+_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._are_functorch_transforms_active
+_profiles = torch._C._autograd._profiler_enabled
 _PLAIN = frozenset(
     (torch.Tensor, torch.nn.Parameter, type(None), float, int, bool, str, torch.dtype)
 )
@@ -77,10 +82,10 @@ def call_in_place(op: Any, arguments: tuple[Any, ...], written: list[torch.Tenso
 def values_alone(arguments: Iterable[object]) -> bool:
     """Whether nobody asks for more than values: no compiler, mode, transform, subclass, profile."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._autograd._profiler_enabled()
+        _is_compiling()
+        or _modes()
+        or _transforms()
+        or _profiles()
         or not _PLAIN.issuperset(map(type, arguments))
     )
 

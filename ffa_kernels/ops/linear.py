@@ -158,17 +158,21 @@ def _backward_check(
     lora_B: Tensor,
     *_: object,
 ) -> None:
-    r, d_in = lora_A.shape
-    d_out = g.shape[-1]
+    # Dtypes too: what autograd kept for backward may come back as something else, by way of hooks.
+    shape, dtype, (r, d_in) = g.shape, g.dtype, lora_A.shape
+    d_out = shape[-1]
     if (
-        (u is not None and u.shape != (*g.shape[:-1], r))
+        (u is not None and (u.shape != (*shape[:-1], r) or u.dtype != dtype))
         or (weight is not None and weight.shape != (d_out, d_in))
         or lora_B.shape != (d_out, r)
+        or lora_A.dtype != dtype
+        or lora_B.dtype != dtype
     ):
         raise ConfigError(
-            f"linear_backward: g is {tuple(g.shape)}, u {_shape(u)}, weight {_shape(weight)}, "
-            f"lora_A {tuple(lora_A.shape)}, lora_B {tuple(lora_B.shape)}; accepted: "
-            "(n, ..., d_out), (n, ..., r) or None, (d_out, d_in) or None, (r, d_in), (d_out, r)"
+            f"linear_backward: g is {dtype} {tuple(shape)}, u {_shape(u)}, weight "
+            f"{_shape(weight)}, lora_A {lora_A.dtype} {tuple(lora_A.shape)}, lora_B "
+            f"{lora_B.dtype} {tuple(lora_B.shape)}; accepted: (n, ..., d_out), (n, ..., r) or "
+            "None, (d_out, d_in) or None, (r, d_in), (d_out, r), all but the weight of one dtype"
         )
 
 
@@ -206,24 +210,21 @@ class _Linear(torch.autograd.Function):
         tap: Tensor | None,
         norm_tap: Tensor | None,
         frozen: tuple[Any, ...],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         # What is in a tuple autograd does not look at: beside a tap, that includes B.
         weight, bias, lora_A, lora_B, dropout_state, cu_seqlens, *settings = frozen
+        y: Tensor
         y, h = run(
             *(x, weight, bias, lora_A, lora_B, tap, norm_tap, dropout_state, cu_seqlens, *settings)
         )
-        ctx.mark_non_differentiable(h)
-        ctx.set_materialize_grads(False)
         # Not x: backward needs it for nothing, and it is d_in / r times the size of h.
         ctx.save_for_backward(h, weight, lora_A, lora_B, dropout_state, cu_seqlens)
         ctx.settings = (tap is not None, *settings)
-        return y, h
+        return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (g, _) = grads
-        if g is None:
-            return (None,) * 6
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (g,) = grads
         # The first question costs a fifth of the second.
         if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(g.device.type):
             # backward() called inside it, whose casts are the forward's affair.
@@ -245,13 +246,13 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     tapped, scaling, dropout_p, mean_loss, merge = ctx.settings
     makes_u = wants_x and not merge
     fixed = (weight, lora_A, lora_B, dropout_state, scaling, dropout_p)
-    alone = values_alone((g, *saved))
-    input_gradient = _backward_op.implementation if alone else _backward_op
+    input_gradient, per_record = _backward_op, per_sample_grad_op
+    if values_alone((g, *saved)):
+        input_gradient, per_record = input_gradient.implementation, per_record.implementation
     # First, where it can be: this large product hides the time in which g comes into the cache.
     if wants_x and not makes_u:
         grad_x = input_gradient(g, None, *fixed)
     if tapped:
-        per_record = per_sample_grad_op.implementation if alone else per_sample_grad_op
         # Autograd adds up a layer's calls: the second row of norm_tap's gradient then counts them.
         u, tap_grad, norm_tap_grad = per_record(
             g, h, lora_B if makes_u else None, cu_seqlens, scaling, mean_loss
@@ -307,7 +308,15 @@ def _differentiable(
     if _differentiated(x, lora_B, tap, norm_tap):
         trained_B = lora_B if tap is None else None
         frozen = (weight, bias, lora_A, lora_B, *settings)
-        return _Linear.apply(_op, x, trained_B, tap, norm_tap, frozen)  # type: ignore[no-untyped-call]
+        made: list[Tensor] = []
+
+        def run(*inputs: Any) -> tuple[Tensor, Tensor]:
+            y, h = _op(*inputs)
+            made.append(h)
+            return y, h
+
+        y = _Linear.apply(run, x, trained_B, tap, norm_tap, frozen)  # type: ignore[no-untyped-call]
+        return y, made[0]
     with torch._C._AutoDispatchBelowAutograd():
         return _op(x, weight, bias, lora_A, lora_B, tap, norm_tap, *settings)
 
@@ -380,7 +389,7 @@ def linear(
     elif _differentiated(x, lora_B, tap, norm_tap):
         trained_B = lora_B if tap is None else None
         frozen = (weight, bias, lora_A, lora_B, *settings)
-        y = _apply(_op.implementation, x, trained_B, tap, norm_tap, frozen)[0]
+        y = _apply(_op.implementation, x, trained_B, tap, norm_tap, frozen)
     else:
         inputs = (x, weight, bias, lora_A, lora_B, tap, norm_tap, *settings)
         y = _op.implementation(*inputs)[0]
