@@ -422,3 +422,24 @@ def test_half_precision_is_no_coupling(autocast):
         ffa.causal_lm_loss(logits, labels).backward()
         optimizer.step()
     assert engine.ledger.steps == 3
+
+
+def test_four_batches_of_the_first_eight_are_probed_and_each_by_no_more_than_it_takes():
+    forwards = 0
+
+    class Counted(Net):
+        def forward(self, x):
+            nonlocal forwards
+            forwards += 1
+            return super().forward(x)
+
+    data = TensorDataset(torch.randn(80, TOKENS, WIDTH))
+    _, model, optimizer, loader = private(Counted(), data=data)
+    counts = []
+    for (x,) in loader:
+        forwards = 0
+        model(x).square().sum().backward()
+        optimizer.step()
+        counts.append(forwards)
+    # Two runs that should agree, and four in which one of two records is another; no labels.
+    assert counts == [7, 7, 1, 7, 1, 1, 1, 7, 1, 1]

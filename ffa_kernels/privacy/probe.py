@@ -58,6 +58,8 @@ class Probe:
         self._holders, self._loss_scale, self._per_layer = holders, loss_scale, per_layer
         self._batches = 0
         self._seen: _Seen | None = None
+        # A forward of the probe's own is none of a batch.
+        self._running = False
         self._concluded = False
         self._why = "the model's forward was not seen (compiled, or called by parts)"
         self._hook = module.register_forward_hook(_saw_forward, with_kwargs=True)
@@ -78,7 +80,7 @@ class Probe:
 
     def saw(self, args: Any, kwargs: Any, output: Any, records: int, kept: int) -> None:
         """A forward for a batch of `records` rows, the first `kept` no padding, was made."""
-        if self.done or kept < 2 or self._batches + 1 not in _PROBED:
+        if self._running or self.done or kept < 2 or self._batches + 1 not in _PROBED:
             return
         if any(taps.cu_seqlens is not None for taps in self._taps()):
             self._why = "its rows are packed"
@@ -198,7 +200,8 @@ class Probe:
         # (the batch with one of its two records changed, the record that is as it was)
         changed = [(_rows(batch, records, [0, k]), 0) for k in (*third, 0)]
         changed += [(_rows(batch, records, [k, 1]), 1) for k in (*third, 1)]
-        changed += [(_some_ignored(pair, 1 - k), k) for k in (0, 1)]
+        # Not where nothing is known to be a label: it would be the same batch once more.
+        changed += [(b, k) for k in (0, 1) if (b := _some_ignored(pair, 1 - k)) is not None]
         compared = False
         for other, kept in changed:
             if not _steady(base, again, kept):
@@ -268,6 +271,7 @@ class Probe:
                 taps.taps[name] = tap
                 taps.norm_taps.pop(name, None)
         devices = {p.device for p, _ in self._holders if p.device.type == "cuda"}
+        self._running = True
         try:
             # Each run draws the same; a copy, since a loss may take its batch apart.
             with (
@@ -280,6 +284,7 @@ class Probe:
                     # Not autograd.grad: checkpoints of the older kind know only this.
                     (loss.sum() * self._loss_scale).backward()  # type: ignore[no-untyped-call]
         finally:
+            self._running = False
             for taps, values, norms in held:
                 taps.taps, taps.norm_taps = values, norms
         return {k: leaf.grad for k, leaf in enumerate(leaves) if leaf.grad is not None}
@@ -436,20 +441,24 @@ def _unlike(batch: Any, records: int, kept: int) -> list[int]:
     return picked
 
 
-def _some_ignored(batch: Any, row: int) -> Any:
-    """`batch` with fewer tokens to predict in one of its two records."""
+def _some_ignored(batch: Any, row: int) -> Any | None:
+    """`batch` with fewer tokens to predict in one of its two records; None where it has none."""
+    found = False
 
     def fewer(tensor: Tensor, name: str) -> Tensor:
+        nonlocal found
         if name != "labels" or tensor.dim() < 2 or tensor.is_floating_point():
             return tensor
         if tensor.is_cuda and not bool((tensor == _IGNORED).any()):
             # A loss that does not know it would end the process there.
             return tensor
+        found = True
         changed = tensor.clone()
         changed[row, changed.shape[1] // 2 :] = _IGNORED
         return changed
 
-    return _map(batch, fewer)
+    changed = _map(batch, fewer)
+    return changed if found else None
 
 
 def _steady(base: _Gradients, again: _Gradients, kept: int) -> bool:
