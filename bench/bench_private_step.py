@@ -89,15 +89,16 @@ def bench_private_update(race: Any, backend: str, noise: float, device: Any, dty
     )  # fmt: skip
 
 
-def bench_private_step(race: Any, backend: str, device: Any, dtype: Any) -> None:
+@pytest.mark.parametrize("noise", [0.0, 1.0], ids=["without noise", "with noise"])
+def bench_private_step(race: Any, backend: str, noise: float, device: Any, dtype: Any) -> None:
     s = Step(device, dtype)
     work = roofline.private_step(N, NUMEL, s.size, s.size, 2)
     race(
         lambda i: ops.private_step(
-            s.grads, s.stats, None, s.params, *s.update, squares=s.squares, **s.settings(1.0)
+            s.grads, s.stats, None, s.params, *s.update, squares=s.squares, **s.settings(noise)
         ),
-        copy_of(work, device), work=work, op="private_step", backend=backend,
-        shape=(N, COUNT, *SHAPE), against="copy of its bytes",
+        copy_of(work, device), work=work, backend=backend, shape=(N, COUNT, *SHAPE),
+        op="private_step" if noise else "private_step, no noise", against="copy of its bytes",
     )  # fmt: skip
 
 

@@ -100,8 +100,8 @@ def bench() -> str:
     return "\n".join(part for part in text if part)
 
 
-UPDATES = ("clip_accumulate", "private_update, no noise", "private_update", "private_step",
-           "Opacus' DPOptimizer.step")  # fmt: skip
+UPDATES = ("clip_accumulate", "private_update, no noise", "private_update",
+           "private_step, no noise", "private_step", "Opacus' DPOptimizer.step")  # fmt: skip
 
 
 def profile() -> str:

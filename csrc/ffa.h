@@ -60,8 +60,8 @@ int ffa_cpu_dropout_add(const int64_t* dropout_state, double p, double scaling, 
                         int64_t rows, int64_t columns, int dtype, const void* v, void* dx,
                         int threads);
 
-/* left (rows, r) = x lora_A^T, with x (rows, depth) and lora_A (r, depth), unless x is null; then
- * out (rows, columns) += scaling left right^T. Element (c, k) of right stands at
+/* left (rows, r) = x lora_A^T, with x (rows, depth) and lora_A (r, depth), unless depth is below 0;
+ * then out (rows, columns) += scaling left right^T. Element (c, k) of right stands at
  * c column_stride + k rank_stride. All of one dtype, F32 or F64. */
 int ffa_cpu_rank_term(int64_t rows, int64_t columns, int64_t r, int dtype, const void* x,
                       int64_t depth, const void* lora_A, void* left, const void* right,

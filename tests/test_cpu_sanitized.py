@@ -15,7 +15,7 @@ KERNELS = [
     f"tests/test_{name}.py"
     for name in (
         *("per_sample_grad", "packed", "clip_accumulate", "private_update", "private_step"),
-        "gaussian",
+        *("gaussian", "rank_term"),
     )
 ]
 

@@ -14,8 +14,8 @@ namespace {
 
 template <class T>
 struct Product {
-  int64_t rows, depth, columns, r, ranks;
-  const T* x;      // null: left is given
+  int64_t rows, depth, columns, r, ranks;  // depth below 0: left is given
+  const T* x;
   const T* A_t;    // (depth, ranks), zeros beside r
   const T* right;  // (r, columns), rows `right_row` apart
   int64_t right_row;
@@ -26,7 +26,8 @@ struct Product {
 // The rows of left from `first` on, by way of `padded`, (rows, ranks).
 template <class T>
 void project(const Product<T>& p, int64_t first, int64_t rows, T* padded) {
-  for (int64_t panel = 0; panel < p.depth; panel += kPanel) {
+  // Once at least: a sum of nothing is 0.
+  for (int64_t panel = 0; panel == 0 || panel < p.depth; panel += kPanel) {
     const int64_t depth = p.depth - panel < kPanel ? p.depth - panel : kPanel;
     product<T, false>(rows, p.x + first * p.depth + panel, p.depth, int64_t{1}, depth,
                       p.A_t + panel * p.ranks, p.ranks, panel > 0, nullptr, padded);
@@ -84,16 +85,14 @@ int run(Product<T> p, const T* A, int64_t column_stride, int64_t rank_stride, in
   constexpr int kRows = 4;
   p.ranks = (p.r + W - 1) / W * W;
   const bool packs = column_stride != 1;
-  const Buffer<T> A_t(p.x != nullptr ? p.depth * p.ranks : 0), right(packs ? p.r * p.columns : 0);
+  const Buffer<T> A_t(p.depth > 0 ? p.depth * p.ranks : 0), right(packs ? p.r * p.columns : 0);
   if (!(A_t.ok && right.ok)) return FFA_NO_MEMORY;
-  if (p.x != nullptr) {
-    for (int64_t i = 0; i < p.depth; ++i) {
-      for (int64_t k = 0; k < p.ranks; ++k) {
-        A_t.data[i * p.ranks + k] = k < p.r ? A[k * p.depth + i] : T(0);
-      }
+  for (int64_t i = 0; i < p.depth; ++i) {
+    for (int64_t k = 0; k < p.ranks; ++k) {
+      A_t.data[i * p.ranks + k] = k < p.r ? A[k * p.depth + i] : T(0);
     }
-    p.A_t = A_t.data;
   }
+  p.A_t = A_t.data;
   p.right_row = rank_stride;
   if (packs) {
     for (int64_t c = 0; c < p.columns; ++c) {
@@ -105,12 +104,12 @@ int run(Product<T> p, const T* A, int64_t column_stride, int64_t rank_stride, in
     p.right_row = p.columns;
   }
   const double work = 2.0 * static_cast<double>(p.rows) * static_cast<double>(p.r) *
-                      static_cast<double>(p.columns + (p.x != nullptr ? p.depth : 0));
+                      static_cast<double>(p.columns + (p.depth > 0 ? p.depth : 0));
   int status = FFA_OK;
   parallel_for(work < 1e6 ? 1 : threads, (p.rows + kTokens - 1) / kTokens, [&](int64_t task) {
     const int64_t first = task * kTokens;
     const int64_t rows = p.rows - first < kTokens ? p.rows - first : kTokens;
-    if (p.x != nullptr) {
+    if (p.depth >= 0) {
       const Buffer<T> padded(rows * p.ranks);
       if (!padded.ok) {
         __atomic_store_n(&status, FFA_NO_MEMORY, __ATOMIC_RELAXED);
@@ -130,7 +129,7 @@ int run(Product<T> p, const T* A, int64_t column_stride, int64_t rank_stride, in
 int rank_term(int64_t rows, int64_t columns, int64_t r, int dtype, const void* x, int64_t depth,
               const void* lora_A, void* left, const void* right, int64_t column_stride,
               int64_t rank_stride, double scaling, void* out, int threads) {
-  if (rows < 0 || columns < 0 || r < 0 || depth < 0) return FFA_BAD_SIZE;
+  if (rows < 0 || columns < 0 || r < 0) return FFA_BAD_SIZE;
   const auto of = [&](auto zero) {
     using T = decltype(zero);
     Product<T> p = {};

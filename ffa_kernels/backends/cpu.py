@@ -176,7 +176,7 @@ def _term(
     """
     columns, r = right.shape
     call, code = native.load("cpu").call, _dtype_code(left.dtype)
-    made: tuple[int | None, ...] = (None, 0, None)
+    made: tuple[int | None, ...] = (None, -1, None)
     if x is not None and lora_A is not None:
         made = (x.data_ptr(), x.shape[-1], lora_A.data_ptr())
     places = (left.data_ptr(), right.data_ptr(), *right.stride(), scaling)

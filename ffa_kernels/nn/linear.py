@@ -79,10 +79,11 @@ class OwnAdapter(Adapter):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **like))
 
     def frozen_A(self) -> Tensor:
-        return parameter(self, "lora_A")
+        found: Tensor = parameter(self, "lora_A")
+        return found
 
     def trained_B(self) -> nn.Parameter:
-        found: Any = parameter(self, "lora_B")
+        found: nn.Parameter = parameter(self, "lora_B")
         return found
 
     def adapter_settings(self) -> tuple[int, float, bool]:

@@ -13,7 +13,7 @@ from ffa_kernels.errors import ConfigError
 
 # `Library.define` and not `custom_op`: half the overhead a call, which small models feel.
 LIBRARY: Any = torch.library.Library("ffa", "DEF")  # type: ignore[no-untyped-call]
-# Asked at each call: in a small model the tables that they are found in are out of the cache by then.
+# Asked at each call, when a model's own work has long thrown torch's tables out of the cache.
 _is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._are_functorch_transforms_active

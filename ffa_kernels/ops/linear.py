@@ -80,9 +80,7 @@ def _check(
             f"linear: lora_A is {tuple(shape_A)} and lora_B {tuple(shape_B)}; accepted: "
             f"(r, {d_in}) and ({d_out}, r)"
         )
-    if (
-        lora_A.dtype != dtype or lora_B.dtype != dtype or (bias is not None and bias.dtype != dtype)
-    ):
+    if lora_A.dtype != dtype or lora_B.dtype != dtype or (bias is not None and bias.dtype != dtype):
         for name, t in (("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B)):
             if t is not None and t.dtype != dtype:
                 raise ConfigError(f"linear: {name} is {t.dtype}; accepted: {dtype}, the dtype of x")
@@ -91,9 +89,7 @@ def _check(
     else:
         n = cu_seqlens.shape[0] - 1
         check_offsets("linear", cu_seqlens, math.prod(shape[:-1]), x.device)
-    if tap is not None and (
-        tap.shape != (n, d_out, shape_A[0]) or not tap.dtype.is_floating_point
-    ):
+    if tap is not None and (tap.shape != (n, d_out, shape_A[0]) or not tap.dtype.is_floating_point):
         raise ConfigError(
             f"linear: tap is {tap.dtype} {tuple(tap.shape)}; accepted: a float type, "
             f"{(n, d_out, shape_A[0])}, which is (n, d_out, r) with n the first size of x, or "
@@ -277,9 +273,7 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 _apply: Any = super(torch.autograd.Function, _Linear).apply
 
 
-def _differentiated(
-    x: Tensor, lora_B: Tensor, tap: Tensor | None, norm_tap: Tensor | None
-) -> bool:
+def _differentiated(x: Tensor, lora_B: Tensor, tap: Tensor | None, norm_tap: Tensor | None) -> bool:
     """Whether a gradient is asked for, of those that there are."""
     return torch.is_grad_enabled() and (
         x.requires_grad
