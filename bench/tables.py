@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-Rows = list[dict[str, Any]]
+Row = dict[str, Any]
+Rows = list[Row]
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -41,6 +42,20 @@ def stamp(result: dict[str, Any]) -> str:
 
 def steps(rows: Rows) -> str:
     """Whole steps: a row a subject, a column a model; time and peak memory over the floor's."""
+    return "\n".join(part for part in (step_times(rows), step_memory(rows)) if part)
+
+
+def step_times(rows: Rows) -> str:
+    """Whole steps' times over the floor's."""
+    return _steps(rows, "time / frozen model's own passes", _ratio)
+
+
+def step_memory(rows: Rows) -> str:
+    """Whole steps' peak memory over the floor's."""
+    return _steps(rows, "peak memory / the same", _memory)
+
+
+def _steps(rows: Rows, told: str, cell: Callable[[Row], str]) -> str:
     rows = [row for row in rows if row["op"] == "step"]
     if not rows:
         return ""
@@ -49,24 +64,17 @@ def steps(rows: Rows) -> str:
     found = {(row["subject"], row["model"]): row for row in rows}
     first = {row["model"]: row for row in rows}
     heads = [f"{m}, r = {first[m]['r']}, {first[m]['n']} x {first[m]['length']}" for m in models]
-
-    def body(cell: Any) -> list[list[str]]:
-        return [
-            [s, *(cell(found[s, m]) if (s, m) in found else "" for m in models)] for s in subjects
-        ]
-
-    return (
-        table(("time / frozen model's own passes", *heads), body(_ratio))
-        + "\n"
-        + table(("peak memory / the same", *heads), body(_memory))
-    )
+    body = [
+        [s, *(cell(found[s, m]) if (s, m) in found else "" for m in models)] for s in subjects
+    ]
+    return table((told, *heads), body)
 
 
-def _ratio(row: dict[str, Any]) -> str:
+def _ratio(row: Row) -> str:
     return f"{row['ratio']:.3f} ({row['ratio_spread']:.0%})"
 
 
-def _memory(row: dict[str, Any]) -> str:
+def _memory(row: Row) -> str:
     return f"{row['peak_bytes'] / row['floor_peak_bytes']:.3f}"
 
 

@@ -403,6 +403,7 @@ LONG = torch.int64
         ({"keep": torch.ones(3, dtype=torch.bool)}, r"accepted: None or bool \(4,\)"),
         ({"stats": torch.zeros(2)}, r"stats is torch.float32 \(2,\)"),
         ({"stats": torch.zeros(3, dtype=LONG)}, r"stats is torch.int64 \(3,\)"),
+        ({"stats": torch.zeros(2, dtype=LONG, device="meta")}, "stats is on meta; accepted"),
     ],
 )
 def test_errors_name_the_argument_and_leave_the_sums(backend, change, message):

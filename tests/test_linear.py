@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import ffa_kernels as ffa
@@ -180,6 +181,52 @@ def test_gradients_only_where_they_are_wanted(backend):
     expected = stock(case, lora_B=(C := case.lora_B.clone().requires_grad_()))
     expected.sum().backward()
     torch.testing.assert_close(B.grad, C.grad)
+
+
+@NOT_IN_TRITON
+@pytest.mark.parametrize("private", [False, True])
+def test_frozen_tensors_get_no_gradient_where_nothing_else_asks_for_one(backend, private):
+    case = make((3, 4))
+    for name in ("weight", "bias", "lora_A", *(["lora_B"] if private else [])):
+        getattr(case, name).requires_grad_()
+    tap = torch.zeros(3, *case.lora_B.shape) if private else None
+    assert not case.op(case.x, tap=tap).requires_grad
+
+
+@NOT_IN_TRITON
+@pytest.mark.parametrize("merges", [False, True])
+def test_a_graph_of_the_backward_has_no_way_to_B_beside_a_tap(backend, merges):
+    """Else a second backward would give B a gradient that is summed over records."""
+    n = 40 if merges else 2
+    case = make((n, 6))
+    x, B = case.x.requires_grad_(), case.lora_B.requires_grad_()
+    tap = torch.zeros(n, *B.shape, dtype=B.dtype, requires_grad=True)
+    y = case.op(x, lora_B=B, tap=tap)
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert not dx.requires_grad
+
+
+def test_inside_autocast_it_computes_in_the_dtype_of_its_inputs(backend):
+    case = make(dtype=torch.float32)
+    tap = torch.zeros(len(case.x), *case.lora_B.shape, requires_grad=True)
+    x, results = case.x.requires_grad_(), []
+    for enabled in (False, True):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=enabled):
+            y = case.op(x, tap=tap)
+            results.append((y, *torch.autograd.grad(y.sum(), (x, tap))))
+    for plain, inside in zip(*results, strict=True):
+        assert inside.dtype == torch.float32 and torch.equal(plain, inside)
+
+
+@NOT_IN_TRITON
+def test_dual_numbers_are_refused(backend):
+    case = make()
+    with torch.no_grad(), forward_ad.dual_level():
+        case.op(case.x)
+        for name in ("x", "weight", "lora_B"):
+            dual = forward_ad.make_dual(getattr(case, name), getattr(case, name))
+            with pytest.raises(NotImplementedError, match="linear: no derivative in forward mode"):
+                replace(case, **{name: dual}).op()
 
 
 UGLY = [
@@ -706,3 +753,32 @@ def test_errors_name_the_argument(change, message):
     arguments = {name: getattr(case, name) for name in fields} | change
     with pytest.raises(ConfigError, match=message):
         ops.linear(**arguments)
+
+
+@NOT_IN_TRITON
+@pytest.mark.parametrize("name", ["weight", "bias", "lora_A", "lora_B", "dropout_state"])
+def test_a_tensor_on_another_device_is_refused_by_its_name(backend, name):
+    case = make()
+    fields = ("x", "weight", "bias", "lora_A", "lora_B")
+    given = {field: getattr(case, field) for field in fields}
+    given |= {"dropout_state": STATE, "dropout_p": 0.5}
+    with pytest.raises(ConfigError, match=f"linear: {name} is on meta; accepted: .*, as x"):
+        ops.linear(**given | {name: given[name].to("meta")})
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.half, lambda t: t.to("meta")])
+@pytest.mark.parametrize("kept", range(5), ids=["h", "weight", "lora_A", "lora_B", "dropout_state"])
+def test_what_hooks_give_back_as_something_else_is_refused(compiled, kept, change):
+    """The kernels take addresses: what lies there must be what was kept."""
+    case = make(dtype=torch.float32)
+    given = []
+
+    def unpack(t):
+        given.append(t)
+        return change(t) if len(given) == kept + 1 else t
+
+    tap = torch.zeros(len(case.x), *case.lora_B.shape, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        y = case.op(case.x.requires_grad_(), tap=tap, dropout_state=STATE, dropout_p=0.5)
+    with pytest.raises((ConfigError, RuntimeError), match=r"accepted|dtype|device"):
+        y.sum().backward()

@@ -164,6 +164,14 @@ def test_dtype_errors_name_the_argument(backend):
         ops.per_sample_grad(g.int(), h.int(), B.int())
 
 
+def test_device_errors_name_the_argument(backend):
+    g, h, B = torch.zeros(3, 5), torch.zeros(3, 2), torch.zeros(5, 2)
+    with pytest.raises(ConfigError, match=r"h is on meta; accepted: .*, as g"):
+        ops.per_sample_grad(g, h.to("meta"), B)
+    with pytest.raises(ConfigError, match=r"lora_B is on meta; accepted: .*, as g"):
+        ops.per_sample_grad(g, h, B.to("meta"))
+
+
 @pytest.mark.parametrize("with_B", [True, False])
 def test_opcheck(backend, with_B):
     g, h, B = inputs((3, 4), 5, 2, torch.float32)

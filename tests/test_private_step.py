@@ -246,6 +246,18 @@ def test_errors_name_the_argument(change, message):
         call_with(**change)
 
 
+def test_a_tensor_on_another_device_is_refused_by_its_name():
+    there = {"grad_samples": records(), "squares": squares_of(records()), "keep": torch.ones(N) > 0}
+    there |= start("adam", [0.7])
+    names = ("stats", "keep", "rng_state", "hyper")
+    for name in (*names, "grad_samples", "squares", "exp_avgs", "exp_avg_sqs", "steps", "params"):
+        alone = name in names
+        moved = [] if alone else [*there[name][:-1], there[name][-1].to("meta")]
+        place = name if alone else rf"{name}\[2\]"
+        with pytest.raises(ConfigError, match=f"private_step: {place} is on meta; accepted: "):
+            ops.private_step(**there | {name: there[name].to("meta") if alone else moved})
+
+
 @pytest.mark.parametrize("optimizer", ["none", "sgd", "adam"])
 def test_opcheck(backend, optimizer):
     grads, arguments = records(), start(optimizer, [0.7])

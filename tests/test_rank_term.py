@@ -70,12 +70,13 @@ def test_a_term_alone_takes_either_layout(shape, dtype):
         close(found, wanted)
 
 
-def test_a_row_has_the_same_bits_whatever_stands_beside_it_and_however_many_threads_there_are():
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+def test_a_row_has_the_same_bits_whatever_is_beside_it_and_however_many_threads_there_are(dtype):
     rows = 77
-    x, A, B, y = problem(rows, 300, 200, 8, torch.float32)
+    x, A, B, y = problem(rows, 300, 203, 8, dtype)
 
     def made(picked, threads):
-        h, out = torch.empty(len(picked), 8), y[picked].clone()
+        h, out = torch.empty(len(picked), 8, dtype=dtype), y[picked].clone()
         rank_term(x[picked].contiguous(), A, h, B, 2.0, out, threads)
         return h, out
 

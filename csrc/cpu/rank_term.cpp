@@ -109,7 +109,7 @@ int run(Product<T> p, const T* A, int64_t column_stride, int64_t rank_stride, in
   parallel_for(work < 1e6 ? 1 : threads, (p.rows + kTokens - 1) / kTokens, [&](int64_t task) {
     const int64_t first = task * kTokens;
     const int64_t rows = p.rows - first < kTokens ? p.rows - first : kTokens;
-    if (p.depth >= 0) {
+    if (p.depth >= 0 && p.r > 0) {
       const Buffer<T> padded(rows * p.ranks);
       if (!padded.ok) {
         __atomic_store_n(&status, FFA_NO_MEMORY, __ATOMIC_RELAXED);

@@ -79,7 +79,7 @@ def _dtype_code(dtype: torch.dtype) -> int:
 
 def chacha20(rng_state: Tensor, tensor_id: int, first_block: int, n_blocks: int) -> Tensor:
     """Blocks of RFC 8439, section 2.3, as int32 bit patterns (n_blocks, 16)."""
-    out = torch.empty((n_blocks, 16), dtype=torch.int32)
+    out = torch.empty((n_blocks, 16), dtype=torch.int32, device="cpu")
     state = rng_state.contiguous()
     native.load("cpu").call(
         "chacha20", state.data_ptr(), tensor_id, first_block, n_blocks, out.data_ptr(), _threads()
@@ -89,7 +89,8 @@ def chacha20(rng_state: Tensor, tensor_id: int, first_block: int, n_blocks: int)
 
 def gaussian(rng_state: Tensor, tensor_id: int, numel: int, dtype: torch.dtype) -> Tensor:
     """(numel,) standard Gaussians, computed in fp64 and rounded to `dtype`."""
-    out = torch.empty(numel, dtype=dtype if dtype in _DTYPES else torch.float64)
+    made = dtype if dtype in _DTYPES else torch.float64
+    out = torch.empty(numel, dtype=made, device="cpu")
     state = rng_state.contiguous()
     native.load("cpu").call(
         *("gaussian", state.data_ptr(), tensor_id, numel),
@@ -181,9 +182,17 @@ def _term(
         made = (x.data_ptr(), x.shape[-1], lora_A.data_ptr())
     places = (left.data_ptr(), right.data_ptr(), *right.stride(), scaling)
     threads = _threads()
-    return lambda out: call(
-        "rank_term", rows, columns, r, code, *made, *places, out.data_ptr(), threads
-    )
+
+    def add(out: Tensor) -> None:
+        # Its address is all that the launcher is told.
+        if out.dtype != left.dtype or out.numel() != rows * columns:
+            raise RuntimeError(
+                f"linear: the base product came out as {out.dtype} {tuple(out.shape)}; accepted: "
+                f"{left.dtype}, {rows} x {columns}"
+            )
+        call("rank_term", rows, columns, r, code, *made, *places, out.data_ptr(), threads)
+
+    return add
 
 
 def linear(
@@ -208,15 +217,15 @@ def linear(
         # Last: the large product hides the time in which x comes into the cache.
         return y, F.linear(x, lora_A)
     lead, r = x.shape[:-1], lora_A.shape[0]
-    x, lora_A = x.contiguous(), lora_A.contiguous()
     if dropout_state is None and weight is not None and weight.dtype == x.dtype:
         # The usual case: the term's launch makes h as well.
+        x, lora_A = x.contiguous(), lora_A.contiguous()
         h = x.new_empty((*lead, r))
         add_term = _term(h, lora_B, scaling, math.prod(lead), x, lora_A)
         y = F.linear(x, weight, bias).contiguous()
         add_term(y)
         return y, h
-    rows = x.view(-1, x.shape[-1])
+    rows = x.reshape(math.prod(lead), x.shape[-1])
     if dropout_state is None:
         h = F.linear(rows, lora_A)
     else:
@@ -335,7 +344,7 @@ def clip_accumulate(
     grads, known = [t.contiguous() for t in grad_samples], [t.contiguous() for t in squares]
     in_place = native.InPlace()
     (counts,) = in_place([stats])
-    factors = torch.empty((len(max_grad_norm), n), dtype=torch.float64)
+    factors = torch.empty((len(max_grad_norm), n), dtype=torch.float64, device="cpu")
     kept = None if keep is None else keep.contiguous()
     native.load("cpu").call(
         *("clip_accumulate", len(grads), n, _numels(sums), _codes(grads)),
@@ -407,7 +416,7 @@ def private_step(
     in_place = native.InPlace()
     counts, state = in_place([stats, rng_state])
     kept, table = None if keep is None else keep.contiguous(), hyper.contiguous()
-    factors = torch.empty((len(max_grad_norm), n), dtype=torch.float64)
+    factors = torch.empty((len(max_grad_norm), n), dtype=torch.float64, device="cpu")
     native.load("cpu").call(
         *("private_step", len(params), n, _numels(params), _codes(grads)),
         *(_addresses(grads), _addresses(known), None if kept is None else kept.data_ptr()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, pairwise
 from typing import Any
@@ -15,6 +16,7 @@ from ffa_kernels.errors import ConfigError
 LIBRARY: Any = torch.library.Library("ffa", "DEF")  # type: ignore[no-untyped-call]
 # Asked at each call, when a model's own work has long thrown torch's tables out of the cache.
 _is_compiling = torch.compiler.is_compiling
+_autocasts = torch._C._is_any_autocast_enabled
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._are_functorch_transforms_active
 _profiles = torch._C._autograd._profiler_enabled
@@ -48,7 +50,13 @@ def define(
 
     def implementation(*arguments: Any) -> Any:
         check(*arguments)
-        return kernel(name, *chosen_by(*arguments))(*arguments)
+        chosen = chosen_by(*arguments)
+        function = kernel(name, *chosen)
+        if _autocasts():
+            # Which casts there are is the caller's affair: here the dtypes are those of the inputs.
+            with torch.autocast(chosen[0].device.type, enabled=False):
+                return function(*arguments)
+        return function(*arguments)
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
@@ -111,6 +119,24 @@ def require_same(found: list[Any], wanted: list[Any], message: Callable[[int], s
     """Raises ConfigError with `message(k)` for the first k where two lists of a length differ."""
     if found != wanted:
         require_each([a == b for a, b in zip(found, wanted, strict=True)], message)
+
+
+_DEVICE = operator.attrgetter("device")
+
+
+def check_devices(
+    op: str, wanted: torch.Tensor, named: dict[str, torch.Tensor | list[torch.Tensor]]
+) -> None:
+    """All on the device of `wanted`: a kernel is given addresses, and none says where it leads."""
+    device = wanted.device
+    for name, given in named.items():
+        tensors = given if isinstance(given, list) else [given]
+        if not {device}.issuperset(map(_DEVICE, tensors)):
+            k = [t.device == device for t in tensors].index(False)
+            place = f"{name}[{k}]" if given is tensors else name
+            raise ConfigError(
+                f"{op}: {place} is on {tensors[k].device}; accepted: {device}, with the others"
+            )
 
 
 def check_rng_state(op: str, argument: str, state: torch.Tensor) -> None:

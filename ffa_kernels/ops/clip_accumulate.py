@@ -8,7 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ffa_kernels.ops._library import call_in_place, define, require, require_same
+from ffa_kernels.ops._library import (
+    call_in_place,
+    check_devices,
+    define,
+    require,
+    require_same,
+)
 
 # Outside these the square of a norm that must be clipped would leave fp64's range.
 _SMALLEST_BOUND, _LARGEST_BOUND = 2.0**-500, 2.0**500
@@ -34,6 +40,7 @@ def check_sums(op: str, sums: list[Tensor], max_grad_norm: list[float], count: i
         len(sums) == count,
         lambda: f"{op}: {len(sums)} sums for {count} tensors; accepted: one each",
     )
+    check_devices(op, sums[0], {"sums": sums})
     dtypes = [torch.float64 if math.isinf(c) else torch.int64 for c in max_grad_norm]
     wanted = [(dtype, True) for dtype in dtypes] * (count // len(dtypes))
     require_same(
@@ -62,6 +69,9 @@ def check_records(
             f"{op}: {len(grad_samples)} grad_samples for {len(totals)} tensors; accepted: one each"
         ),
     )
+    kept = [] if keep is None else keep
+    named = {"grad_samples": grad_samples, "squares": squares, "stats": stats, "keep": kept}
+    check_devices(op, totals[0], named)
     n = grad_samples[0].shape[0]
     wanted = [(n, *total.shape) for total in totals]
     require_same(

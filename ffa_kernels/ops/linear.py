@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ffa_kernels.backends.compose import merging_pays
 from ffa_kernels.errors import ConfigError
@@ -26,6 +27,13 @@ from ffa_kernels.ops.per_sample_grad import per_sample_grad, per_sample_grad_op
 
 def _shape(t: Tensor | None) -> tuple[int, ...] | None:
     return None if t is None else tuple(t.shape)
+
+
+def _fits(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a base of this type goes with activations of `dtype`."""
+    return weight.dtype == dtype or (
+        weight.dtype == torch.bfloat16 and dtype == torch.float32
+    )
 
 
 def _check(
@@ -64,13 +72,12 @@ def _check(
             f"linear: x is {dtype} {tuple(shape)}; accepted: a float type, (n, ..., {d_in}), "
             "the weight's d_in"
         )
-    if weight is not None and weight.dtype != dtype:
+    if weight is not None and weight.dtype != dtype and not _fits(weight, dtype):
         base = (dtype, torch.bfloat16) if dtype == torch.float32 else (dtype,)
-        if weight.dtype not in base:
-            raise ConfigError(
-                f"linear: weight is {weight.dtype}; accepted: {' or '.join(map(str, base))}, for "
-                f"x is {dtype}"
-            )
+        raise ConfigError(
+            f"linear: weight is {weight.dtype}; accepted: {' or '.join(map(str, base))}, for "
+            f"x is {dtype}"
+        )
     if bias is not None and bias.shape != (d_out,):
         raise ConfigError(
             f"linear: bias is {_shape(bias)}; accepted: None or ({d_out},), the weight's d_out"
@@ -84,11 +91,18 @@ def _check(
         for name, t in (("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B)):
             if t is not None and t.dtype != dtype:
                 raise ConfigError(f"linear: {name} is {t.dtype}; accepted: {dtype}, the dtype of x")
+    device = x.device
+    for t in (weight, bias, lora_A, lora_B, dropout_state):
+        if t is not None and t.device != device:
+            # A kernel is given addresses, and none says where it leads.
+            named = {"weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B}
+            name = next((name for name, other in named.items() if other is t), "dropout_state")
+            raise ConfigError(f"linear: {name} is on {t.device}; accepted: {device}, as x")
     if cu_seqlens is None:
         n = shape[0]
     else:
         n = cu_seqlens.shape[0] - 1
-        check_offsets("linear", cu_seqlens, math.prod(shape[:-1]), x.device)
+        check_offsets("linear", cu_seqlens, math.prod(shape[:-1]), device)
     if tap is not None and (tap.shape != (n, d_out, shape_A[0]) or not tap.dtype.is_floating_point):
         raise ConfigError(
             f"linear: tap is {tap.dtype} {tuple(tap.shape)}; accepted: a float type, "
@@ -152,24 +166,31 @@ def _backward_check(
     weight: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
+    dropout_state: Tensor | None,
     *_: object,
 ) -> None:
-    # Dtypes too: what autograd kept for backward may come back as something else, by way of hooks.
-    shape, dtype, (r, d_in) = g.shape, g.dtype, lora_A.shape
+    # Dtypes and devices too: what autograd keeps may come back as something else, by way of hooks.
+    shape, dtype, device, (r, d_in) = g.shape, g.dtype, g.device, lora_A.shape
     d_out = shape[-1]
     if (
         (u is not None and (u.shape != (*shape[:-1], r) or u.dtype != dtype))
-        or (weight is not None and weight.shape != (d_out, d_in))
+        or (weight is not None and (weight.shape != (d_out, d_in) or not _fits(weight, dtype)))
         or lora_B.shape != (d_out, r)
         or lora_A.dtype != dtype
         or lora_B.dtype != dtype
+        or any(t is not None and t.device != device for t in (u, weight, lora_A, lora_B))
+        or (dropout_state is not None and dropout_state.device != device)
     ):
+        given = (g, u, weight, lora_A, lora_B, dropout_state)
+        told = ["None" if t is None else f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in given]
         raise ConfigError(
-            f"linear_backward: g is {dtype} {tuple(shape)}, u {_shape(u)}, weight "
-            f"{_shape(weight)}, lora_A {lora_A.dtype} {tuple(lora_A.shape)}, lora_B "
-            f"{lora_B.dtype} {tuple(lora_B.shape)}; accepted: (n, ..., d_out), (n, ..., r) or "
-            "None, (d_out, d_in) or None, (r, d_in), (d_out, r), all but the weight of one dtype"
+            "linear_backward: g, u, weight, lora_A, lora_B and dropout_state are "
+            f"{', '.join(told)}; accepted: (n, ..., d_out), (n, ..., r) or None, (d_out, d_in) or "
+            "None, (r, d_in), (d_out, r), all of one dtype but a bf16 weight beside fp32, and "
+            "int64 (5,) or None, on one device"
         )
+    if dropout_state is not None:
+        check_rng_state("linear_backward", "dropout_state", dropout_state)
 
 
 def _backward_fake(
@@ -213,6 +234,7 @@ class _Linear(torch.autograd.Function):
         y, h = run(
             *(x, weight, bias, lora_A, lora_B, tap, norm_tap, dropout_state, cu_seqlens, *settings)
         )
+        ctx.set_materialize_grads(False)
         # Not x: backward needs it for nothing, and it is d_in / r times the size of h.
         ctx.save_for_backward(h, weight, lora_A, lora_B, dropout_state, cu_seqlens)
         ctx.settings = (tap is not None, *settings)
@@ -221,19 +243,20 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (g,) = grads
-        # The first question costs a fifth of the second.
-        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(g.device.type):
-            # backward() called inside it, whose casts are the forward's affair.
-            with torch.autocast(g.device.type, enabled=False):
-                return _gradients(ctx, g)
-        return _gradients(ctx, g)
+        if g is None:
+            return (None,) * 6
+        if not torch.is_grad_enabled():
+            return _gradients(ctx, g)
+        if g.requires_grad:
+            raise NotImplementedError(
+                "linear: its gradient has no gradient (create_graph=True); accepted: a first "
+                "backward"
+            )
+        with torch.no_grad():
+            return _gradients(ctx, g)
 
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    if g.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(
-            "linear: its gradient has no gradient (create_graph=True); accepted: a first backward"
-        )
     # Read once: a checkpoint's tensors are gone then.
     saved = ctx.saved_tensors
     h, weight, lora_A, lora_B, dropout_state, cu_seqlens = saved
@@ -319,6 +342,10 @@ def _differentiable(
 LIBRARY.impl("linear", _differentiable, "Autograd")
 
 
+def _has_tangent(t: Tensor | None) -> bool:
+    return t is not None and forward_ad.unpack_dual(t).tangent is not None
+
+
 def linear(
     x: Tensor,
     weight: Tensor | None,
@@ -372,6 +399,10 @@ def linear(
         ConfigError: shapes or dtypes that do not fit together.
     """
     tensors = (x, weight, bias, lora_A, lora_B, tap, norm_tap, dropout_state, cu_seqlens)
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+        raise NotImplementedError(
+            "linear: no derivative in forward mode (dual numbers); accepted: backward()"
+        )
     merge = merging_pays(x, weight, dropout_state is not None, records)
     settings = (dropout_state, cu_seqlens, scaling, dropout_p, mean_loss, merge)
     y: Tensor
@@ -386,5 +417,7 @@ def linear(
         y = _apply(_op.implementation, x, trained_B, tap, norm_tap, frozen)
     else:
         inputs = (x, weight, bias, lora_A, lora_B, tap, norm_tap, *settings)
-        y = _op.implementation(*inputs)[0]
+        # W, b and A may ask for a gradient, and get none.
+        with torch.no_grad():
+            y = _op.implementation(*inputs)[0]
     return y

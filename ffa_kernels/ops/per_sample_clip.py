@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ffa_kernels.ops._library import by_first, define, require
+from ffa_kernels.ops._library import by_first, check_devices, define, require
 from ffa_kernels.ops.clip_accumulate import check_records, check_sums
 from ffa_kernels.ops.per_sample_grad import check_products
 
@@ -30,6 +30,7 @@ def _check(
         tuple(total.shape) == shape,
         lambda: f"per_sample_clip: total is {tuple(total.shape)}; accepted: {shape}, (d_out, r)",
     )
+    check_devices("per_sample_clip", g, {"total": total, "stats": stats})
     check_sums("per_sample_clip", [total], [max_grad_norm], 1)
     # A view of no memory stands for the G that is nowhere.
     nowhere = g.new_empty(()).expand(n, *shape)

@@ -33,6 +33,10 @@ def check_products(
             f"{op}: lora_B is {lora_B.dtype} {tuple(lora_B.shape)}; accepted: "
             f"{g.dtype} {(g.shape[-1], h.shape[-1])}, (d_out, r) of g and h"
         )
+    device = g.device
+    if h.device != device or (lora_B is not None and lora_B.device != device):
+        name, t = ("h", h) if lora_B is None or h.device != device else ("lora_B", lora_B)
+        raise ConfigError(f"{op}: {name} is on {t.device}; accepted: {device}, as g")
     if cu_seqlens is None:
         return g.shape[0]
     check_offsets(op, cu_seqlens, math.prod(g.shape[:-1]), g.device)

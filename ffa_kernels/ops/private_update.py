@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ffa_kernels.ops._library import (
     call_in_place,
+    check_devices,
     check_rng_state,
     define,
     require,
@@ -58,6 +59,8 @@ def check_update(
                 f"{' or '.join(map(str, sizes))}"
             ),
         )
+    lists = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
+    check_devices(op, params[0], {**lists, "rng_state": rng_state, "hyper": hyper})
     layouts = [(p.shape, p.dtype, p.is_contiguous()) for p in params]
     require_each(
         [contiguous and dtype.is_floating_point for _, dtype, contiguous in layouts],
@@ -111,6 +114,7 @@ def check_update(
 def _check(params: list[Tensor], sums: list[Tensor], *update: Any) -> None:
     max_grad_norm = update[6]
     check_sums("private_update", sums, max_grad_norm, len(params))
+    check_devices("private_update", params[0], {"sums": sums})
     require_same(
         [p.shape for p in params],
         [total.shape for total in sums],
