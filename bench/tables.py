@@ -64,9 +64,7 @@ def _steps(rows: Rows, told: str, cell: Callable[[Row], str]) -> str:
     found = {(row["subject"], row["model"]): row for row in rows}
     first = {row["model"]: row for row in rows}
     heads = [f"{m}, r = {first[m]['r']}, {first[m]['n']} x {first[m]['length']}" for m in models]
-    body = [
-        [s, *(cell(found[s, m]) if (s, m) in found else "" for m in models)] for s in subjects
-    ]
+    body = [[s, *(cell(found[s, m]) if (s, m) in found else "" for m in models)] for s in subjects]
     return table((told, *heads), body)
 
 

@@ -60,9 +60,10 @@ int ffa_cpu_dropout_add(const int64_t* dropout_state, double p, double scaling, 
                         int64_t rows, int64_t columns, int dtype, const void* v, void* dx,
                         int threads);
 
-/* With depth 0 or more, first left (rows, r) = x lora_A^T: x (rows, depth), lora_A (r, depth). Below
- * 0, left is given, and x and lora_A are not read. Then out (rows, columns) += scaling left right^T:
- * element (c, k) of right stands at c column_stride + k rank_stride. One dtype, F32 or F64. */
+/* With depth 0 or more, first left (rows, r) = x lora_A^T: x (rows, depth), lora_A (r, depth).
+ * Below 0, left is given, and x and lora_A are not read. Then out (rows, columns) += scaling left
+ * right^T: element (c, k) of right stands at c column_stride + k rank_stride. One dtype, F32 or
+ * F64. */
 int ffa_cpu_rank_term(int64_t rows, int64_t columns, int64_t r, int dtype, const void* x,
                       int64_t depth, const void* lora_A, void* left, const void* right,
                       int64_t column_stride, int64_t rank_stride, double scaling, void* out,

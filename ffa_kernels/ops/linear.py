@@ -31,9 +31,7 @@ def _shape(t: Tensor | None) -> tuple[int, ...] | None:
 
 def _fits(weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether a base of this type goes with activations of `dtype`."""
-    return weight.dtype == dtype or (
-        weight.dtype == torch.bfloat16 and dtype == torch.float32
-    )
+    return weight.dtype == dtype or (weight.dtype == torch.bfloat16 and dtype == torch.float32)
 
 
 def _check(
