@@ -69,9 +69,9 @@ def check_records(
             f"{op}: {len(grad_samples)} grad_samples for {len(totals)} tensors; accepted: one each"
         ),
     )
-    kept = [] if keep is None else keep
-    named = {"grad_samples": grad_samples, "squares": squares, "stats": stats, "keep": kept}
-    check_devices(op, totals[0], named)
+    lists = {"grad_samples": grad_samples, "squares": squares}
+    kept = {} if keep is None else {"keep": keep}
+    check_devices(op, totals[0], {**lists, "stats": stats, **kept})
     n = grad_samples[0].shape[0]
     wanted = [(n, *total.shape) for total in totals]
     require_same(

@@ -341,7 +341,10 @@ LIBRARY.impl("linear", _differentiable, "Autograd")
 
 
 def _has_tangent(t: Tensor | None) -> bool:
-    return t is not None and forward_ad.unpack_dual(t).tangent is not None
+    if t is None:
+        return False
+    tangent: Tensor | None = forward_ad.unpack_dual(t).tangent  # type: ignore[no-untyped-call]
+    return tangent is not None
 
 
 def linear(
