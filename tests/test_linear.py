@@ -193,6 +193,24 @@ def test_frozen_tensors_get_no_gradient_where_nothing_else_asks_for_one(backend,
     assert not case.op(case.x, tap=tap).requires_grad
 
 
+def test_an_output_that_nobody_differentiated_gives_no_tap_a_gradient(backend):
+    """Zeros would tell the guard that a record's gradient has reached B."""
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return None
+
+    case = make(dtype=torch.float32)
+    tap = torch.zeros(len(case.x), *case.lora_B.shape, requires_grad=True)
+    Nothing.apply(case.op(case.x.requires_grad_(), tap=tap)).sum().backward()
+    assert tap.grad is None and case.x.grad is None
+
+
 @NOT_IN_TRITON
 @pytest.mark.parametrize("merges", [False, True])
 def test_a_graph_of_the_backward_has_no_way_to_B_beside_a_tap(backend, merges):

@@ -303,23 +303,9 @@ def _differentiated(x: Tensor, lora_B: Tensor, tap: Tensor | None, norm_tap: Ten
     )
 
 
-def _differentiable(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    tap: Tensor | None,
-    norm_tap: Tensor | None,
-    dropout_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    mean_loss: bool,
+def _differentiable(*inputs: Any) -> Any:
     # The dispatcher leaves out a last argument that is its default.
-    merge: bool = False,
-) -> Any:
-    settings = (dropout_state, cu_seqlens, scaling, dropout_p, mean_loss, merge)
+    x, weight, bias, lora_A, lora_B, tap, norm_tap, *settings = (*inputs, False)[:13]
     if _differentiated(x, lora_B, tap, norm_tap):
         trained_B = lora_B if tap is None else None
         frozen = (weight, bias, lora_A, lora_B, *settings)
