@@ -499,10 +499,10 @@ def test_moves_that_change_something_are_refused_by_name_and_others_are_not():
         ):
             train(model, optimizer, loader)
         assert engine.ledger.steps == 0, name
-    # This one puts other tensors into the model: PyTorch itself cannot use it with the batch.
+    # This one puts other tensors into the model, which cannot be used with the batch.
     engine = PrivacyEngine()
     model, optimizer, loader = private(converted(), engine=engine)
-    with pytest.raises(RuntimeError, match="meta"):
+    with pytest.raises(ConfigError, match="weight is on meta; accepted: cpu, as x"):
         train(model.to("meta"), optimizer, loader)
     assert engine.ledger.steps == 0
     model, optimizer, loader = private(converted())

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pickle
+import math
 import random
 import warnings
 
@@ -393,6 +394,27 @@ def test_other_generators_are_no_coupling(draw):
         engine, model, optimizer, loader = private(Net(before=Deep(draw)))
         train(model, optimizer, loader)
         assert engine.ledger.steps == 3 and optimizer.private_step.probe.concluded
+
+
+def test_a_generator_that_others_draw_from_is_no_coupling():
+    """As where threads train side by side: two runs agree by chance, and a third does not."""
+    others = random.Random(3)
+    _, model, optimizer, _ = private(Net(before=Do(lambda x: x * others.choice([1, 2]))))
+    probe, x = optimizer.private_step.probe, torch.randn(8, TOKENS, WIDTH)
+    compared = [probe.check(lambda x: model(x).square().sum(), x, 8, "chance") for _ in range(200)]
+    assert 50 < sum(compared) < 150
+
+
+@pytest.mark.parametrize("made_of", [0.0, math.nan, math.inf])
+def test_a_gradient_that_another_record_undoes_is_a_coupling(made_of):
+    def undone(x):
+        return x * torch.where(x[:, 0, 0].amax() > 5, made_of, 1.0)
+
+    _, model, optimizer, _ = private(Net(before=Do(undone)))
+    x = torch.randn(8, TOKENS, WIDTH)
+    x[2, 0, 0] = 9.0
+    with pytest.raises(PrivacyError, match="couples records"):
+        optimizer.private_step.probe.check(lambda x: model(x).square().sum(), x, 8, "a record")
 
 
 @pytest.mark.parametrize("wrap", [Batch, lambda x: Batch(x, name=lambda: 0)])

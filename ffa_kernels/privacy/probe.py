@@ -14,7 +14,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ _TOLERANCE = 1e-3
 _HALF_TOLERANCE = 0.1
 # Two equal runs that differ by more than this tell nothing.
 _STEADY = 1e-2
+# How often a coupling is found before it is believed.
+_REPEATS = 8
 # Physical batches, of two records or more, that are probed: later ones may be of another kind.
 _PROBED = (1, 2, 4, 8)
 _IGNORED = -100
@@ -212,21 +214,20 @@ class Probe:
                 # Not every loss knows labels to leave out.
                 continue
             compared = True
-            share = self._moved(base, again, found, kept, autocast)
-            if share is not None and not all(
-                # Chance (a generator that others draw from, say) does not do so again and again.
+            moved = self._moved(base, again, found, kept, autocast)
+            if moved is not None and all(
+                # Chance (a generator that other threads draw from, say) does not do the same again
+                # and again.
                 _steady(base, self._gradients(loss_of, pair), kept)
-                and self._moved(base, again, self._gradients(loss_of, other), kept, autocast)
-                for _ in range(3)
+                and _repeated(base, found, self._gradients(loss_of, other), kept, moved.group)
+                for _ in range(_REPEATS)
             ):
-                continue
-            if share is not None:
                 raise CoupledError(
-                    f"a record's gradient moved by {share:.2g} of its norm when another record of "
-                    f"its batch was changed: {what} couples records (a mean over the batch's "
-                    "tokens, as in transformers' causal-LM loss, or a norm over the batch, say), "
-                    "so that no bound on a record's share would hold; accepted: a mean or sum of "
-                    "losses of single records (ffa_kernels.causal_lm_loss is one)"
+                    f"a record's gradient moved by {moved.share:.2g} of its norm when another "
+                    f"record of its batch was changed: {what} couples records (a mean over the "
+                    "batch's tokens, as in transformers' causal-LM loss, or a norm over the "
+                    "batch, say), so that no bound on a record's share would hold; accepted: a "
+                    "mean or sum of losses of single records (ffa_kernels.causal_lm_loss is one)"
                 )
         return compared
 
@@ -237,12 +238,12 @@ class Probe:
         found: _Gradients,
         kept: int,
         autocast: bool,
-    ) -> float | None:
-        """By what share of its norm the gradient of record `kept` moved, if by too much."""
+    ) -> _Moved | None:
+        """What of the gradient of record `kept` moved, if by too much."""
         half = autocast or any(torch.finfo(p.dtype).bits < 32 for p in self._floats())
         tolerance = _HALF_TOLERANCE if half else _TOLERANCE
         if base.keys() != found.keys():
-            return math.inf
+            return _Moved(math.inf, [])
         groups = [[k] for k in base] if self._per_layer else [list(base)]
         for group in groups:
             norm = _norm(base[k][kept] for k in group)
@@ -250,7 +251,7 @@ class Probe:
             # What differs between two equal runs (atomic sums, say) is no coupling.
             noise = _norm(base[k][kept] - again[k][kept] for k in group)
             if norm > 0 and not moved <= tolerance * norm + 4 * noise:
-                return moved / norm
+                return _Moved(moved / norm, group)
         return None
 
     def _floats(self) -> Iterator[Tensor]:
@@ -291,6 +292,13 @@ class Probe:
 
 
 _Gradients = dict[int, Tensor]
+
+
+class _Moved(NamedTuple):
+    """By what share of its norm a record's gradient of some tensors moved; of none: one came up."""
+
+    share: float
+    group: list[int]
 
 
 @dataclasses.dataclass
@@ -468,6 +476,16 @@ def _steady(base: _Gradients, again: _Gradients, kept: int) -> bool:
     norm = _norm(g[kept] for g in base.values())
     apart = _norm(base[k][kept] - again[k][kept] for k in base)
     return 0 < norm < math.inf and apart <= _STEADY * norm
+
+
+def _repeated(
+    base: _Gradients, found: _Gradients, repeat: _Gradients, kept: int, group: list[int]
+) -> bool:
+    """Whether `repeat` is where `found` is, by what that moved from `base`; NaN is where NaN is."""
+    if found.keys() != repeat.keys():
+        return False
+    moved = _norm(base[k][kept] - found[k][kept] for k in group)
+    return not _norm(found[k][kept] - repeat[k][kept] for k in group) > moved / 2
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
