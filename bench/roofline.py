@@ -57,6 +57,17 @@ def per_sample_grad(n: int, tokens: int, d_out: int, r: int, size: int) -> Work:
     return Work(size * moved + 8 * n, 4 * rows * d_out * r)
 
 
+def per_sample_backward(n: int, tokens: int, d_out: int, d_in: int, r: int, size: int) -> Work:
+    """As the frozen layer's backward, with h, A and B read, G and the norms written, and three
+    rank-r products; u is in no memory."""
+    rows = n * tokens
+    extra = Work(
+        size * (rows * r + r * (d_in + d_out) + n * d_out * r) + 8 * n,
+        2 * rows * r * (d_in + 2 * d_out),
+    )
+    return frozen_linear(rows, d_in, d_out, size) + extra
+
+
 def per_sample_clip(n: int, tokens: int, d_out: int, r: int, size: int) -> Work:
     """g, h and B read once, u written, the 64-bit sum read and written, no G; as many products."""
     rows = n * tokens

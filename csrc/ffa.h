@@ -11,7 +11,7 @@
 
 #include <stdint.h>
 
-#define FFA_ABI_VERSION 4
+#define FFA_ABI_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -78,6 +78,12 @@ int ffa_cpu_per_sample_grad(int64_t n, int64_t rows, int64_t d_out, int64_t r, i
                             const void* g, const void* h, const void* lora_B,
                             const int32_t* offsets, double scale, void* u, void* G, double* sq,
                             int threads);
+
+/* As above, and dx (rows, d_in) += scaling u lora_A, for lora_A (r, d_in); u is not given out. */
+int ffa_cpu_per_sample_backward(int64_t n, int64_t rows, int64_t d_out, int64_t d_in, int64_t r,
+                                int dtype, const void* g, const void* h, const void* lora_A,
+                                const void* lora_B, const int32_t* offsets, double scaling,
+                                double scale, void* dx, void* G, double* sq, int threads);
 
 /* Whether the next one runs here: it needs AMX tiles. */
 int ffa_cpu_has_bf16_product(void);

@@ -21,7 +21,8 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on
 OPS = [
     f"tests/test_{name}.py"
     for name in (
-        *("linear", "per_sample_grad", "per_sample_clip", "packed", "clip_accumulate"),
+        *("linear", "per_sample_grad", "per_sample_backward", "per_sample_clip", "packed"),
+        "clip_accumulate",
         *("private_update", "private_step", "chacha20", "gaussian", "bf16_product"),
     )
 ]

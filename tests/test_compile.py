@@ -69,6 +69,9 @@ CALLS = {
     "gaussian": lambda: {"rng_state": STATE, "tensor_id": 1, "numel": 21},
     "linear": lambda: layer() | {"scaling": 0.5, "dropout_state": STATE, "dropout_p": 0.1},
     "per_sample_grad": lambda: gradients() | {"mean_loss": True},
+    "per_sample_backward": lambda: (
+        gradients() | {"weight": draw(D_OUT, D_IN), "lora_A": draw(R, D_IN), "mean_loss": True}
+    ),
     "per_sample_clip": lambda: (
         gradients()
         | {"total": sums()[0], "stats": torch.zeros(2).long(), "keep": None, "max_grad_norm": 0.5}

@@ -14,8 +14,8 @@ COPIES = ("baseline", "avx2", "avx512")
 KERNELS = [
     f"tests/test_{name}.py"
     for name in (
-        *("per_sample_grad", "packed", "clip_accumulate", "private_update", "private_step"),
-        *("gaussian", "rank_term"),
+        *("per_sample_grad", "per_sample_backward", "packed", "clip_accumulate"),
+        *("private_update", "private_step", "gaussian", "rank_term"),
     )
 ]
 

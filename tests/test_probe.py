@@ -2,8 +2,8 @@
 
 import copy
 import dataclasses
-import pickle
 import math
+import pickle
 import random
 import warnings
 

@@ -7,17 +7,18 @@
 #include "../ffa.h"
 #include "parallel.h"
 
-#define FFA_DECLARE_COPY(isa)                        \
-  namespace ffa::isa {                               \
-  decltype(ffa_cpu_chacha20) chacha20;               \
-  decltype(ffa_cpu_gaussian) gaussian;               \
-  decltype(ffa_cpu_dropout) dropout;                 \
-  decltype(ffa_cpu_dropout_add) dropout_add;         \
-  decltype(ffa_cpu_rank_term) rank_term;             \
-  decltype(ffa_cpu_per_sample_grad) per_sample_grad; \
-  decltype(ffa_cpu_clip_accumulate) clip_accumulate; \
-  decltype(ffa_cpu_private_update) private_update;   \
-  decltype(ffa_cpu_private_step) private_step;       \
+#define FFA_DECLARE_COPY(isa)                                \
+  namespace ffa::isa {                                       \
+  decltype(ffa_cpu_chacha20) chacha20;                       \
+  decltype(ffa_cpu_gaussian) gaussian;                       \
+  decltype(ffa_cpu_dropout) dropout;                         \
+  decltype(ffa_cpu_dropout_add) dropout_add;                 \
+  decltype(ffa_cpu_rank_term) rank_term;                     \
+  decltype(ffa_cpu_per_sample_grad) per_sample_grad;         \
+  decltype(ffa_cpu_per_sample_backward) per_sample_backward; \
+  decltype(ffa_cpu_clip_accumulate) clip_accumulate;         \
+  decltype(ffa_cpu_private_update) private_update;           \
+  decltype(ffa_cpu_private_step) private_step;               \
   }
 
 namespace ffa::amx {
@@ -111,6 +112,14 @@ int ffa_cpu_per_sample_grad(int64_t n, int64_t rows, int64_t d_out, int64_t r, i
                             int threads) {
   return FFA_COPY(per_sample_grad)(n, rows, d_out, r, dtype, g, h, lora_B, offsets, scale, u, G, sq,
                                    threads);
+}
+
+int ffa_cpu_per_sample_backward(int64_t n, int64_t rows, int64_t d_out, int64_t d_in, int64_t r,
+                                int dtype, const void* g, const void* h, const void* lora_A,
+                                const void* lora_B, const int32_t* offsets, double scaling,
+                                double scale, void* dx, void* G, double* sq, int threads) {
+  return FFA_COPY(per_sample_backward)(n, rows, d_out, d_in, r, dtype, g, h, lora_A, lora_B,
+                                       offsets, scaling, scale, dx, G, sq, threads);
 }
 
 int ffa_cpu_has_bf16_product(void) { return isa() == kAvx512 && ffa::amx::has_bf16_product(); }

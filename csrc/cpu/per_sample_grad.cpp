@@ -2,6 +2,8 @@
 //
 //   u = g B      G_i = scale g_i^T h_i      sq_i = |G_i|^2      (DESIGN.md, section 2)
 //
+// and, where backward is asked for as a whole, dx += scaling u A, with u in the scratch alone.
+//
 // A block of kTokens tokens and a panel of kPanel columns of g lies in L1 and serves both products.
 // Lanes are ranks in both: a tile of tokens x ranks of u is summed along the columns, a tile of
 // columns x ranks of G along the tokens, each element of g times a vector of ranks at a time. Ranks
@@ -26,7 +28,19 @@ struct Problem {
   const T *g, *h, *B;
   T scale;
   T *u, *G;
+  // dx (rows, d_in) += term_scaling u A; null where nobody asks.
+  int64_t d_in;
+  const T* A;
+  T term_scaling;
+  T* dx;
 };
+
+// Rows begin to end - 1 of dx, from u (rows, ranks).
+template <class T>
+void add_to_dx(const Problem<T>& p, const T* u, int64_t begin, int64_t end) {
+  const RankTerm<T> term = {p.d_in, p.r, u, p.ranks, p.A, p.d_in, p.term_scaling, p.dx};
+  add_term(term, begin, end);
+}
 
 // One span and one panel: its columns of G, its part of u (added to u if `add`), its |G|^2.
 template <class T>
@@ -65,6 +79,9 @@ int run(Problem<T> p, double* sq, int threads) {
   p.ranks = (p.r + W - 1) / W * W;
   p.panels = p.d_out > 0 ? (p.d_out + kPanel - 1) / kPanel : 1;
   const bool padded = p.ranks != p.r, wants_u = p.B != nullptr;
+  // B without elements has no address, and adds nothing.
+  const bool wants_dx = wants_u && p.dx != nullptr;
+  const bool own_u = wants_u && (padded || p.u == nullptr);
   const int64_t u_size = p.rows * p.ranks;
 
   // Spans are the parallel unit when there are enough; else their panels are, and each panel's
@@ -76,7 +93,7 @@ int run(Problem<T> p, double* sq, int threads) {
   const int64_t scratch_size = kPanel * p.ranks;
 
   const Buffer<T> h(padded ? u_size : 0), B(padded && wants_u ? p.d_out * p.ranks : 0);
-  const Buffer<T> whole_u(padded && wants_u ? u_size : 0);
+  const Buffer<T> whole_u(own_u ? u_size : 0);
   const Buffer<T> parts(split && wants_u ? p.panels * u_size : 0), scratch(slots * scratch_size);
   const Buffer<double> norms(p.spans * p.panels);
   const Buffer<int> busy(slots + 1);
@@ -84,7 +101,7 @@ int run(Problem<T> p, double* sq, int threads) {
     return FFA_NO_MEMORY;
   }
   memset(busy.data, 0, static_cast<size_t>(slots + 1) * sizeof(int));
-  T* const u = padded ? whole_u.data : p.u;
+  T* const u = own_u ? whole_u.data : p.u;
   if (padded) {
     pad(p.h, p.rows, p.r, p.ranks, h.data);
     p.h = h.data;
@@ -93,7 +110,8 @@ int run(Problem<T> p, double* sq, int threads) {
       p.B = B.data;
     }
   }
-  const double work = 4.0 * static_cast<double>(u_size) * static_cast<double>(p.d_out);
+  const double work = static_cast<double>(u_size) *
+                      (4.0 * static_cast<double>(p.d_out) + 2.0 * static_cast<double>(p.d_in));
   T *const of_panels = parts.data, *const scratches = scratch.data;
   double* const squares = norms.data;
   int* const taken = busy.data;
@@ -110,21 +128,24 @@ int run(Problem<T> p, double* sq, int threads) {
       for (int64_t panel = 0; panel < p.panels; ++panel) {
         squares[task * p.panels + panel] = run_panel(p, task, panel, panel > 0, to, mine);
       }
+      if (wants_dx) add_to_dx(p, u, p.starts[task], p.starts[task + 1]);
     }
     __atomic_store_n(&taken[slot], 0, __ATOMIC_RELEASE);
   });
   if (split && wants_u) {
-    constexpr int64_t kChunk = 16384;
-    parallel_for(threads, (u_size + kChunk - 1) / kChunk, [=](int64_t task) {
-      const int64_t end = u_size < (task + 1) * kChunk ? u_size : (task + 1) * kChunk;
-      for (int64_t e = task * kChunk; e < end; ++e) {
+    // Not many elements a task, and of dx no more rows than lie in L2.
+    const int64_t rows = wants_dx ? kTokens : 1 + 16384 / (1 + p.ranks);
+    parallel_for(work < 1e6 ? 1 : threads, (p.rows + rows - 1) / rows, [=](int64_t task) {
+      const int64_t first = task * rows, last = p.rows < first + rows ? p.rows : first + rows;
+      for (int64_t e = first * p.ranks; e < last * p.ranks; ++e) {
         T sum = of_panels[e];
         for (int64_t panel = 1; panel < p.panels; ++panel) sum += of_panels[panel * u_size + e];
         u[e] = sum;
       }
+      if (wants_dx) add_to_dx(p, u, first, last);
     });
   }
-  if (padded && wants_u) strip(u, p.rows, p.r, p.ranks, p.u);
+  if (own_u && p.u != nullptr) strip(u, p.rows, p.r, p.ranks, p.u);
   for (int64_t i = 0; i < p.n; ++i) {
     double sum = 0.0;
     const double* of_record = squares + (i + p.first_record) * p.panels;
@@ -135,25 +156,58 @@ int run(Problem<T> p, double* sq, int threads) {
   return FFA_OK;
 }
 
+struct Inputs {
+  int64_t n, rows, d_out, r, d_in;
+  const void *g, *h, *lora_A, *lora_B;
+  const int32_t* offsets;
+  double scale, scaling;
+  void *u, *G, *dx;
+  double* sq;
+};
+
 template <class T>
-int run(int64_t n, int64_t rows, int64_t d_out, int64_t r, const void* g, const void* h,
-        const void* lora_B, const int64_t* starts, bool offsets, double scale, void* u, void* G,
-        double* sq, int threads) {
+int run(const Inputs& of, const int64_t* starts, int threads) {
   Problem<T> p = {};
-  p.n = n;
-  p.rows = rows;
-  p.d_out = d_out;
-  p.r = r;
-  p.spans = offsets ? n + 2 : n;
-  p.first_record = offsets ? 1 : 0;
+  p.n = of.n;
+  p.rows = of.rows;
+  p.d_out = of.d_out;
+  p.r = of.r;
+  p.spans = of.offsets != nullptr ? of.n + 2 : of.n;
+  p.first_record = of.offsets != nullptr ? 1 : 0;
   p.starts = starts;
-  p.g = static_cast<const T*>(g);
-  p.h = static_cast<const T*>(h);
-  p.B = static_cast<const T*>(lora_B);
-  p.scale = static_cast<T>(scale);
-  p.u = static_cast<T*>(u);
-  p.G = static_cast<T*>(G);
-  return run(p, sq, threads);
+  p.g = static_cast<const T*>(of.g);
+  p.h = static_cast<const T*>(of.h);
+  p.B = static_cast<const T*>(of.lora_B);
+  p.scale = static_cast<T>(of.scale);
+  p.u = static_cast<T*>(of.u);
+  p.G = static_cast<T*>(of.G);
+  p.d_in = of.d_in;
+  p.A = static_cast<const T*>(of.lora_A);
+  p.term_scaling = static_cast<T>(of.scaling);
+  p.dx = static_cast<T*>(of.dx);
+  return run(p, of.sq, threads);
+}
+
+int run(const Inputs& of, int dtype, int threads) {
+  const int64_t n = of.n, rows = of.rows;
+  if (n < 0 || rows < 0 || of.d_out < 0 || of.r < 0 || of.d_in < 0) return FFA_BAD_SIZE;
+  if (of.offsets == nullptr && (n == 0 ? rows != 0 : rows % n != 0)) return FFA_BAD_SIZE;
+  if (dtype != FFA_F32 && dtype != FFA_F64) return FFA_BAD_DTYPE;
+  for (int64_t i = 0; of.offsets != nullptr && i <= n; ++i) {
+    const int32_t before = i > 0 ? of.offsets[i - 1] : 0;
+    if (of.offsets[i] < before || of.offsets[i] > rows) return FFA_BAD_VALUE;
+  }
+  const Buffer<int64_t> starts(n + 3);
+  if (!starts.ok) return FFA_NO_MEMORY;
+  if (of.offsets != nullptr) {
+    starts.data[0] = 0;
+    for (int64_t i = 0; i <= n; ++i) starts.data[i + 1] = of.offsets[i];
+    starts.data[n + 2] = rows;
+  } else {
+    for (int64_t i = 0; i <= n; ++i) starts.data[i] = n > 0 ? i * (rows / n) : 0;
+  }
+  return dtype == FFA_F32 ? run<float>(of, starts.data, threads)
+                          : run<double>(of, starts.data, threads);
 }
 
 }  // namespace
@@ -161,27 +215,18 @@ int run(int64_t n, int64_t rows, int64_t d_out, int64_t r, const void* g, const 
 int per_sample_grad(int64_t n, int64_t rows, int64_t d_out, int64_t r, int dtype, const void* g,
                     const void* h, const void* lora_B, const int32_t* offsets, double scale,
                     void* u, void* G, double* sq, int threads) {
-  if (n < 0 || rows < 0 || d_out < 0 || r < 0) return FFA_BAD_SIZE;
-  if (offsets == nullptr && (n == 0 ? rows != 0 : rows % n != 0)) return FFA_BAD_SIZE;
-  if (dtype != FFA_F32 && dtype != FFA_F64) return FFA_BAD_DTYPE;
-  for (int64_t i = 0; offsets != nullptr && i <= n; ++i) {
-    if (offsets[i] < (i > 0 ? offsets[i - 1] : 0) || offsets[i] > rows) return FFA_BAD_VALUE;
-  }
-  int64_t* starts = allocate<int64_t>(n + 3);
-  if (starts == nullptr) return FFA_NO_MEMORY;
-  if (offsets != nullptr) {
-    starts[0] = 0;
-    for (int64_t i = 0; i <= n; ++i) starts[i + 1] = offsets[i];
-    starts[n + 2] = rows;
-  } else {
-    for (int64_t i = 0; i <= n; ++i) starts[i] = n > 0 ? i * (rows / n) : 0;
-  }
-  const int status = dtype == FFA_F32 ? run<float>(n, rows, d_out, r, g, h, lora_B, starts,
-                                                   offsets != nullptr, scale, u, G, sq, threads)
-                                      : run<double>(n, rows, d_out, r, g, h, lora_B, starts,
-                                                    offsets != nullptr, scale, u, G, sq, threads);
-  free(starts);
-  return status;
+  const Inputs of = {n,      rows,    d_out, r, 0, g, h,       nullptr,
+                     lora_B, offsets, scale, 0, u, G, nullptr, sq};
+  return run(of, dtype, threads);
+}
+
+int per_sample_backward(int64_t n, int64_t rows, int64_t d_out, int64_t d_in, int64_t r, int dtype,
+                        const void* g, const void* h, const void* lora_A, const void* lora_B,
+                        const int32_t* offsets, double scaling, double scale, void* dx, void* G,
+                        double* sq, int threads) {
+  const Inputs of = {n,      rows,    d_out, r,       d_in,    g, h,  lora_A,
+                     lora_B, offsets, scale, scaling, nullptr, G, dx, sq};
+  return run(of, dtype, threads);
 }
 
 }  // namespace ffa::FFA_ISA

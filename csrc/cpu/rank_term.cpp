@@ -14,13 +14,11 @@ namespace {
 
 template <class T>
 struct Product {
-  int64_t rows, depth, columns, r, ranks;  // depth below 0: left is given
+  int64_t rows, depth, r, ranks;  // depth below 0: left is given
   const T* x;
-  const T* A_t;    // (depth, ranks), zeros beside r
-  const T* right;  // (r, columns), rows `right_row` apart
-  int64_t right_row;
-  T *left, *out;
-  T scaling;
+  const T* A_t;  // (depth, ranks), zeros beside r
+  T* left;
+  RankTerm<T> term;
 };
 
 // The rows of left from `first` on, by way of `padded`, (rows, ranks).
@@ -35,57 +33,13 @@ void project(const Product<T>& p, int64_t first, int64_t rows, T* padded) {
   strip(padded, rows, p.r, p.ranks, p.left + first * p.r);
 }
 
-// M rows of out and V vectors of its columns.
-template <class T, int M, int V>
-FFA_HD void add_tile(const Product<T>& p, int64_t row, int64_t column) {
-  using S = Simd<T>;
-  typename S::Vec sum[M][V] = {};
-  const T* left = p.left + row * p.r;
-  const T* right = p.right + column;
-  for (int64_t k = 0; k < p.r; ++k) {
-    typename S::Vec of_columns[V];
-    for (int v = 0; v < V; ++v) of_columns[v] = S::load(right + k * p.right_row + v * S::W);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      // Less zero, as in `tile`.
-      const typename S::Vec element = left[m * p.r + k] - typename S::Vec{};
-      for (int v = 0; v < V; ++v) sum[m][v] += element * of_columns[v];
-    }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-    for (int v = 0; v < V; ++v) {
-      T* at = p.out + (row + m) * p.columns + column + v * S::W;
-      S::store(at, S::load(at) + p.scaling * sum[m][v]);
-    }
-  }
-}
-
-// M rows of out.
-template <class T, int M>
-void add_rows(const Product<T>& p, int64_t row) {
-  constexpr int W = Simd<T>::W;
-  int64_t column = 0;
-  for (; column + 2 * W <= p.columns; column += 2 * W) add_tile<T, M, 2>(p, row, column);
-  for (; column + W <= p.columns; column += W) add_tile<T, M, 1>(p, row, column);
-  for (; column < p.columns; ++column) {
-    for (int m = 0; m < M; ++m) {
-      T sum = 0;
-      for (int64_t k = 0; k < p.r; ++k) {
-        sum += p.left[(row + m) * p.r + k] * p.right[k * p.right_row + column];
-      }
-      p.out[(row + m) * p.columns + column] += p.scaling * sum;
-    }
-  }
-}
-
 template <class T>
-int run(Product<T> p, const T* A, int64_t column_stride, int64_t rank_stride, int threads) {
+int run(Product<T> p, const T* A, int64_t column_stride, int threads) {
   constexpr int W = Simd<T>::W;
-  constexpr int kRows = 4;
   p.ranks = (p.r + W - 1) / W * W;
+  const int64_t columns = p.term.columns;
   const bool packs = column_stride != 1;
-  const Buffer<T> A_t(p.depth > 0 ? p.depth * p.ranks : 0), right(packs ? p.r * p.columns : 0);
+  const Buffer<T> A_t(p.depth > 0 ? p.depth * p.ranks : 0), right(packs ? p.r * columns : 0);
   if (!(A_t.ok && right.ok)) return FFA_NO_MEMORY;
   for (int64_t i = 0; i < p.depth; ++i) {
     for (int64_t k = 0; k < p.ranks; ++k) {
@@ -93,18 +47,17 @@ int run(Product<T> p, const T* A, int64_t column_stride, int64_t rank_stride, in
     }
   }
   p.A_t = A_t.data;
-  p.right_row = rank_stride;
   if (packs) {
-    for (int64_t c = 0; c < p.columns; ++c) {
+    for (int64_t c = 0; c < columns; ++c) {
       for (int64_t k = 0; k < p.r; ++k) {
-        right.data[k * p.columns + c] = p.right[c * column_stride + k * rank_stride];
+        right.data[k * columns + c] = p.term.right[c * column_stride + k * p.term.right_row];
       }
     }
-    p.right = right.data;
-    p.right_row = p.columns;
+    p.term.right = right.data;
+    p.term.right_row = columns;
   }
   const double work = 2.0 * static_cast<double>(p.rows) * static_cast<double>(p.r) *
-                      static_cast<double>(p.columns + (p.depth > 0 ? p.depth : 0));
+                      static_cast<double>(columns + (p.depth > 0 ? p.depth : 0));
   int status = FFA_OK;
   parallel_for(work < 1e6 ? 1 : threads, (p.rows + kTokens - 1) / kTokens, [&](int64_t task) {
     const int64_t first = task * kTokens;
@@ -117,9 +70,7 @@ int run(Product<T> p, const T* A, int64_t column_stride, int64_t rank_stride, in
       }
       project(p, first, rows, padded.data);
     }
-    int64_t row = first;
-    for (; row + kRows <= first + rows; row += kRows) add_rows<T, kRows>(p, row);
-    for (; row < first + rows; ++row) add_rows<T, 1>(p, row);
+    add_term(p.term, first, first + rows);
   });
   return status;
 }
@@ -135,14 +86,18 @@ int rank_term(int64_t rows, int64_t columns, int64_t r, int dtype, const void* x
     Product<T> p = {};
     p.rows = rows;
     p.depth = depth;
-    p.columns = columns;
     p.r = r;
     p.x = static_cast<const T*>(x);
-    p.right = static_cast<const T*>(right);
     p.left = static_cast<T*>(left);
-    p.out = static_cast<T*>(out);
-    p.scaling = static_cast<T>(scaling);
-    return run(p, static_cast<const T*>(lora_A), column_stride, rank_stride, threads);
+    p.term = {columns,
+              r,
+              p.left,
+              r,
+              static_cast<const T*>(right),
+              rank_stride,
+              static_cast<T>(scaling),
+              static_cast<T*>(out)};
+    return run(p, static_cast<const T*>(lora_A), column_stride, threads);
   };
   if (dtype == FFA_F32) return of(0.0f);
   if (dtype == FFA_F64) return of(0.0);

@@ -95,6 +95,72 @@ FFA_HD void product(int64_t rows, const T* g, int64_t row, int64_t step, int64_t
     tiles<T, kOne, 1>(rows, g, row, step, count, right + k, ranks, add, ahead, out + k);
 }
 
+// out (rows, columns) += scaling left right, for left (rows, r) with rows `left_row` apart and
+// right (r, columns) with rows `right_row` apart; columns are lanes.
+template <class T>
+struct RankTerm {
+  int64_t columns, r;
+  const T* left;
+  int64_t left_row;
+  const T* right;
+  int64_t right_row;
+  T scaling;
+  T* out;
+};
+
+// M rows of out and V vectors of its columns.
+template <class T, int M, int V>
+FFA_HD void add_tile(const RankTerm<T>& p, int64_t row, int64_t column) {
+  using S = Simd<T>;
+  typename S::Vec sum[M][V] = {};
+  const T* left = p.left + row * p.left_row;
+  const T* right = p.right + column;
+  for (int64_t k = 0; k < p.r; ++k) {
+    typename S::Vec of_columns[V];
+    for (int v = 0; v < V; ++v) of_columns[v] = S::load(right + k * p.right_row + v * S::W);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      // Less zero, as in `tile`.
+      const typename S::Vec element = left[m * p.left_row + k] - typename S::Vec{};
+      for (int v = 0; v < V; ++v) sum[m][v] += element * of_columns[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    for (int v = 0; v < V; ++v) {
+      T* at = p.out + (row + m) * p.columns + column + v * S::W;
+      S::store(at, S::load(at) + p.scaling * sum[m][v]);
+    }
+  }
+}
+
+// M rows of out.
+template <class T, int M>
+void add_rows(const RankTerm<T>& p, int64_t row) {
+  constexpr int W = Simd<T>::W;
+  int64_t column = 0;
+  for (; column + 2 * W <= p.columns; column += 2 * W) add_tile<T, M, 2>(p, row, column);
+  for (; column + W <= p.columns; column += W) add_tile<T, M, 1>(p, row, column);
+  for (; column < p.columns; ++column) {
+    for (int m = 0; m < M; ++m) {
+      T sum = 0;
+      for (int64_t k = 0; k < p.r; ++k) {
+        sum += p.left[(row + m) * p.left_row + k] * p.right[k * p.right_row + column];
+      }
+      p.out[(row + m) * p.columns + column] += p.scaling * sum;
+    }
+  }
+}
+
+// Rows from `begin` to `end` - 1. A row has the same bits wherever it stands.
+template <class T>
+void add_term(const RankTerm<T>& p, int64_t begin, int64_t end) {
+  constexpr int kRows = 4;
+  int64_t row = begin;
+  for (; row + kRows <= end; row += kRows) add_rows<T, kRows>(p, row);
+  for (; row < end; ++row) add_rows<T, 1>(p, row);
+}
+
 // rows x r to rows x ranks, zeros beside them; and back.
 template <class T>
 void pad(const T* from, int64_t rows, int64_t r, int64_t ranks, T* to) {

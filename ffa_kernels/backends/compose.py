@@ -38,6 +38,28 @@ def by_way_of_G(
     return per_sample_clip
 
 
+def by_way_of_u(
+    per_sample_grad: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    linear_backward: Callable[..., Tensor],
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`per_sample_backward` from the two ops that it stands for: u lives as long as the call."""
+
+    def per_sample_backward(
+        g: Tensor,
+        h: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        cu_seqlens: Tensor | None,
+        scaling: float,
+        mean_loss: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        u, G, squares = per_sample_grad(g, h, lora_B, cu_seqlens, scaling, mean_loss)
+        return linear_backward(g, u, weight, lora_A, lora_B, None, scaling, 0.0), G, squares
+
+    return per_sample_backward
+
+
 def by_way_of_sums(
     clip_accumulate: Callable[..., Tensor],
     private_update: Callable[..., None],

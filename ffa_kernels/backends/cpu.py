@@ -264,12 +264,12 @@ def linear_backward(
         dx = torch.matmul(g, weight).contiguous()
         add_term(dx)
         return dx
-    g_rows = g.reshape(-1, g.shape[-1])
+    g_rows = g.flatten(0, -2)
     if u is None and can_merge(weight, g, dropout_state is not None):
         assert weight is not None
         merged = merged_weight(weight, lora_A, lora_B, scaling)
         return (g_rows @ merged).view(*g.shape[:-1], columns)
-    u_rows = g_rows @ lora_B if u is None else u.reshape(-1, u.shape[-1])
+    u_rows = g_rows @ lora_B if u is None else u.flatten(0, -2)
     if dropout_state is None:
         if weight is None:
             dx = scaled_product(u_rows, lora_A, scaling)
@@ -317,7 +317,37 @@ def per_sample_grad(
         *(scaling * n if mean_loss else scaling, u.data_ptr(), grad.data_ptr()),
         *(squares.data_ptr(), _threads()),
     )
-    return u, grad, squares
+    # B without elements has no address, and so looks as if nobody asked.
+    return u if d_out else u.zero_(), grad, squares
+
+
+def per_sample_backward(
+    g: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    cu_seqlens: Tensor | None,
+    scaling: float,
+    mean_loss: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx = g W + s u A (..., d_in), and G and |G_i|^2 as `per_sample_grad`, in one launch."""
+    (d_out, r), d_in, rows = lora_B.shape, lora_A.shape[1], math.prod(g.shape[:-1])
+    n = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    g, h, lora_A, lora_B = g.contiguous(), h.contiguous(), lora_A.contiguous(), lora_B.contiguous()
+    grad, squares = g.new_empty((n, d_out, r)), g.new_empty((2, n), dtype=torch.float64)
+    offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
+    # All that can be is done before the large product: after it nothing is in the cache any more.
+    call, threads = native.load("cpu").call, _threads()
+    places = (
+        *(n, rows, d_out, d_in, r, _dtype_code(g.dtype), g.data_ptr(), h.data_ptr()),
+        *(lora_A.data_ptr(), lora_B.data_ptr(), None if offsets is None else offsets.data_ptr()),
+        *(scaling, scaling * n if mean_loss else scaling),
+    )
+    written = (grad.data_ptr(), squares.data_ptr(), threads)
+    dx = torch.matmul(g, weight).contiguous()
+    call("per_sample_backward", *places, dx.data_ptr(), *written)
+    return dx, grad, squares
 
 
 def _codes(tensors: Sequence[Tensor]) -> Any:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ffa_kernels.backends import native
-from ffa_kernels.backends.compose import by_way_of_G
+from ffa_kernels.backends.compose import by_way_of_G, by_way_of_u
 from ffa_kernels.backends.dispatch import OPS
 from ffa_kernels.backends.grid import known_squares
 from ffa_kernels.errors import ConfigError
@@ -31,7 +31,9 @@ from ffa_kernels.errors import ConfigError
 # enum ffa_dtype and enum ffa_optimizer of csrc/ffa.h
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _OPTIMIZERS = {"none": 0, "sgd": 1, "adam": 2, "adamw": 3}
-_MATRIX_OPS = ("linear", "linear_backward", "per_sample_grad", "per_sample_clip")
+_MATRIX_OPS = (
+    *("linear", "linear_backward", "per_sample_grad", "per_sample_backward", "per_sample_clip"),
+)
 # Elements of x whose dropout is in flight at a time: in 16 bits they fit a T4's L2 cache.
 _DROPOUT_CHUNK = 1 << 20
 
@@ -187,7 +189,7 @@ def linear(
     The products with W and A are torch's; s h B^T is added in one read and write of y.
     """
     _together("linear", x.device, weight, bias, lora_A, lora_B, dropout_state)
-    lead, rows = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    lead, rows = x.shape[:-1], x.flatten(0, -2)
     if dropout_state is None:
         h = rows @ lora_A.t()
     else:
@@ -211,9 +213,9 @@ def linear_backward(
     """dx = g W + s dropout^T(u A) (..., d_in); g is (..., d_out), u (..., r)."""
     u = g @ lora_B if u is None else u
     _together("linear_backward", g.device, u, weight, lora_A, dropout_state)
-    rows, d_in = g.reshape(-1, g.shape[-1]), lora_A.shape[1]
+    rows, d_in = g.flatten(0, -2), lora_A.shape[1]
     dx = g.new_zeros((len(rows), d_in)) if weight is None else rows @ weight
-    u_rows = u.reshape(-1, u.shape[-1]).contiguous()
+    u_rows = u.flatten(0, -2).contiguous()
     _add_rank_term(dx, u_rows, lora_A, scaling, dropout_state, dropout_p)
     return dx.view(*g.shape[:-1], d_in)
 
@@ -248,6 +250,9 @@ def per_sample_grad(
         *(grad.data_ptr(), squares.data_ptr(), scratch.data_ptr()),
     )
     return u, grad, squares
+
+
+per_sample_backward = by_way_of_u(per_sample_grad, linear_backward)
 
 
 def clip_accumulate(

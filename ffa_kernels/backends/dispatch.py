@@ -22,6 +22,7 @@ OPS = (
     "linear",
     "linear_backward",
     "per_sample_grad",
+    "per_sample_backward",
     "per_sample_clip",
     "clip_accumulate",
     "private_update",

@@ -22,7 +22,7 @@ from ffa_kernels.errors import FFAError
 if TYPE_CHECKING:
     from torch import Tensor
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 DIRECTORY = Path(__file__).resolve().parent.parent / "_lib"
 
 _POINTERS = POINTER(c_void_p)
@@ -46,6 +46,10 @@ _CPU_LAUNCHERS: dict[str, tuple[Any, ...]] = {
     "per_sample_grad": (
         *(c_int64, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_void_p),
         *(c_void_p, c_double, c_void_p, c_void_p, c_void_p, c_int),
+    ),
+    "per_sample_backward": (
+        *(c_int64, c_int64, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_void_p),
+        *(c_void_p, c_void_p, c_double, c_double, c_void_p, c_void_p, c_void_p, c_int),
     ),
     "bf16_product": (
         *(c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p),

@@ -11,7 +11,13 @@ import math
 import torch
 from torch import Tensor
 
-from ffa_kernels.backends.compose import by_way_of_G, by_way_of_sums, plain_product, scaled_product
+from ffa_kernels.backends.compose import (
+    by_way_of_G,
+    by_way_of_sums,
+    by_way_of_u,
+    plain_product,
+    scaled_product,
+)
 from ffa_kernels.backends.grid import NORM_MARGIN, grid_size, known_squares
 
 _MASK32 = 0xFFFFFFFF
@@ -91,7 +97,7 @@ def dropout_scale(dropout_state: Tensor, like: Tensor, dropout_p: float) -> Tens
 
 
 def _rows(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1])
+    return t.flatten(0, -2)
 
 
 def linear(
@@ -172,6 +178,9 @@ def per_sample_grad(
     squares = known_squares(n, g.device)
     squares[0] = grad.double().square().sum(dim=(1, 2))
     return u, grad, squares
+
+
+per_sample_backward = by_way_of_u(per_sample_grad, linear_backward)
 
 
 def clip_accumulate(

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ffa_kernels.backends import cpu, native, reference
+from ffa_kernels.backends.compose import by_way_of_u
 from ffa_kernels.backends.dispatch import backend_for
 from ffa_kernels.backends.grid import zero_sums
 from ffa_kernels.nn.adapter import Adapter
@@ -162,7 +163,7 @@ def _served(device: str, func: Any, args: tuple[Any, ...]) -> Any:
     narrow = tuple(floating - wide) or tuple(floating)
     backend = "triton" if device == "cuda" else backend_for(name, torch.device("cpu"), narrow)
     if backend == "reference":
-        if name in ("linear", "linear_backward", "per_sample_grad"):
+        if name in ("linear", "linear_backward", "per_sample_grad", "per_sample_backward"):
             return getattr(reference, name)(*args)
         if name == "clip_accumulate":
             return _reference_clip(*args)
@@ -171,6 +172,13 @@ def _served(device: str, func: Any, args: tuple[Any, ...]) -> Any:
             _reference_clip(args[0], args[1], sums, args[2], args[3], args[11])
             return func(*args)
         return func(*args)
+    if name == "per_sample_backward":
+        # What keeps u to itself has it in a scratch of its size.
+        parts = (torch.ops.ffa.per_sample_grad.default, torch.ops.ffa.linear_backward.default)
+        per_record, input_gradient = (
+            lambda *args, op=op: _served(device, op, args) for op in parts
+        )
+        return by_way_of_u(per_record, input_gradient)(*args)
     held: list[Tensor] = []
     dropout_state = {"linear": 7, "linear_backward": 5}.get(name)
     if backend == "cpu" and dropout_state is not None and args[dropout_state] is None:

@@ -22,6 +22,7 @@ from ffa_kernels.ops._library import (
     define,
     values_alone,
 )
+from ffa_kernels.ops.per_sample_backward import per_sample_backward_op
 from ffa_kernels.ops.per_sample_grad import per_sample_grad, per_sample_grad_op
 
 
@@ -254,6 +255,11 @@ class _Linear(torch.autograd.Function):
             return _gradients(ctx, g)
 
 
+def _plain(weight: Tensor | None, g: Tensor, dropout_state: Tensor | None) -> bool:
+    """Whether nothing but products in one dtype make dx."""
+    return dropout_state is None and weight is not None and weight.dtype == g.dtype
+
+
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     # Read once: a checkpoint's tensors are gone then.
     saved = ctx.saved_tensors
@@ -263,30 +269,36 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     tapped, scaling, dropout_p, mean_loss, merge = ctx.settings
     makes_u = wants_x and not merge
     fixed = (weight, lora_A, lora_B, dropout_state, scaling, dropout_p)
-    input_gradient, per_record = _backward_op, per_sample_grad_op
+    ops: tuple[Any, ...] = (_backward_op, per_sample_grad_op, per_sample_backward_op)
     if values_alone((g, *saved)):
-        input_gradient, per_record = input_gradient.implementation, per_record.implementation
-    # First, where it can be: this large product hides the time in which g comes into the cache.
-    if wants_x and not makes_u:
-        grad_x = input_gradient(g, None, *fixed)
-    if tapped:
-        # Autograd adds up a layer's calls: the second row of norm_tap's gradient then counts them.
-        u, tap_grad, norm_tap_grad = per_record(
-            g, h, lora_B if makes_u else None, cu_seqlens, scaling, mean_loss
+        ops = tuple(op.implementation for op in ops)
+    input_gradient, per_record, at_once = ops
+    if makes_u and tapped and _plain(weight, g, dropout_state):
+        grad_x, tap_grad, norm_tap_grad = at_once(
+            g, h, weight, lora_A, lora_B, cu_seqlens, scaling, mean_loss
         )
-        if not wants_norm:
-            norm_tap_grad = None
-    elif wants_B:
-        # The whole batch as one record gives the ordinary gradient.
-        flat_g, flat_h = g.flatten(0, -2), h.flatten(0, -2)
-        u, summed, _ = per_sample_grad(
-            *(flat_g.unsqueeze(0), flat_h.unsqueeze(0), lora_B if makes_u else None),
-            scaling=scaling,
-        )
-        grad_B = summed[0]
-        u = u.view(h.shape) if makes_u else None
-    if makes_u:
-        grad_x = input_gradient(g, u, *fixed)
+    else:
+        # First, where it can be: this large product hides the time in which g comes into the cache.
+        if wants_x and not makes_u:
+            grad_x = input_gradient(g, None, *fixed)
+        if tapped:
+            u, tap_grad, norm_tap_grad = per_record(
+                g, h, lora_B if makes_u else None, cu_seqlens, scaling, mean_loss
+            )
+        elif wants_B:
+            # The whole batch as one record gives the ordinary gradient.
+            flat_g, flat_h = g.flatten(0, -2), h.flatten(0, -2)
+            u, summed, _ = per_sample_grad(
+                *(flat_g.unsqueeze(0), flat_h.unsqueeze(0), lora_B if makes_u else None),
+                scaling=scaling,
+            )
+            grad_B = summed[0]
+            u = u.view(h.shape) if makes_u else None
+        if makes_u:
+            grad_x = input_gradient(g, u, *fixed)
+    # Autograd adds up a layer's calls: the second row of norm_tap's gradient then counts them.
+    if not wants_norm:
+        norm_tap_grad = None
     return None, grad_x, grad_B, tap_grad, norm_tap_grad, None
 
 

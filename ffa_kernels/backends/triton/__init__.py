@@ -14,7 +14,9 @@ import torch
 
 from ffa_kernels.backends.dispatch import TRITON_CAPABILITY
 
-_MATRIX_OPS = ("linear", "linear_backward", "per_sample_grad", "per_sample_clip")
+_MATRIX_OPS = (
+    *("linear", "linear_backward", "per_sample_grad", "per_sample_backward", "per_sample_clip"),
+)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -56,6 +58,7 @@ _HOMES = {
     "linear": "linear",
     "linear_backward": "linear",
     "per_sample_grad": "per_sample_grad",
+    "per_sample_backward": "per_sample_grad",
     "per_sample_clip": "per_sample_grad",
     "clip_accumulate": "clip_accumulate",
     "private_update": "private_update",

@@ -23,13 +23,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ffa_kernels.backends import reference
-from ffa_kernels.backends.compose import by_way_of_G
+from ffa_kernels.backends.compose import by_way_of_G, by_way_of_u
 from ffa_kernels.backends.grid import grid_size, known_squares
 from ffa_kernels.backends.triton.aot import Build, jit
 from ffa_kernels.backends.triton.clip_accumulate import clip_accumulate, settle
 from ffa_kernels.backends.triton.dot import dot, precision
 from ffa_kernels.backends.triton.gaussian import TYPES
 from ffa_kernels.backends.triton.launch import card, launch
+from ffa_kernels.backends.triton.linear import linear_backward
 
 _SIZES = ["n", "tokens", "rows", "chunks"]
 
@@ -605,6 +606,7 @@ def per_sample_grad(
     return u.view(u_shape), G, squares
 
 
+per_sample_backward = by_way_of_u(per_sample_grad, linear_backward)
 _with_G = by_way_of_G(per_sample_grad, clip_accumulate)
 
 
