@@ -38,20 +38,30 @@ FFA_HD int64_t to_integer(double v) {
 }
 
 // total[e] += c_j v_j[e] in the order of the records, where there is no bound; with one, of what is
-// left of each term after truncation. Each total is loaded and stored once for all kRows.
+// left of each term after truncation. Each total is loaded and stored once for all kRows. What
+// stands `ahead` of each row is read next and asked for meanwhile: to the processor every row is a
+// new stream. Nothing is read from it.
 template <int kRows, bool kTruncated, class T>
-void add_rows(const T* const* rows, const double* factors, int count, double* __restrict total) {
+void add_rows(const T* const* rows, const double* factors, int count, int64_t ahead,
+              double* __restrict total) {
+  constexpr int kLine = 64 / sizeof(T);
   const T* v[kRows];
   double factor[kRows];
   for (int j = 0; j < kRows; ++j) v[j] = rows[j], factor[j] = factors[j];
-  for (int e = 0; e < count; ++e) {
+  const auto add = [&](int e) {
     double sum = total[e];
     for (int j = 0; j < kRows; ++j) {
       const double value = v[j][e];
       sum += kTruncated ? truncate_toward_zero(factor[j] * value) : value;
     }
     total[e] = sum;
+  };
+  int e = 0;
+  for (; e + kLine <= count; e += kLine) {
+    for (int j = 0; j < kRows; ++j) __builtin_prefetch(v[j] + ahead + e, 0, 3);
+    for (int i = 0; i < kLine; ++i) add(e + i);
   }
+  for (; e < count; ++e) add(e);
 }
 
 // total[e] += element first + e of `n` records from sample on, each with its own factor.
@@ -67,13 +77,15 @@ void add_records(const T* sample, int64_t numel, int64_t n, const double* factor
     rows[found] = sample + i * numel;
     scaled[found] = factors[i] * per_grid;
     if (++found == kTogether) {
-      add_rows<kTogether, kTruncated>(rows, scaled, count, total);
+      // The next records, or after the last ones the first ones of the next chunk.
+      const int64_t ahead = i + kTogether < n ? kTogether * numel : kChunk - (rows[0] - sample);
+      add_rows<kTogether, kTruncated>(rows, scaled, count, ahead, total);
       found = 0;
     }
   }
-  if (found == 3) add_rows<3, kTruncated>(rows, scaled, count, total);
-  if (found == 2) add_rows<2, kTruncated>(rows, scaled, count, total);
-  if (found == 1) add_rows<1, kTruncated>(rows, scaled, count, total);
+  if (found == 3) add_rows<3, kTruncated>(rows, scaled, count, 0, total);
+  if (found == 2) add_rows<2, kTruncated>(rows, scaled, count, 0, total);
+  if (found == 1) add_rows<1, kTruncated>(rows, scaled, count, 0, total);
 }
 
 // total[e] += element first + e of the records begin .. end of tensor k: clipped and in units of
