@@ -139,8 +139,7 @@ int check_update(const Update& u) {
   return FFA_OK;
 }
 
-// `total_of(k, first, count, total)` gives the sums of a chunk of tensor k in units of its grid, in
-// `total`, which comes zeroed.
+// `total_of(k, first, count, total)` writes the sums of a chunk of tensor k in units of its grid.
 template <class Source>
 int run_update(const Update& u, Source total_of, int threads) {
   Tensor* tensors =
@@ -176,7 +175,7 @@ int run_update(const Update& u, Source total_of, int threads) {
   const int status =
       for_each_chunk(threads, u.n_tensors, u.numels, [&](int64_t k, int64_t first, int count) {
         const Tensor& t = tensors[k];
-        alignas(64) double total[kChunk] = {};
+        alignas(64) double total[kChunk];
         total_of(k, first, count, total);
         if (t.dtype == FFA_F32) {
           update_chunk<float>(t, t.scalars, step, first, count, total);
@@ -237,6 +236,7 @@ int private_step(int64_t n_tensors, int64_t n, const int64_t* numels, const int*
   if (const int status = make_factors(records, threads)) return status;
   const auto total_of = [&](int64_t k, int64_t first, int count, double* total) {
     if (n <= kExactRecords || isinf(records.bound(k))) {
+      memset(total, 0, static_cast<size_t>(count) * sizeof(*total));
       add_records(records, k, 0, n, first, count, total);
     } else {
       int64_t sum[kChunk] = {};
