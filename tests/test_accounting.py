@@ -1,10 +1,12 @@
 """Epsilon of a history, and the noise that a target needs."""
 
 import math
+import random
+import warnings
 
 import pytest
 import torch
-from opacus.accountants import create_accountant
+from opacus.accountants import RDPAccountant, create_accountant
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -21,6 +23,27 @@ HISTORIES = [
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.parametrize("seed", range(6))
+def test_rdp_is_what_opacus_finds_among_all_its_orders(seed):
+    """From next to no noise to a lot, from one step to many, alone and together."""
+    drawn = random.Random(seed)
+    for _ in range(5):
+        history = [
+            (
+                math.exp(drawn.uniform(math.log(0.15), math.log(60.0))),
+                drawn.choice([1.0, math.exp(drawn.uniform(math.log(1e-4), 0.0))]),
+                drawn.choice([1, 20, 1000, 100_000]),
+            )
+            for _ in range(drawn.choice([1, 1, 2]))
+        ]
+        delta = drawn.choice([1e-2, 1e-5, 1e-9])
+        theirs = RDPAccountant()
+        theirs.history = history
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert epsilon(history, delta, "rdp") == pytest.approx(theirs.get_epsilon(delta), 1e-12)
+
+
 @pytest.mark.parametrize("accountant", ["prv", "rdp"])
 @pytest.mark.parametrize("history", HISTORIES)
 def test_epsilon_is_that_of_opacus_after_as_many_steps(history, accountant):
