@@ -61,7 +61,14 @@ def build_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     poison = tmp_path_factory.mktemp("poison")
     (poison / "torch.py").write_text("raise RuntimeError('the build imported torch')\n")
     # The CUDA library takes long to compile and goes the same way into the wheel.
-    return os.environ | {"PYTHONPATH": str(poison), "NVCC": ""}
+    env = os.environ | {"PYTHONPATH": str(poison), "NVCC": ""}
+    if COMPILER is not None:
+        # Nor is it the optimiser that is tested here, which takes most of the CPU library's time.
+        quick = tmp_path_factory.mktemp("quick") / "g++"
+        quick.write_text(f'#!/bin/sh\nexec "{COMPILER}" "$@" -O0\n')
+        quick.chmod(0o755)
+        env["CXX"] = str(quick)
+    return env
 
 
 @pytest.fixture(scope="module")
