@@ -50,7 +50,7 @@ double run_panel(const Problem<T>& p, int64_t span, int64_t panel, bool add, T* 
   const int64_t first = panel * kPanel;
   const int64_t columns = p.d_out - first < kPanel ? p.d_out - first : kPanel;
   const bool record = i >= 0 && i < p.n;
-  memset(acc, 0, static_cast<size_t>(columns * p.ranks) * sizeof(T));
+  for (int64_t e = 0; e < columns * p.ranks; ++e) acc[e] = 0;
   for (int64_t t = begin; t < end; t += kTokens) {
     const int64_t tokens = end - t < kTokens ? end - t : kTokens;
     const T* g = p.g + t * p.d_out + first;
