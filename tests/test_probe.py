@@ -405,6 +405,30 @@ def test_a_generator_that_others_draw_from_is_no_coupling():
     assert 50 < sum(compared) < 150
 
 
+def test_a_coupling_whose_size_is_drawn_is_found():
+    """From a generator that the probe does not keep: it moves each time, and never by as much."""
+    own = np.random.default_rng(1)
+
+    def mixed(x):
+        return x + (x.amax() > 5) * own.choice([-1.0, 1.0]) * x.flip(0)
+
+    _, model, optimizer, _ = private(Net(before=Do(mixed)))
+    x = torch.randn(8, TOKENS, WIDTH)
+    x[2, 0, 0] = 9.0
+    with pytest.raises(PrivacyError, match="couples records"):
+        optimizer.private_step.probe.check(lambda x: model(x).square().sum(), x, 8, "a record")
+
+
+def test_a_chance_overflow_is_no_coupling():
+    own = random.Random(5)
+    _, model, optimizer, _ = private(
+        Net(before=Do(lambda x: x * own.choices([1.0, math.nan], [9, 1])[0]))
+    )
+    probe, x = optimizer.private_step.probe, torch.randn(8, TOKENS, WIDTH)
+    for _ in range(100):
+        probe.check(lambda x: model(x).square().sum(), x, 8, "chance")
+
+
 @pytest.mark.parametrize("made_of", [0.0, math.nan, math.inf])
 def test_a_gradient_that_another_record_undoes_is_a_coupling(made_of):
     def undone(x):

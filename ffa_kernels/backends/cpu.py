@@ -346,6 +346,12 @@ def per_sample_backward(
     )
     written = (grad.data_ptr(), squares.data_ptr(), threads)
     dx = torch.matmul(g, weight).contiguous()
+    if dx.dtype != g.dtype or dx.numel() != rows * d_in:
+        # Its address is all that the launcher is told.
+        raise RuntimeError(
+            f"per_sample_backward: the base product came out as {dx.dtype} {tuple(dx.shape)}; "
+            f"accepted: {g.dtype}, {rows} x {d_in}"
+        )
     call("per_sample_backward", *places, dx.data_ptr(), *written)
     return dx, grad, squares
 

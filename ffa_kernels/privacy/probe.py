@@ -14,7 +14,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -213,23 +213,38 @@ class Probe:
             except (RuntimeError, IndexError, ValueError):
                 # Not every loss knows labels to leave out.
                 continue
-            compared = True
-            moved = self._moved(base, again, found, kept, autocast)
-            if moved is not None and all(
-                # Chance (a generator that other threads draw from, say) does not do the same again
-                # and again.
-                _steady(base, self._gradients(loss_of, pair), kept)
-                and _repeated(base, found, self._gradients(loss_of, other), kept, moved.group)
+            share = self._moved(base, again, found, kept, autocast)
+            # What moved by chance says nothing of the rest either.
+            compared = compared or share is None
+            if share is not None and all(
+                # Chance (a generator that other threads draw from, say) does not do so again and
+                # again, and shows between equal runs as well.
+                self._moved_again(base, loss_of, pair, other, kept, autocast)
                 for _ in range(_REPEATS)
             ):
                 raise CoupledError(
-                    f"a record's gradient moved by {moved.share:.2g} of its norm when another "
+                    f"a record's gradient moved by {share:.2g} of its norm when another "
                     f"record of its batch was changed: {what} couples records (a mean over the "
                     "batch's tokens, as in transformers' causal-LM loss, or a norm over the "
                     "batch, say), so that no bound on a record's share would hold; accepted: a "
                     "mean or sum of losses of single records (ffa_kernels.causal_lm_loss is one)"
                 )
         return compared
+
+    def _moved_again(
+        self,
+        base: _Gradients,
+        loss_of: Callable[[Any], Tensor | None],
+        pair: Any,
+        other: Any,
+        kept: int,
+        autocast: bool,
+    ) -> bool:
+        """Whether it moves once more, however far, beside what another equal run differs by."""
+        fresh, repeat = self._gradients(loss_of, pair), self._gradients(loss_of, other)
+        if base.keys() != fresh.keys() or not math.isfinite(_norm(g[kept] for g in fresh.values())):
+            return False
+        return self._moved(base, fresh, repeat, kept, autocast) is not None
 
     def _moved(
         self,
@@ -238,12 +253,12 @@ class Probe:
         found: _Gradients,
         kept: int,
         autocast: bool,
-    ) -> _Moved | None:
-        """What of the gradient of record `kept` moved, if by too much."""
+    ) -> float | None:
+        """By what share of its norm the gradient of record `kept` moved, if by too much."""
         half = autocast or any(torch.finfo(p.dtype).bits < 32 for p in self._floats())
         tolerance = _HALF_TOLERANCE if half else _TOLERANCE
         if base.keys() != found.keys():
-            return _Moved(math.inf, [])
+            return math.inf
         groups = [[k] for k in base] if self._per_layer else [list(base)]
         for group in groups:
             norm = _norm(base[k][kept] for k in group)
@@ -251,7 +266,7 @@ class Probe:
             # What differs between two equal runs (atomic sums, say) is no coupling.
             noise = _norm(base[k][kept] - again[k][kept] for k in group)
             if norm > 0 and not moved <= tolerance * norm + 4 * noise:
-                return _Moved(moved / norm, group)
+                return moved / norm
         return None
 
     def _floats(self) -> Iterator[Tensor]:
@@ -292,13 +307,6 @@ class Probe:
 
 
 _Gradients = dict[int, Tensor]
-
-
-class _Moved(NamedTuple):
-    """By what share of its norm a record's gradient of some tensors moved; of none: one came up."""
-
-    share: float
-    group: list[int]
 
 
 @dataclasses.dataclass
@@ -476,16 +484,6 @@ def _steady(base: _Gradients, again: _Gradients, kept: int) -> bool:
     norm = _norm(g[kept] for g in base.values())
     apart = _norm(base[k][kept] - again[k][kept] for k in base)
     return 0 < norm < math.inf and apart <= _STEADY * norm
-
-
-def _repeated(
-    base: _Gradients, found: _Gradients, repeat: _Gradients, kept: int, group: list[int]
-) -> bool:
-    """Whether `repeat` is where `found` is, by what that moved from `base`; NaN is where NaN is."""
-    if found.keys() != repeat.keys():
-        return False
-    moved = _norm(base[k][kept] - found[k][kept] for k in group)
-    return not _norm(found[k][kept] - repeat[k][kept] for k in group) > moved / 2
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
