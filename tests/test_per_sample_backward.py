@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from ffa_kernels import ops
+from ffa_kernels.backends import native
 from ffa_kernels.backends.dispatch import use_backend
 from ffa_kernels.errors import ConfigError
 
@@ -91,6 +92,9 @@ def test_rows_of_packed_records_and_of_none_have_dx(backend, offsets, d_out):
     for a, b in zip(found, wanted, strict=True):
         assert_close(a, b, rtol=0, atol=0)
     assert found[1].shape == (len(offsets) - 1, d_out, 5)
+    g, _, W, A, B = (t.double() for t in given)
+    dx = g @ W + 0.7 * g @ B @ A
+    assert_close(found[0].double(), dx, rtol=0, atol=4e-6 * float(dx.abs().max()))
 
 
 def test_inputs_need_not_be_contiguous(backend):
@@ -124,18 +128,44 @@ def test_a_record_that_is_no_number_stays_alone(backend):
 @pytest.mark.parametrize("n", [1, 2, 9])
 def test_thread_count_never_shows_in_the_bits(n):
     given = inputs((n, 70), 1031, 300, 9, torch.float32)
-    products, results = [], []
+    # How BLAS cuts its product is its own affair: there is none.
+    given[2].zero_()
+    results = []
     with use_backend("cpu"):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            products.append(given[0] @ given[2])
             results.append(ops.per_sample_backward(*given, scaling=0.7))
-    for product, other in zip(products[1:], results[1:], strict=True):
-        for a, b in zip(results[0][1:], other[1:], strict=True):
+    assert results[0][0].any()
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
-        # How BLAS cuts its product is its own affair.
-        if torch.equal(product, products[0]):
-            assert torch.equal(results[0][0], other[0])
+
+
+@pytest.mark.usefixtures("compiled")
+def test_backward_beside_a_tap_is_one_launch_on_the_cpu(monkeypatch):
+    launched, real = [], native.Library.call
+
+    def noted(self, op, *arguments):
+        launched.append(op)
+        real(self, op, *arguments)
+
+    # So wide that merging W + s B A does not pay.
+    _, _, W, A, B = inputs((3, 4), 128, 128, 2, torch.float32)
+    x, tap = torch.randn(3, 4, 128, requires_grad=True), torch.zeros(3, 128, 2, requires_grad=True)
+    with use_backend("cpu"):
+        y = ops.linear(x, W, None, A, B, tap=tap, records=1)
+        monkeypatch.setattr(native.Library, "call", noted)
+        y.sum().backward()
+    assert launched == ["per_sample_backward"] and x.grad.any() and tap.grad.any()
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_base_product_of_another_dtype_is_refused(monkeypatch):
+    """As where somebody has put a narrower one in PyTorch's place."""
+    real = torch.matmul
+    monkeypatch.setattr(torch, "matmul", lambda a, b: real(a, b).bfloat16())
+    with use_backend("cpu"), pytest.raises(RuntimeError, match=r"came out as .*bfloat"):
+        ops.per_sample_backward(*inputs((3, 4), 5, 6, 2, torch.float32))
 
 
 def test_errors_name_the_argument(backend):

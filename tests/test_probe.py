@@ -419,6 +419,24 @@ def test_a_coupling_whose_size_is_drawn_is_found():
         optimizer.private_step.probe.check(lambda x: model(x).square().sum(), x, 8, "a record")
 
 
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+def test_a_tensor_that_has_a_gradient_by_another_record_alone_is_a_coupling(clipping):
+    opened = []
+
+    def note(x):
+        opened[:] = [(x[:, 0, 0].amax() > 5).float()]
+        return x
+
+    _, model, optimizer, _ = private(
+        Net(before=Do(note), after=Do(lambda x: x * opened[0])), clipping=clipping
+    )
+    x = torch.randn(8, TOKENS, WIDTH)
+    x[2, 0, 0] = 9.0
+    with pytest.raises(PrivacyError, match="couples records"):
+        # Linear: the head's bias has the same gradient in any case.
+        optimizer.private_step.probe.check(lambda x: model(x).sum(), x, 8, "a record")
+
+
 def test_a_chance_overflow_is_no_coupling():
     own = random.Random(5)
     _, model, optimizer, _ = private(

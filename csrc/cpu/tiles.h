@@ -1,4 +1,5 @@
-// Tall products with few columns: sums of elements times vectors of ranks, in registers.
+// Products with a rank-r side, summed in registers: tall ones with few columns, whose lanes are
+// ranks, and the rank-r term added to a wide one, whose lanes are columns.
 #pragma once
 
 #include <stdint.h>

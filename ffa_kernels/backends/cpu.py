@@ -163,6 +163,15 @@ def bf16_product(
     return y.view(*x.shape[:-1], y.shape[1])
 
 
+def _check_product(op: str, out: Tensor, dtype: torch.dtype, rows: int, columns: int) -> None:
+    """What a launcher adds to is of this form: its address is all that it is told."""
+    if out.dtype != dtype or out.numel() != rows * columns:
+        raise RuntimeError(
+            f"{op}: the base product came out as {out.dtype} {tuple(out.shape)}; accepted: "
+            f"{dtype}, {rows} x {columns}"
+        )
+
+
 def _term(
     left: Tensor,
     right: Tensor,
@@ -188,12 +197,7 @@ def _term(
     threads = _threads()
 
     def add(out: Tensor) -> None:
-        # Its address is all that the launcher is told.
-        if out.dtype != left.dtype or out.numel() != rows * columns:
-            raise RuntimeError(
-                f"linear: the base product came out as {out.dtype} {tuple(out.shape)}; accepted: "
-                f"{left.dtype}, {rows} x {columns}"
-            )
+        _check_product("linear", out, left.dtype, rows, columns)
         call("rank_term", rows, columns, r, code, *made, *places, out.data_ptr(), threads)
 
     return add
@@ -346,12 +350,7 @@ def per_sample_backward(
     )
     written = (grad.data_ptr(), squares.data_ptr(), threads)
     dx = torch.matmul(g, weight).contiguous()
-    if dx.dtype != g.dtype or dx.numel() != rows * d_in:
-        # Its address is all that the launcher is told.
-        raise RuntimeError(
-            f"per_sample_backward: the base product came out as {dx.dtype} {tuple(dx.shape)}; "
-            f"accepted: {g.dtype}, {rows} x {d_in}"
-        )
+    _check_product("per_sample_backward", dx, g.dtype, rows, d_in)
     call("per_sample_backward", *places, dx.data_ptr(), *written)
     return dx, grad, squares
 

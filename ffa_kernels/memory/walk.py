@@ -173,7 +173,7 @@ def _served(device: str, func: Any, args: tuple[Any, ...]) -> Any:
             return func(*args)
         return func(*args)
     if name == "per_sample_backward":
-        # What keeps u to itself has it in a scratch of its size.
+        # What keeps u to itself has it in a scratch; that it is padded there is not counted.
         parts = (torch.ops.ffa.per_sample_grad.default, torch.ops.ffa.linear_backward.default)
         per_record, input_gradient = (
             lambda *args, op=op: _served(device, op, args) for op in parts

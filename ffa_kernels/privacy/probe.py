@@ -260,8 +260,10 @@ class Probe:
         if base.keys() != found.keys():
             return math.inf
         groups = [[k] for k in base] if self._per_layer else [list(base)]
+        whole = _norm(g[kept] for g in base.values())
         for group in groups:
-            norm = _norm(base[k][kept] for k in group)
+            # Of what had no gradient, and gets one by another record, by the whole gradient.
+            norm = _norm(base[k][kept] for k in group) or whole
             moved = _norm(base[k][kept] - found[k][kept] for k in group)
             # What differs between two equal runs (atomic sums, say) is no coupling.
             noise = _norm(base[k][kept] - again[k][kept] for k in group)
