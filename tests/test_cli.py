@@ -53,6 +53,9 @@ def test_doctor_names_a_missing_library_and_its_cost(monkeypatch: pytest.MonkeyP
     assert findings["cpu"]["isa"] is None
     text = command("doctor", code=code).stdout
     assert "backend cpu: not available: never built" in text and "without cpu: " in text
+    monkeypatch.setenv("FFA_CPU_LIBRARY", "/nonexistent.so")
+    text = command("doctor").stdout
+    assert "FFA_CPU_LIBRARY names /nonexistent.so, which does not exist" in text
 
 
 @pytest.mark.parametrize(

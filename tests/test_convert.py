@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import ffa_kernels as ffa
 from ffa_kernels.errors import ConfigError
+from ffa_kernels.nn import FFALinear
 
 
 class Attention(nn.Module):
@@ -384,3 +385,84 @@ def test_a_hugging_face_encoder_converts_trains_and_merges():
     assert grads == trained(model) and len(grads) == 6
     adapted = random_B(model)(tokens).logits
     torch.testing.assert_close(ffa.merge(model)(tokens).logits, adapted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("base_dtype", [None, "int8"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_torchs_encoder_calls_its_adapters_in_evaluation_too(base_dtype, padded):
+    """It reads its layers' weights there, and never their forward, where it may."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    ffa.convert(model, r=2, target_modules=["linear1", "linear2"], base_dtype=base_dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter)
+    x, padding = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    options = {"src_key_padding_mask": padding} if padded else {}
+    trained = model.train()(x, **options)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            evaluated = model.eval()(x, **options)
+        torch.testing.assert_close(evaluated[~padding], trained[~padding], rtol=1e-5, atol=1e-5)
+    if base_dtype is None:
+        merged = ffa.merge(model)(x, **options)
+        torch.testing.assert_close(merged[~padding], trained[~padding], rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_on_an_adapted_layer_stay_and_can_be_removed():
+    model, heard = nn.Sequential(nn.Linear(4, 3)), []
+    handle = model[0].register_forward_hook(lambda *_: heard.append(1))
+    ffa.convert(model, target_modules=["0"], r=2)
+    model(torch.randn(2, 4))
+    assert heard == [1]
+    handle.remove()
+    model(torch.randn(2, 4))
+    assert heard == [1]
+
+
+def test_the_input_may_be_named_as_nn_linear_names_it():
+    x = torch.randn(2, 4)
+    for base_dtype in (None, "bf16"):
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+        ffa.convert(model, target_modules=["0"], r=2, base_dtype=base_dtype)
+        for layer in model:
+            assert torch.equal(layer(input=x), layer(x))
+            x = layer(x)
+        x = torch.randn(2, 4)
+
+
+def pruned(layer):
+    from torch.nn.utils import prune
+
+    prune.l1_unstructured(layer, "weight", 0.3)
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("spoil", [pruned, nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_weight_that_is_made_anew_from_another_is_refused(spoil):
+    model = nn.Sequential(spoil(nn.Linear(4, 3)))
+    with pytest.raises(ConfigError, match=r"made anew from another .* permanent first"):
+        ffa.convert(model, target_modules=["0"], r=2)
+    with pytest.raises(ConfigError, match="a weight of its own"):
+        FFALinear.from_linear(model[0], r=2)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_layer_with_a_forward_of_its_own_is_not_taken_for_a_linear_one():
+    class Doubled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    with pytest.raises(ConfigError, match=r"linear is Doubled; accepted: torch.nn.Linear"):
+        FFALinear.from_linear(Doubled(4, 3), r=2)
+
+
+@pytest.mark.parametrize("seed", ["1", 1.0, True, None])
+def test_a_seed_that_is_no_integer_is_refused(seed):
+    model = nn.Sequential(nn.Linear(4, 3))
+    with pytest.raises(ConfigError, match=r"seed is .*; accepted: an integer"):
+        ffa.convert(model, target_modules=["0"], r=2, seed=seed)
+    assert type(model[0]) is nn.Linear and model[0].weight.requires_grad

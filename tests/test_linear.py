@@ -220,8 +220,9 @@ def test_a_graph_of_the_backward_has_no_way_to_B_beside_a_tap(backend, merges):
     x, B = case.x.requires_grad_(), case.lora_B.requires_grad_()
     tap = torch.zeros(n, *B.shape, dtype=B.dtype, requires_grad=True)
     y = case.op(x, lora_B=B, tap=tap)
-    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-    assert not dx.requires_grad
+    with pytest.raises(NotImplementedError, match="create_graph=True"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert B.grad is tap.grad is None
 
 
 def test_inside_autocast_it_computes_in_the_dtype_of_its_inputs(backend):
@@ -802,3 +803,38 @@ def test_what_hooks_give_back_as_something_else_is_refused(compiled, kept, chang
         y = case.op(case.x.requires_grad_(), tap=tap, **dropout)
     with pytest.raises((ConfigError, RuntimeError), match=r"accepted|dtype|device"):
         y.sum().backward()
+
+
+def test_a_gradient_that_a_gradient_was_asked_of_is_refused_where_g_is_constant():
+    case = make(dtype=torch.float32)
+    x, B = case.x.requires_grad_(), case.lora_B.requires_grad_()
+    with pytest.raises(NotImplementedError, match="create_graph=True"):
+        torch.autograd.grad(case.op(x, B).sum(), x, create_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_traced_layer_keeps_its_adapter(backend, grad):
+    layer = ffa.nn.FFALinear(8, 5, r=2)
+    torch.nn.init.normal_(layer.lora_B)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(layer, torch.randn(3, 8))
+        x = torch.randn(4, 8)
+        torch.testing.assert_close(traced(x), layer(x))
+
+
+def test_a_bf16_weight_beside_fp32(backend):
+    if backend == "triton":
+        pytest.skip("Triton's kernels have one dtype: the next backend serves")
+    case = make(shape=(3, 4), d_in=40, d_out=24, dtype=torch.float32)
+    case.weight = case.weight.bfloat16()
+    x = case.x.requires_grad_()
+    y = case.op(x)
+    g = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, g)
+    term = case.scaling * case.lora_B @ case.lora_A
+    merged = (case.weight.float() + term).double()
+    assert y.dtype == dx.dtype == torch.float32
+    # x and g are rounded to bf16 where the product is made in it: 2^-9 of each number.
+    for found, exact in ((y, x.double() @ merged.t() + case.bias), (dx, g.double() @ merged)):
+        assert (found - exact).abs().max() <= 2.0**-6 * exact.abs().max()

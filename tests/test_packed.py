@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import ffa_kernels as ffa
@@ -158,3 +159,26 @@ def test_opcheck_with_segments(backend):
     g, h, B = torch.randn(5, 4), torch.randn(5, 2), torch.randn(4, 2)
     offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
     torch.library.opcheck(torch.ops.ffa.per_sample_grad.default, (g, h, B, offsets, 0.5, False))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_that_is_run_again_outside_the_block_is_refused(reentrant):
+    """Its rows would be taken for records: here their number is the same."""
+    model = model_of()
+    options = {"use_reentrant": reentrant}
+    model, optimizer, loader = private(model, 1.0)
+    n = len(LENGTHS)
+    for _, cu_seqlens in loader:
+        rows = torch.randn(n, 3, WIDTH, requires_grad=True)
+        cu_seqlens = torch.tensor([0, 1, 5, 6, 9, 15], dtype=torch.int32)
+        with ffa.packed(model, cu_seqlens):
+            inside = record_loss(checkpoint(model, rows, **options))
+        with pytest.raises(PrivacyError, match="outside the `packed` block"):
+            inside.backward()
+        optimizer.zero_grad()
+        break
+    for _, _ in loader:
+        with ffa.packed(model, cu_seqlens):
+            record_loss(checkpoint(model, rows, **options)).backward()
+        optimizer.step()

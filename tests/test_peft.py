@@ -574,3 +574,13 @@ def test_a_file_of_pefts_that_holds_more_than_lora_is_refused(tmp_path):
     get_peft_model(bert(), ia3).save_pretrained(tmp_path / "ia3")
     with pytest.raises(ConfigError, match="has peft_type 'IA3'"):
         ffa.load_adapter(bert(), tmp_path / "ia3")
+
+
+def test_an_adapter_added_after_convert_is_not_left_out_in_silence():
+    model = ffa.convert(with_lora(bert()))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["query"]))
+    model.set_adapter("second")
+    with pytest.raises(ConfigError, match=r"active adapters are \['second'\]; accepted"):
+        logits(model)
+    model.set_adapter("default")
+    assert logits(model).isfinite().all()

@@ -173,6 +173,7 @@ def _check_product(op: str, out: Tensor, dtype: torch.dtype, rows: int, columns:
 
 
 def _term(
+    op: str,
     left: Tensor,
     right: Tensor,
     scaling: float,
@@ -197,7 +198,7 @@ def _term(
     threads = _threads()
 
     def add(out: Tensor) -> None:
-        _check_product("linear", out, left.dtype, rows, columns)
+        _check_product(op, out, left.dtype, rows, columns)
         call("rank_term", rows, columns, r, code, *made, *places, out.data_ptr(), threads)
 
     return add
@@ -229,7 +230,7 @@ def linear(
         # The usual case: the term's launch makes h as well.
         x, lora_A = x.contiguous(), lora_A.contiguous()
         h = x.new_empty((*lead, r))
-        add_term = _term(h, lora_B, scaling, math.prod(lead), x, lora_A)
+        add_term = _term("linear", h, lora_B, scaling, math.prod(lead), x, lora_A)
         y = F.linear(x, weight, bias).contiguous()
         add_term(y)
         return y, h
@@ -245,7 +246,7 @@ def linear(
         y = bf16_product(rows, weight, bias, h, lora_B.t(), scaling)
     else:
         y = plain_product(rows, weight, bias).contiguous()
-        _term(h, lora_B, scaling, len(rows))(y)
+        _term("linear", h, lora_B, scaling, len(rows))(y)
     return y.view(*lead, lora_B.shape[0]), h.view(*lead, r)
 
 
@@ -264,7 +265,7 @@ def linear_backward(
     if u is not None and weight is not None and dropout_state is None and weight.dtype == g.dtype:
         # The usual case.
         u = u.contiguous()
-        add_term = _term(u, lora_A.t(), scaling, math.prod(g.shape[:-1]))
+        add_term = _term("linear_backward", u, lora_A.t(), scaling, math.prod(g.shape[:-1]))
         dx = torch.matmul(g, weight).contiguous()
         add_term(dx)
         return dx
@@ -281,7 +282,7 @@ def linear_backward(
             dx = bf16_product(g_rows, weight.t(), None, u_rows, lora_A, scaling)
         else:
             dx, u_rows = plain_product(g_rows, weight.t()).contiguous(), u_rows.contiguous()
-            _term(u_rows, lora_A.t(), scaling, len(g_rows))(dx)
+            _term("linear_backward", u_rows, lora_A.t(), scaling, len(g_rows))(dx)
     else:
         library, state = native.load("cpu"), dropout_state.contiguous()
         if weight is None:

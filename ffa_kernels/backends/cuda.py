@@ -19,11 +19,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ffa_kernels.backends import native
-from ffa_kernels.backends.compose import by_way_of_G, by_way_of_u
+from ffa_kernels.backends.compose import by_way_of_G, by_way_of_u, plain_product
 from ffa_kernels.backends.dispatch import OPS
 from ffa_kernels.backends.grid import known_squares
 from ffa_kernels.errors import ConfigError
@@ -195,7 +194,7 @@ def linear(
     else:
         h = _dropped_product(rows, lora_A, dropout_state, dropout_p)
     d_out = lora_B.shape[0]
-    y = x.new_zeros((len(rows), d_out)) if weight is None else F.linear(rows, weight, bias)
+    y = x.new_zeros((len(rows), d_out)) if weight is None else plain_product(rows, weight, bias)
     _add_rank_term(y, h, lora_B.t(), scaling, None, 0.0)
     return y.view(*lead, d_out), h.view(*lead, lora_A.shape[0])
 
@@ -214,7 +213,7 @@ def linear_backward(
     u = g @ lora_B if u is None else u
     _together("linear_backward", g.device, u, weight, lora_A, dropout_state)
     rows, d_in = g.flatten(0, -2), lora_A.shape[1]
-    dx = g.new_zeros((len(rows), d_in)) if weight is None else rows @ weight
+    dx = g.new_zeros((len(rows), d_in)) if weight is None else plain_product(rows, weight.t())
     u_rows = u.flatten(0, -2).contiguous()
     _add_rank_term(dx, u_rows, lora_A, scaling, dropout_state, dropout_p)
     return dx.view(*g.shape[:-1], d_in)

@@ -199,6 +199,8 @@ def _open(kind: str) -> Library | str:
     """The library, or the reason why there is none."""
     path = _path(kind)
     if not path.exists():
+        if os.environ.get(variable := f"FFA_{kind.upper()}_LIBRARY"):
+            return f"{variable} names {path}, which does not exist"
         reason = _build_record(kind).get("reason")
         return str(reason or "never built: run `make lib`, or reinstall with a compiler on PATH")
     import torch  # noqa: F401  (its OpenMP runtime has to be in the process first)

@@ -19,6 +19,19 @@ from ffa_kernels.nn.wrapped import WRAPPED, FFAWrapped, can_wrap, is_plain_linea
 
 M = TypeVar("M", bound=nn.Module)
 
+# What a layer takes over from the one in whose place it stands.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+_FAST = "activation_relu_or_gelu"
 ADAPTABLE = f"torch.nn.Linear, Conv1D of transformers, {WRAPPED}"
 
 
@@ -95,6 +108,7 @@ def convert(
             trained = {id(p) for p in model.parameters() if p.requires_grad}
             frozen = (m for m in model.modules() if id(m) not in inner and not _holds(m, trained))
             put_in(model, Shrinker(base_dtype).layers(frozen))
+        _call_the_layers(model)
         return model
     check_adapter(r, alpha, dropout, init)
     # With every name of a layer that has several: all of them must become the one new layer.
@@ -135,9 +149,12 @@ def convert(
                     "a weight between them; accepted: one of them"
                 )
             if not can_adapt(module):
+                made = type(module) is nn.Linear and "weight" not in module._parameters
                 raise ConfigError(
-                    f"target_modules names {name!r}, which is {type(module).__name__}; accepted: "
-                    f"{ADAPTABLE}"
+                    f"target_modules names {name!r}, which is {type(module).__name__}"
+                    + (" with a weight that is made anew from another parameter" if made else "")
+                    + f"; accepted: {ADAPTABLE}"
+                    + (", with pruning or a normalisation made permanent first" if made else "")
                 )
             if name == "":
                 raise ConfigError(
@@ -165,6 +182,18 @@ def _holds(module: nn.Module, parameters: set[int]) -> bool:
     return any(id(p) in parameters for p in module.parameters(recurse=False))
 
 
+def _call_the_layers(model: nn.Module) -> None:
+    """In evaluation nn.TransformerEncoderLayer reads its linear layers' weights and leaves their
+    forward, and so an adapter, out: not where it takes its activation for one it does not know."""
+    for module in model.modules():
+        if not isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+            continue
+        if any(isinstance(layer, Adapter) for layer in module.modules()):
+            # The encoder hands its layers nested tensors for the same purpose.
+            off = "use_nested_tensor" if isinstance(module, nn.TransformerEncoder) else _FAST
+            setattr(module, off, False)
+
+
 def can_adapt(module: nn.Module) -> bool:
     """Whether `make_adapter` takes `module`."""
     return can_wrap(module) or is_conv1d(module)
@@ -182,6 +211,10 @@ def put_in(model: nn.Module, adapted: Mapping[nn.Module, nn.Module]) -> None:
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in adapted:
             _replace(model, name, adapted[module])
+    for old, new in adapted.items():
+        for name in _HOOKS:
+            setattr(new, name, getattr(old, name))
+    _call_the_layers(model)
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -18,17 +18,6 @@ from ffa_kernels.errors import ConfigError
 from ffa_kernels.nn.linear import is_conv1d
 
 BASE_DTYPES = ("bf16", "int8")
-# What a layer takes over from the one in whose place it stands.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 
 
 def check_base_dtype(value: object) -> None:
@@ -91,8 +80,9 @@ class FrozenLinear(_Frozen):
         self.out_features, self.in_features = stored.shape
         self.bias = bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """x (n, ..., d_in) to y (n, ..., d_out)."""
+        x = input
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
             x = x.to(torch.get_autocast_dtype(x.device.type))
         y: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
@@ -182,8 +172,6 @@ class Shrinker:
                 made = FrozenEmbedding(stored, scale, weight.dtype, layer.padding_idx)
             else:
                 made = FrozenLinear(stored, scale, weight.dtype, layer.bias)
-            for name in _HOOKS:
-                setattr(made, name, getattr(module, name))
             found[module] = made.train(module.training)
         return found
 

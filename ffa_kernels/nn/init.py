@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ffa_kernels.errors import ConfigError
+from ffa_kernels.errors import ConfigError, shown
 from ffa_kernels.ops import chacha20
 
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
@@ -121,10 +121,13 @@ def frozen_A(
         fp32 (r, d_in). Row i is the same for every r > i ("gaussian": up to its scale 1 / r).
 
     Raises:
-        ConfigError: an unknown method, or more rows than can be orthonormal.
+        ConfigError: an unknown method, a seed that is no integer, or more rows
+            than can be orthonormal.
     """
     if method not in ("kaiming", "gaussian", "orthogonal"):
         raise ConfigError(f"init: {method!r} is no recipe; accepted: kaiming, gaussian, orthogonal")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ConfigError(f"seed is {shown(seed)}; accepted: an integer")
     # Rows start at whole blocks, so that row i depends on neither r nor the other rows.
     per_row = -(-in_features // 8) * 8
     words = _key_stream(method, seed, layer, basis, r * per_row)

@@ -95,9 +95,10 @@ class OwnAdapter(Adapter):
     def adapter_dropout(self) -> float:
         return self.dropout
 
-    def forward(self, x: Tensor) -> Tensor:
+    # As nn.Linear names it.
+    def forward(self, input: Tensor) -> Tensor:
         """x (n, ..., d_in) to y (n, ..., d_out)."""
-        return self.adapted_forward(x)
+        return self.adapted_forward(input)
 
     def extra_repr(self) -> str:
         return (
@@ -171,10 +172,12 @@ class FFALinear(OwnAdapter):
                 not accepted.
         """
         check_adapter(r, alpha, dropout, init)
-        if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
+        plain = type(linear).forward is nn.Linear.forward or is_conv1d(linear)
+        if not plain or linear._parameters.get("weight") is None:
             raise ConfigError(
                 f"linear is {type(linear).__name__}; accepted: torch.nn.Linear, or Conv1D of "
-                "transformers"
+                "transformers, with a forward and a weight of its own (what prunes or normalises "
+                "it made permanent)"
             )
         adapted = cls.__new__(cls)
         nn.Module.__init__(adapted)

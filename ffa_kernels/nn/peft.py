@@ -119,6 +119,11 @@ class _TakenOver(Adapter):
                 f"adapted PEFT layer: forward was given {sorted(kwargs) or len(args)} beside x; "
                 "accepted: x alone (no adapter_names: one adapter for the whole batch)"
             )
+        if not layer.disable_adapters and layer.active_adapters != [self._name()]:
+            raise ConfigError(
+                f"adapted PEFT layer: the active adapters are {layer.active_adapters}; accepted: "
+                f"[{self._name()!r}] alone, which was there at convert()"
+            )
         heard = self._heard() and not tapping(self, self.record_taps)
         if layer.disable_adapters or layer.merged or heard:
             y: Tensor = self._theirs.forward(self, x)

@@ -24,7 +24,7 @@ class RecordTaps:
     Copies and pickles are empty: they belong to no engine, and train nothing.
     """
 
-    __slots__ = ("cu_seqlens", "layer", "mean_loss", "norm_taps", "records", "taps")
+    __slots__ = ("cu_seqlens", "layer", "mean_loss", "norm_taps", "packed", "records", "taps")
 
     def __init__(self, layer: str, mean_loss: bool, records: int = 1) -> None:
         self.layer = layer
@@ -35,6 +35,8 @@ class RecordTaps:
         # Beside a tap: what its op knows of the norms, and how often it was called.
         self.norm_taps: dict[str, Tensor] = {}
         self.cu_seqlens: Tensor | None = None
+        # Whether the batch's rows came packed.
+        self.packed = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RecordTaps:
         return RecordTaps(self.layer, self.mean_loss, self.records)
@@ -55,6 +57,12 @@ class RecordTaps:
                 f"layer {self.layer!r} is trained privately, but no batch is under way: iterate "
                 "the loader that make_private returned, or call model.eval() or torch.no_grad() "
                 "for a forward that trains nothing"
+            )
+        if self.cu_seqlens is None and self.packed:
+            raise PrivacyError(
+                f"layer {self.layer!r} had packed rows in this batch and is called outside the "
+                "`packed` block now; accepted: every forward of the batch inside it, and backward "
+                "too where checkpoints are recomputed"
             )
         if self.cu_seqlens is not None:
             if self.cu_seqlens.shape[0] != tap.shape[0] + 1:
@@ -82,7 +90,8 @@ def packed(model: nn.Module, cu_seqlens: Tensor) -> Iterator[None]:
     """Forwards inside take packed rows: record i is rows cu_seqlens[i] to cu_seqlens[i + 1] - 1.
 
     The record stays the unit of clipping. That the records do not see each other (attention over
-    packed rows, say) is the model's part.
+    packed rows, say) is the model's part. Backward belongs inside as well where activations are
+    checkpointed: it runs forwards again.
 
     Args:
         model: as given to `make_private`.
@@ -103,7 +112,8 @@ def packed(model: nn.Module, cu_seqlens: Tensor) -> Iterator[None]:
                 "accepted: an adapted layer, or freeze it"
             )
     for _, _, taps in holders:
-        taps.cu_seqlens = cu_seqlens
+        # A checkpoint's first forward, without gradients, asks for no tap.
+        taps.cu_seqlens, taps.packed = cu_seqlens, True
     try:
         yield
     finally:

@@ -67,11 +67,13 @@ class _Recorded(nn.Module):
         factor = x.shape[0] if taps is not None and taps.mean_loss else 1
         return {name: by_id[id(p)] * factor for name, p in named.items() if id(p) in by_id}
 
-    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    # PyTorch's layers name it so.
+    def _forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         taps = self.record_taps
         if not tapping(self, taps):
-            return self._plain.forward(self, x, *args, **kwargs)
+            return self._plain.forward(self, input, *args, **kwargs)
         assert taps is not None
+        x = input
         names = tuple(n for n, p in self.named_parameters(recurse=False) if p.requires_grad)
         leaves = [taps.get(name, x) for name in names]
         y = self._frozen_forward(x, *args, **kwargs)

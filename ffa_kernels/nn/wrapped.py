@@ -53,7 +53,12 @@ def _quantised_weight(layer: nn.Module) -> Any:
 
 def is_plain_linear(layer: nn.Module) -> bool:
     """Whether `layer` is nn.Linear itself with a weight that is an ordinary matrix."""
-    return type(layer) is nn.Linear and _quantised_weight(layer) is None
+    return _owns_weight(layer) and type(layer) is nn.Linear and _quantised_weight(layer) is None
+
+
+def _owns_weight(layer: nn.Module) -> bool:
+    """Not so where pruning or a normalisation makes the weight anew from another parameter."""
+    return layer._parameters.get("weight") is not None
 
 
 def can_wrap(layer: nn.Module) -> bool:
@@ -63,7 +68,7 @@ def can_wrap(layer: nn.Module) -> bool:
         return hasattr(layer, "in_features") and hasattr(layer, "out_features")
     weight = _quantised_weight(layer)
     return isinstance(layer, nn.Linear) and (
-        type(layer) is nn.Linear if weight is None else _is_known(weight)
+        type(layer) is nn.Linear and _owns_weight(layer) if weight is None else _is_known(weight)
     )
 
 

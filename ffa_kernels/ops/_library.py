@@ -20,6 +20,7 @@ _autocasts = torch._C._is_any_autocast_enabled
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._are_functorch_transforms_active
 _profiles = torch._C._autograd._profiler_enabled
+_traces = torch._C._get_tracing_state
 _PLAIN = frozenset(
     (torch.Tensor, torch.nn.Parameter, type(None), float, int, bool, str, torch.dtype)
 )
@@ -94,6 +95,7 @@ def values_alone(arguments: Iterable[object]) -> bool:
         or _modes()
         or _transforms()
         or _profiles()
+        or _traces() is not None
         or not _PLAIN.issuperset(map(type, arguments))
     )
 

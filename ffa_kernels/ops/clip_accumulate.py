@@ -92,7 +92,10 @@ def check_records(
     )
     require(
         keep is None or (keep.dtype == torch.bool and tuple(keep.shape) == (n,)),
-        lambda: f"{op}: keep is {keep}; accepted: None or bool ({n},)",
+        lambda: (
+            f"{op}: keep is {None if keep is None else (keep.dtype, tuple(keep.shape))}; accepted: "
+            f"None or bool ({n},)"
+        ),
     )
     require(
         stats.dtype == torch.int64 and tuple(stats.shape) == (2,),

@@ -246,7 +246,9 @@ class _Linear(torch.autograd.Function):
             return (None,) * 6
         if not torch.is_grad_enabled():
             return _gradients(ctx, g)
-        if g.requires_grad:
+        _, wants_x, wants_B, _, _, _ = ctx.needs_input_grad
+        # dx is made of B, and B's gradient of x, also where g depends on neither.
+        if g.requires_grad or (wants_x and (wants_B or ctx.settings[0])):
             raise NotImplementedError(
                 "linear: its gradient has no gradient (create_graph=True); accepted: a first "
                 "backward"
