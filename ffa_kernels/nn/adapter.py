@@ -150,7 +150,7 @@ class Adapter(nn.Module):
         if cast is not None:
             # x may have that dtype already, from the layer before.
             x = x.to(dtype)
-            # Frozen, and a view of nothing in autograd: cast anew each time, kept nowhere.
+            # Frozen: cast anew each time, and kept until backward, as PyTorch keeps its own.
             weight = None if weight is None else weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         y = ops.linear(

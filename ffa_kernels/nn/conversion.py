@@ -69,6 +69,8 @@ def convert(
 ) -> M:
     """Adapts the named linear layers of `model` in place and freezes all else.
 
+    A layer's hooks go on to the one that takes its place.
+
     A PEFT LoRA model needs no further arguments but `base_dtype`: its own layers are taken over as
     they stand, with its ranks, scalings, dropout, names and `modules_to_save`; A is frozen from
     then on.
