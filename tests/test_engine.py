@@ -87,6 +87,22 @@ def train(model, optimizer, loader, epochs=1):
             optimizer.step()
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)])
+def test_a_trained_layer_may_be_given_its_input_by_name(layer):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(WIDTH, WIDTH), copy.deepcopy(layer)
+
+        def forward(self, x):
+            return self.head(input=self.body(input=x))
+
+    model = ffa.convert(Named(), r=2, target_modules=["body"], modules_to_save=["head"])
+    before = model.head.weight.detach().clone()
+    train(*private(model))
+    assert not torch.equal(model.head.weight, before)
+
+
 # One import changes.
 
 

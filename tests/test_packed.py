@@ -182,3 +182,16 @@ def test_a_checkpoint_that_is_run_again_outside_the_block_is_refused(reentrant):
         with ffa.packed(model, cu_seqlens):
             record_loss(checkpoint(model, rows, **options)).backward()
         optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_block_around_the_batchs_beginning_counts_too():
+    model, _optimizer, loader = private(model_of(), 1.0)
+    batches = iter(loader)
+    lengths = torch.tensor([0, 1, 5, 6, 9, 15], dtype=torch.int32)
+    rows = torch.randn(len(LENGTHS), 3, WIDTH, requires_grad=True)
+    with ffa.packed(model, lengths):
+        next(batches)
+        loss = record_loss(checkpoint(model, rows, use_reentrant=True))
+    with pytest.raises(PrivacyError, match="outside the `packed` block"):
+        loss.backward()

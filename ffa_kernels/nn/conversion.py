@@ -12,7 +12,7 @@ from ffa_kernels.errors import ConfigError
 from ffa_kernels.nn import opacus
 from ffa_kernels.nn.adapter import Adapter
 from ffa_kernels.nn.frozen import Shrinker, check_base_dtype
-from ffa_kernels.nn.linear import FFALinear, check_adapter, is_conv1d
+from ffa_kernels.nn.linear import OWN_WEIGHT, FFALinear, check_adapter, is_conv1d, owns_weight
 from ffa_kernels.nn.peft import lora_layers, take_over
 from ffa_kernels.nn.recorded import plain_again
 from ffa_kernels.nn.wrapped import WRAPPED, FFAWrapped, can_wrap, is_plain_linear
@@ -31,7 +31,6 @@ _HOOKS = (
     "_is_full_backward_hook",
 )
 
-_FAST = "activation_relu_or_gelu"
 ADAPTABLE = f"torch.nn.Linear, Conv1D of transformers, {WRAPPED}"
 
 
@@ -104,13 +103,14 @@ def convert(
                 "convert(model) with no other argument than base_dtype"
             )
         take_over(model, theirs)
+        shrunk: dict[nn.Module, nn.Module] = {}
         if base_dtype is not None:
             adapters = [layer for layer in model.modules() if isinstance(layer, Adapter)]
             inner = {id(m) for layer in adapters for m in layer.inner_modules()}
             trained = {id(p) for p in model.parameters() if p.requires_grad}
             frozen = (m for m in model.modules() if id(m) not in inner and not _holds(m, trained))
-            put_in(model, Shrinker(base_dtype).layers(frozen))
-        _call_the_layers(model)
+            shrunk = Shrinker(base_dtype).layers(frozen)
+        put_in(model, shrunk)
         return model
     check_adapter(r, alpha, dropout, init)
     # With every name of a layer that has several: all of them must become the one new layer.
@@ -151,12 +151,10 @@ def convert(
                     "a weight between them; accepted: one of them"
                 )
             if not can_adapt(module):
-                made = type(module) is nn.Linear and "weight" not in module._parameters
+                made = type(module) is nn.Linear and not owns_weight(module)
                 raise ConfigError(
-                    f"target_modules names {name!r}, which is {type(module).__name__}"
-                    + (" with a weight that is made anew from another parameter" if made else "")
-                    + f"; accepted: {ADAPTABLE}"
-                    + (", with pruning or a normalisation made permanent first" if made else "")
+                    f"target_modules names {name!r}, which is {type(module).__name__}; accepted: "
+                    f"{ADAPTABLE}{OWN_WEIGHT if made else ''}"
                 )
             if name == "":
                 raise ConfigError(
@@ -188,12 +186,12 @@ def _call_the_layers(model: nn.Module) -> None:
     """In evaluation nn.TransformerEncoderLayer reads its linear layers' weights and leaves their
     forward, and so an adapter, out: not where it takes its activation for one it does not know."""
     for module in model.modules():
-        if not isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
-            continue
         if any(isinstance(layer, Adapter) for layer in module.modules()):
-            # The encoder hands its layers nested tensors for the same purpose.
-            off = "use_nested_tensor" if isinstance(module, nn.TransformerEncoder) else _FAST
-            setattr(module, off, False)
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.activation_relu_or_gelu = 0
+            elif isinstance(module, nn.TransformerEncoder):
+                # It hands its layers nested tensors for the same purpose.
+                module.use_nested_tensor = False
 
 
 def can_adapt(module: nn.Module) -> bool:
@@ -209,7 +207,7 @@ def make_adapter(module: nn.Module, r: int, alpha: float, **options: Any) -> Ada
 
 
 def put_in(model: nn.Module, adapted: Mapping[nn.Module, nn.Module]) -> None:
-    """Puts each new layer where its old one was, under every name that had it."""
+    """Puts each new layer where its old one was, under every name that had it, with its hooks."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in adapted:
             _replace(model, name, adapted[module])

@@ -82,11 +82,11 @@ class FrozenLinear(_Frozen):
 
     def forward(self, input: Tensor) -> Tensor:
         """x (n, ..., d_in) to y (n, ..., d_out)."""
-        x = input
-        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device = input.device.type
+        if torch.is_autocast_enabled(device) and input.is_floating_point():
+            input = input.to(torch.get_autocast_dtype(device))
         y: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-            x, self.stored, self.scale, self.bias
+            input, self.stored, self.scale, self.bias
         )
         return y
 

@@ -32,6 +32,10 @@ def scaling_of(r: int, alpha: float, rslora: bool) -> float:
     return alpha / math.sqrt(r) if rslora else alpha / r
 
 
+# What an error accepts of a layer that has none.
+OWN_WEIGHT = ", and with a weight of its own: pruning or a normalisation made permanent first"
+
+
 def is_conv1d(layer: nn.Module) -> bool:
     """Whether `layer` is transformers' Conv1D (GPT-2): a linear layer with weight (d_in, d_out)."""
     # By name: a model that has one has imported it, and nobody else needs transformers.
@@ -39,6 +43,11 @@ def is_conv1d(layer: nn.Module) -> bool:
         c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils"
         for c in type(layer).__mro__
     )
+
+
+def owns_weight(layer: nn.Module) -> bool:
+    """Not so where pruning or a normalisation makes the weight anew from another parameter."""
+    return layer._parameters.get("weight") is not None
 
 
 def parameter(layer: nn.Module, name: str) -> Any:
@@ -173,11 +182,10 @@ class FFALinear(OwnAdapter):
         """
         check_adapter(r, alpha, dropout, init)
         plain = type(linear).forward is nn.Linear.forward or is_conv1d(linear)
-        if not plain or linear._parameters.get("weight") is None:
+        if not plain or not owns_weight(linear):
             raise ConfigError(
                 f"linear is {type(linear).__name__}; accepted: torch.nn.Linear, or Conv1D of "
-                "transformers, with a forward and a weight of its own (what prunes or normalises "
-                "it made permanent)"
+                f"transformers, with no other forward{OWN_WEIGHT}"
             )
         adapted = cls.__new__(cls)
         nn.Module.__init__(adapted)

@@ -73,12 +73,11 @@ class _Recorded(nn.Module):
         if not tapping(self, taps):
             return self._plain.forward(self, input, *args, **kwargs)
         assert taps is not None
-        x = input
         names = tuple(n for n, p in self.named_parameters(recurse=False) if p.requires_grad)
-        leaves = [taps.get(name, x) for name in names]
-        y = self._frozen_forward(x, *args, **kwargs)
+        leaves = [taps.get(name, input) for name in names]
+        y = self._frozen_forward(input, *args, **kwargs)
         record: Any = _Record.apply
-        return record(self, names, x.detach(), y, *leaves)
+        return record(self, names, input.detach(), y, *leaves)
 
     # Each layer type has its own signature; all take their input first.
     forward: Any = _forward

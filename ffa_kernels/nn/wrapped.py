@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ffa_kernels.errors import ConfigError
 from ffa_kernels.nn.frozen import FrozenLinear
-from ffa_kernels.nn.linear import OwnAdapter, check_adapter
+from ffa_kernels.nn.linear import OwnAdapter, check_adapter, owns_weight
 
 # After torch.nn.Linear, in what an error accepts.
 WRAPPED = (
@@ -53,12 +53,7 @@ def _quantised_weight(layer: nn.Module) -> Any:
 
 def is_plain_linear(layer: nn.Module) -> bool:
     """Whether `layer` is nn.Linear itself with a weight that is an ordinary matrix."""
-    return _owns_weight(layer) and type(layer) is nn.Linear and _quantised_weight(layer) is None
-
-
-def _owns_weight(layer: nn.Module) -> bool:
-    """Not so where pruning or a normalisation makes the weight anew from another parameter."""
-    return layer._parameters.get("weight") is not None
+    return type(layer) is nn.Linear and owns_weight(layer) and _quantised_weight(layer) is None
 
 
 def can_wrap(layer: nn.Module) -> bool:
@@ -68,7 +63,7 @@ def can_wrap(layer: nn.Module) -> bool:
         return hasattr(layer, "in_features") and hasattr(layer, "out_features")
     weight = _quantised_weight(layer)
     return isinstance(layer, nn.Linear) and (
-        type(layer) is nn.Linear and _owns_weight(layer) if weight is None else _is_known(weight)
+        type(layer) is nn.Linear and owns_weight(layer) if weight is None else _is_known(weight)
     )
 
 

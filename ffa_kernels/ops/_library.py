@@ -89,7 +89,8 @@ def call_in_place(op: Any, arguments: tuple[Any, ...], written: list[torch.Tenso
 
 
 def values_alone(arguments: Iterable[object]) -> bool:
-    """Whether nobody asks for more than values: no compiler, mode, transform, subclass, profile."""
+    """Whether nobody asks for more than values: no compiler, mode, transform, subclass, profile or
+    trace."""
     return not (
         _is_compiling()
         or _modes()

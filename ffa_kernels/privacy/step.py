@@ -257,7 +257,8 @@ class PrivateStep:
                 norm_tap = norm_zeros[form[0]].detach().requires_grad_()
             self._norm_taps.append(norm_tap)
             for record_taps, name in t.holders:
-                record_taps.taps[name], record_taps.packed = tap, False
+                record_taps.taps[name] = tap
+                record_taps.packed = record_taps.cu_seqlens is not None
                 if norm_tap is not None:
                     record_taps.norm_taps[name] = norm_tap
 
