@@ -70,16 +70,19 @@ def faults():
 torch.set_num_threads(1)
 stock = [faults() for _ in range(3)]
 told = keep_freed_memory()
-print(json.dumps([told, stock[-1], [faults() for _ in range(3)][-1]]))
+print(json.dumps([told, stock[-1], [faults() for _ in range(8)]]))
 """
 
 
 @GLIBC
-def test_a_step_finds_the_pages_of_the_last_one_where_they_are_kept():
+def test_a_step_finds_the_pages_of_those_before_where_they_are_kept():
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told, stock, kept = json.loads(done.stdout)
     assert told is True
     # A fault a page, of 4 KiB or, with luck, of 2 MiB; and none.
     assert stock >= 32
-    assert kept <= 4
+    # What else the process asks for may lie where a freed tensor lay: the next one then gets pages
+    # of its own, once, and they are kept too.
+    assert max(kept[4:]) <= 4, kept
+    assert sum(count > 4 for count in kept) <= 2, kept

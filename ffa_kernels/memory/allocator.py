@@ -35,7 +35,7 @@ def give_freed_memory_back() -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Freed tensors' memory stays in this process, where the next step finds its pages.
+    """Freed tensors' memory stays in this process, where the next steps find its pages.
 
     Takes the faults of fresh pages out of each step on a CPU, a twentieth of its time or more. The
     process holds its peak, and the holes in it, until it ends: not for a client under a memory
