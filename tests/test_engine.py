@@ -746,6 +746,104 @@ def test_a_loader_that_reads_ahead_is_refused():
     assert engine.ledger.steps == 0
 
 
+def test_a_loop_that_reads_ahead_and_drops_nothing_is_refused():
+    """zero_grad() first, then the next batch, then the model with this one: by what is known of the
+    next, rows that only pad this one would count, and record 0 again with each."""
+    engine = PrivacyEngine()
+    model = Body()
+    _, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        data_loader=DataLoader(TensorDataset(torch.randn(24, WIDTH)), batch_size=6),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        max_physical_batch_size=24,
+    )
+    with pytest.raises(PrivacyError, match="read batches ahead"):
+        ahead = iter(loader)
+        batch = next(ahead)
+        for following in ahead:
+            optimizer.zero_grad()
+            model(*batch).square().mean().backward()
+            optimizer.step()
+            batch = following
+    with pytest.raises(PrivacyError, match="read batches ahead"):
+        ahead = iter(loader)
+        batch = next(ahead)
+        for _ in range(3):
+            optimizer.zero_grad()
+            following = next(ahead)
+            model(*batch).square().mean().backward()
+            optimizer.step()
+            batch = following
+    assert engine.ledger.steps == 0
+
+
+@pytest.mark.parametrize("after", ["forward", "backward"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_batch_may_be_dropped_once_it_was_run(after, first):
+    engine = PrivacyEngine()
+    model, optimizer, loader = private(converted(), loader=loader_of(batch_size=4), engine=engine)
+    for k, batch in enumerate(loader):
+        if first:
+            optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        if after == "backward" or k == 2:
+            loss.backward()
+        if k == 2:
+            optimizer.step()
+        elif after == "backward" or not first:
+            optimizer.zero_grad()
+    assert engine.ledger.steps == 1
+
+
+def test_two_iterations_at_once_do_not_mix_their_draws():
+    """Parts of two draws in one sum would count a record twice that is in both."""
+    engine = PrivacyEngine()
+    model = Body()
+    _, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        data_loader=DataLoader(TensorDataset(torch.randn(9, WIDTH)), batch_size=9),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        max_physical_batch_size=5,
+    )
+
+    def train_on(batch):
+        model(*batch).square().mean().backward()
+        optimizer.step()
+
+    one, other = iter(loader), iter(loader)
+    train_on(next(one))
+    train_on(next(other))
+    with pytest.raises(PrivacyError, match="goes on with a draw that was given up"):
+        next(one)
+    # The other's draw is whole.
+    train_on(next(other))
+    assert engine.ledger.steps == 1
+
+
+def test_a_draw_in_which_an_error_was_caught_is_not_released():
+    engine = PrivacyEngine()
+    model = Body()
+    _, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        data_loader=DataLoader(TensorDataset(torch.randn(9, WIDTH)), batch_size=9),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        max_physical_batch_size=5,
+    )
+    with pytest.raises(PrivacyError, match="goes on with a draw that was given up"):
+        for batch in loader:
+            model(*batch).square().mean().backward()
+            model.head.weight.grad = torch.ones_like(model.head.weight)
+            with pytest.raises(PrivacyError, match="summed over records"):
+                optimizer.step()
+    assert engine.ledger.steps == 0
+
+
 def test_an_iteration_left_early_can_be_begun_anew():
     engine = PrivacyEngine()
     model = Body()

@@ -283,6 +283,38 @@ def test_a_buffer_that_learns_from_records_is_named():
         train(model, optimizer, loader, before_step=lambda: model.seen.add_(1.0))
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_extra_state_that_learns_from_records_is_named(learns):
+    class Scaled(nn.Linear):
+        """Keeps the largest input beside its parameters, as layers in 8 bits do."""
+
+        def __init__(self):
+            super().__init__(WIDTH, WIDTH)
+            self.largest = [0.0]
+
+        def forward(self, x):
+            if learns:
+                self.largest = [max(self.largest[0], float(x.abs().max()))]
+            return super().forward(x)
+
+        def get_extra_state(self):
+            return {"largest": self.largest}
+
+        def set_extra_state(self, state):
+            self.largest = state["largest"]
+
+    model = converted()
+    model.scaled = Scaled().requires_grad_(False)
+    model.register_forward_pre_hook(lambda module, args: (model.scaled(args[0]),))
+    model, optimizer, loader = private(model)
+    if not learns:
+        train(model, optimizer, loader)
+        assert "scaled._extra_state" in model.state_dict()
+        return
+    with pytest.raises(PrivacyError, match=r"buffer scaled._extra_state moved"):
+        train(model, optimizer, loader)
+
+
 def test_writes_of_the_same_values_are_no_movement():
     model, optimizer, loader = private(converted())
     train(model, optimizer, loader)

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from decimal import Decimal
 from enum import Enum
@@ -494,6 +495,36 @@ def test_a_write_that_fails_halfway_ends_the_ledger_and_is_repaired(tmp_path, mo
     assert ledger.steps == 1
     # There is space again, but after half a line no whole one may follow.
     with pytest.raises(LedgerError, match="a write to it failed; open it anew"):
+        ledger.charge(1.0, 0.5)
+    ledger.close()
+    assert history_of(path) == ([(1.0, 0.5, 2)], True)
+
+
+def test_threads_may_charge_one_ledger(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda k: ledger.charge(1.0 + k % 3, 0.5), range(120)))
+    assert ledger.steps == 120
+    ledger.close()
+    history, private = history_of(path)
+    assert private and sorted(history) == [(1.0 + k, 0.5, 40) for k in range(3)]
+
+
+def test_an_interrupt_between_file_and_account_ends_the_ledger(tmp_path, monkeypatch):
+    """The file is a step ahead of the process: another line of it would name the wrong one."""
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.charge(1.0, 0.5)
+
+    def interrupted(account, record, checksum):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger_module.Account, "_add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.charge(1.0, 0.5)
+    with pytest.raises(LedgerError, match="open it anew"):
         ledger.charge(1.0, 0.5)
     ledger.close()
     assert history_of(path) == ([(1.0, 0.5, 2)], True)

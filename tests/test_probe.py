@@ -213,6 +213,33 @@ def test_a_loss_outside_the_model_is_checked_when_asked():
         engine.check_loss(Net(), contrastive, x)
 
 
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("declared", ["mean", "sum"])
+def test_a_loss_taken_for_a_mean_that_is_a_sum_is_found(declared, dropout):
+    """And the reverse: n and 1 / n would be left in each record's gradient."""
+    kinds = (nn.Dropout(0.3), nn.Dropout(0.3), 0.3) if dropout else ()
+    model = Net(*kinds)
+    data = TensorDataset(torch.randn(9, TOKENS, WIDTH))
+    engine, model, _, loader = private(model, data, loss_reduction=declared)
+    (x,) = next(iter(loader))
+    losses = {
+        "mean": lambda batch: model(batch).square().mean(),
+        "sum": lambda batch: model(batch).square().mean(dim=(1, 2)).sum(),
+    }
+    engine.check_loss(model, losses.pop(declared), x)
+    (other, wrong), *_ = losses.items()
+    if dropout:
+        # Masks of a larger batch are others: nothing can be said, and nothing is.
+        engine.check_loss(model, wrong, x)
+        return
+    message = f"the loss is a {other} over records and taken for a {declared}"
+    with pytest.raises(PrivacyError, match=message):
+        engine.check_loss(model, wrong, x)
+    # Two records are enough.
+    with pytest.raises(PrivacyError, match=message):
+        engine.check_loss(model, wrong, x[:2])
+
+
 def test_a_model_that_takes_no_two_records_is_said_not_to_be_probed():
     eight = Net(before=Do(lambda x: x.reshape(8, TOKENS, WIDTH)))
     engine, model, optimizer, loader = private(eight)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from ffa_kernels.errors import ConfigError
+from ffa_kernels.errors import ConfigError, PrivacyError
 from ffa_kernels.privacy import PrivacyEngine
 from ffa_kernels.privacy.keys import SecretStream
 from ffa_kernels.privacy.sampling import Piece, PoissonSampler, PrivateDataLoader
@@ -103,7 +103,7 @@ def test_draws_are_cut_never_truncated(size, workers):
     draws = [[5, 9, 11], [], list(range(20, 43)), [7], [0, 99], list(range(30, 40))]
     loader, pieces = announced(draws, size, num_workers=workers)
     assert len(loader) == len(draws)
-    for _ in range(2):
+    for iteration in range(2):
         pieces.clear()
         seen, current = [], None
         for number, batch in enumerate(loader, start=1):
@@ -123,8 +123,11 @@ def test_draws_are_cut_never_truncated(size, workers):
         assert seen == draws
         expected = sum(max(1, math.ceil(len(d) / (size or 1000))) for d in draws)
         assert len(pieces) == expected
+        # No two draws have one number, whichever iteration they are of.
+        numbers = [piece.draw for piece in pieces if piece.first]
+        assert numbers == [iteration * len(draws) + k for k in range(len(draws))]
         if size is None:
-            assert pieces[1] == Piece(records=1, kept=0, first=True, last=True)
+            assert pieces[1] == Piece(1, kept=0, first=True, last=True, draw=numbers[1])
 
 
 @pytest.mark.parametrize("drawn", [0, 1, 5, 9])
@@ -278,6 +281,82 @@ def test_torch_seeds_decide_neither_draws_nor_noise():
     assert not torch.equal(results[0][1], results[1][1])
 
 
+class Dropping(nn.Module):
+    def __init__(self, p=0.5):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Dropout(p), nn.Linear(4, 2))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def made_private(model, **settings):
+    engine = PrivacyEngine(**settings)
+    _, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(TensorDataset(torch.ones(12, 4)), batch_size=12),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+    )
+    return engine, optimizer, loader
+
+
+def test_a_seed_given_between_steps_is_forgotten_again():
+    model, masks = Dropping(), []
+    model.layers[0].register_forward_hook(lambda layer, args, y: masks.append(y.detach()))
+    _, optimizer, loader = made_private(model)
+    for _ in range(2):
+        torch.manual_seed(3)
+        with pytest.warns(UserWarning, match="seeded after make_private"):
+            for (x,) in loader:
+                masks.clear()
+                model(x).sum().backward()
+                first, *_ = masks
+                torch.manual_seed(3)
+                assert not torch.equal(first, nn.Dropout(0.5)(torch.ones(12, 4)))
+                # Nothing more is drawn of it.
+                torch.seed()
+                optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("drops", [True, False])
+def test_a_seed_given_within_a_batch_ends_it_if_anything_was_drawn(drops):
+    model = Dropping(0.5 if drops else 0.0)
+    engine, optimizer, loader = made_private(model)
+    for (x,) in loader:
+        torch.manual_seed(3)
+        model(x).sum().backward()
+        if drops:
+            with pytest.raises(PrivacyError, match="seeded within this batch"):
+                optimizer.step()
+        else:
+            optimizer.step()
+    assert engine.ledger.steps == (0 if drops else 1)
+
+
+def test_other_engines_and_seeded_ones_forget_no_seed_twice():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        models = Dropping(), Dropping()
+        made = [made_private(model) for model in models]
+        for _ in range(2):
+            for (_, optimizer, loader), model in zip(made, models, strict=True):
+                for (x,) in loader:
+                    model(x).sum().backward()
+                    optimizer.step()
+    with pytest.warns(UserWarning, match="seed=.*nothing trained is private"):
+        engine, optimizer, loader = made_private(model := Dropping(), seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for (x,) in loader:
+            torch.manual_seed(3)
+            model(x).sum().backward()
+            optimizer.step()
+    assert engine.ledger.steps == 1
+
+
 def test_seed_repeats_and_says_so():
     results = []
     for seed in (5, 5, 6):
@@ -316,7 +395,8 @@ def test_dropout_has_a_new_key_each_batch():
         max_grad_norm=1.0,
     )
     keys = set()
-    for _ in loader:
+    for (x,) in loader:
         keys.add(tuple(model[0]._dropout_key.tolist()))
+        model(x)
         optimizer.zero_grad()
     assert len(keys) == 4 and (0, 0, 0, 0) not in keys

@@ -426,6 +426,20 @@ def test_a_loss_that_couples_records_is_found(tmp_path):
     assert trainer.engine.ledger.steps == 0
 
 
+def test_a_sum_of_ones_own_compute_loss_is_found(tmp_path, monkeypatch):
+    """It would be multiplied by the number of records, and move with it."""
+
+    class Sum(ffa.PrivateTrainer):
+        def compute_loss(self, model, inputs, **options):
+            return super().compute_loss(model, inputs, **options) * len(inputs["labels"])
+
+    monkeypatch.setattr(ffa, "PrivateTrainer", Sum)
+    trainer = trainer_of(tmp_path)
+    with pytest.raises(PrivacyError, match="the loss is a sum over records and taken for a mean"):
+        trainer.train()
+    assert trainer.engine.ledger.steps == 0
+
+
 # The budget.
 
 

@@ -24,7 +24,10 @@ class RecordTaps:
     Copies and pickles are empty: they belong to no engine, and train nothing.
     """
 
-    __slots__ = ("cu_seqlens", "layer", "mean_loss", "norm_taps", "packed", "records", "taps")
+    __slots__ = (
+        *("cu_seqlens", "layer", "mean_loss", "norm_taps", "packed", "records", "taps"),
+        "used",
+    )
 
     def __init__(self, layer: str, mean_loss: bool, records: int = 1) -> None:
         self.layer = layer
@@ -37,6 +40,8 @@ class RecordTaps:
         self.cu_seqlens: Tensor | None = None
         # Whether the batch's rows came packed.
         self.packed = False
+        # Whether a forward of the batch has come by, as far as it is not compiled.
+        self.used = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RecordTaps:
         return RecordTaps(self.layer, self.mean_loss, self.records)
@@ -52,6 +57,8 @@ class RecordTaps:
                 `packed` does not say which rows are whose.
         """
         tap = self.taps.get(name)
+        if not torch.compiler.is_compiling():
+            self.used = True
         if tap is None:
             raise PrivacyError(
                 f"layer {self.layer!r} is trained privately, but no batch is under way: iterate "

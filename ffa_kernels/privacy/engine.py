@@ -26,7 +26,7 @@ from ffa_kernels.nn.wrapped import mixes_records
 from ffa_kernels.privacy.accounting import check_accountant, check_delta, noise_multiplier_for
 from ffa_kernels.privacy.adaptive import AdaptiveClipping
 from ffa_kernels.privacy.guard import Guard
-from ffa_kernels.privacy.keys import SecretStream, forget_seeds
+from ffa_kernels.privacy.keys import SecretStream, forget_seeds, seeds_are_secret
 from ffa_kernels.privacy.ledger import Ledger
 from ffa_kernels.privacy.optimizer import PrivateOptimizer
 from ffa_kernels.privacy.probe import Probe, rows_of
@@ -139,7 +139,8 @@ class PrivacyEngine:
                 replaced by -100.
 
         Raises:
-            PrivacyError: one record's gradient moves when another record is changed.
+            PrivacyError: one record's gradient moves when another record is changed or added; with
+                the number of records, where `loss_reduction` says otherwise than the loss does.
             ConfigError: `module` is not private, or the batch has no two records with a gradient.
         """
         reference = getattr(module, "_private_step", None)
@@ -153,6 +154,8 @@ class PrivacyEngine:
             conclusive = records > 1 and step.probe.check(
                 loss_of, batch, records, "the loss", autocast
             )
+            if conclusive:
+                step.probe.check_reduction(loss_of, batch, records, autocast)
         except PrivacyError:
             raise
         except Exception as error:
@@ -420,6 +423,15 @@ class PrivacyEngine:
             layer._dropout_key = keys[layer.trained_B().device]
 
         def announce(piece: Piece) -> None:
+            if self.seed is None and not seeds_are_secret():
+                warnings.warn(
+                    "PyTorch's generators were seeded after make_private: they are seeded anew "
+                    "from the operating system, since dropout masks of private records must not "
+                    "be repeatable; seed before make_private, or for tests with "
+                    "PrivacyEngine(seed=)",
+                    stacklevel=3,
+                )
+                forget_seeds()
             step.begin(piece)
             if not keys:
                 return

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ffa_kernels.errors import PrivacyError
 from ffa_kernels.nn.adapter import Adapter
+from ffa_kernels.privacy.registry import digest
 
 _ROW = 1024
 
@@ -399,11 +400,16 @@ def _places(
 
 
 def _buffer_values(module: nn.Module) -> dict[str, int | None]:
-    """A checksum of every buffer that a state_dict would hold, by name."""
+    """A checksum of every buffer, and extra state, that a state_dict would hold, by name."""
     found = {
         f"{name}.{local}".lstrip("."): buffer
         for name, layer in module.named_modules()
         for local, buffer in layer._buffers.items()
         if buffer is not None and local not in layer._non_persistent_buffers_set
     }
-    return dict(zip(found, checksums(found.values()), strict=True))
+    extra = {
+        f"{name}._extra_state".lstrip("."): int(digest(layer.get_extra_state())[:15], 16)
+        for name, layer in module.named_modules()
+        if type(layer).get_extra_state is not nn.Module.get_extra_state
+    }
+    return {**dict(zip(found, checksums(found.values()), strict=True)), **extra}

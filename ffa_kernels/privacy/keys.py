@@ -7,6 +7,7 @@ grows. A fork, a copy or an unpickling draws a new key, so no counter is met twi
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 import random
 import threading
@@ -64,6 +65,8 @@ _streams: weakref.WeakSet[SecretStream] = weakref.WeakSet()
 
 
 def _renew_after_fork() -> None:
+    global _seeding
+    _seeding = threading.Lock()
     for stream in list(_streams):
         # Whoever held it is not in this process.
         stream.lock = threading.Lock()
@@ -89,6 +92,39 @@ def generators_kept() -> Iterator[None]:
 
 def forget_seeds() -> None:
     """Seeds the generators of Python, NumPy and PyTorch from the operating system."""
+    global _secret_seeds
     random.seed()
     np.random.seed()
-    torch.seed()
+    with _seeding:
+        torch.seed()
+        _secret_seeds = _seeds()
+
+
+# PyTorch's, as `forget_seeds` left them.
+_secret_seeds: tuple[int, ...] | None = None
+_seeding = threading.Lock()
+
+
+def _seeds() -> tuple[int, ...]:
+    return (torch.initial_seed(), *((torch.cuda.initial_seed(),) if _uses_gpu() else ()))
+
+
+def _uses_gpu() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def seeds_are_secret() -> bool:
+    """Whether nobody has seeded PyTorch's generators since `forget_seeds`."""
+    # A GPU that has come into use since was seeded like the host.
+    return _secret_seeds is not None and all(map(operator.eq, _seeds(), _secret_seeds))
+
+
+def drawn_since_seeding() -> bool:
+    """Whether PyTorch's generators have drawn anything since they were seeded last."""
+    host = torch.Generator().manual_seed(torch.initial_seed())
+    moved = not torch.equal(host.get_state(), torch.get_rng_state())
+    if _uses_gpu():
+        device = torch.device("cuda", torch.cuda.current_device())
+        there = torch.Generator(device).manual_seed(torch.cuda.initial_seed())
+        moved = moved or not torch.equal(there.get_state(), torch.cuda.get_rng_state(device))
+    return moved

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,13 @@ class Account:
     @property
     def history(self) -> list[tuple[float, float, int]]:
         """(noise multiplier, sample rate, steps) of everything charged."""
-        return [(*key, steps) for key, steps in self.charged.items()]
+        # Another thread may charge meanwhile.
+        return [(*key, steps) for key, steps in list(self.charged.items())]
 
     @property
     def steps(self) -> int:
         """How many steps were charged."""
-        return sum(self.charged.values())
+        return sum(list(self.charged.values()))
 
     def epsilon(self, delta: float | None = None, accountant: str | None = None) -> float:
         """Epsilon of everything charged; infinity if a step's noise was not secret.
@@ -208,7 +210,9 @@ class Ledger:
         self._pid = os.getpid()
         self._file: int | None = None
         self._size = 0
+        # Why no line can be added any more.
         self._failed: str | None = None
+        self._lock = threading.Lock()
         if self.path is not None:
             self._open(self.path)
 
@@ -248,6 +252,7 @@ class Ledger:
         self._account, self._size = account, len(content)
         if unended:
             self._put(b"\n")
+            self._failed = None
         if torn:
             self._size -= len(torn)
             os.ftruncate(self._file, self._size)
@@ -257,7 +262,12 @@ class Ledger:
             self._append({**account.last_charge, "steps": 1})
 
     def _put(self, octets: bytes) -> None:
-        """`octets` at the end of the file and on the disk, or no part of them in the account."""
+        """`octets` at the end of the file and on the disk, or no part of them in the account.
+
+        The ledger counts as failed until the caller, who has something to do after it, says
+        otherwise: an interrupt may come between any two lines, and what is on the disk then is for
+        the next to open it to see.
+        """
         assert self.path is not None and self._file is not None
         if self._failed is not None:
             raise LedgerError(f"ledger {self.path}: {self._failed}; open it anew")
@@ -272,31 +282,31 @@ class Ledger:
                 f"ledger {self.path}: has {here.st_size} bytes, where this process left "
                 f"{self._size}: something else has written to it"
             )
+        self._failed = "a write to it failed"
         try:
             written = 0
             while written < len(octets):
                 written += os.write(self._file, octets[written:])
             os.fsync(self._file)
-        except BaseException as error:
-            # Whether it is on the disk is not known; the next to open it will see.
-            self._failed = "a write to it failed"
-            if isinstance(error, OSError):
-                raise LedgerError(
-                    f"ledger {self.path}: cannot be written ({error.strerror})"
-                ) from error
-            raise
+        except OSError as error:
+            raise LedgerError(
+                f"ledger {self.path}: cannot be written ({error.strerror})"
+            ) from error
         self._size += len(octets)
 
     def _append(self, record: dict[str, Any]) -> None:
         if os.getpid() != self._pid:
             raise LedgerError("ledger: opened by another process; open it anew after a fork")
-        checksums = self._account.checksums
-        checksum = _checksum(checksums[-1] if checksums else "", record)
-        if self.path is not None:
-            if self._file is None:
-                raise LedgerError(f"ledger {self.path}: closed; open it anew")
-            self._put(_line(record, checksums[-1] if checksums else ""))
-        self._account._add(record, checksum)
+        # Each line names the one before: those of two threads must not be made at once.
+        with self._lock:
+            checksums = self._account.checksums
+            checksum = _checksum(checksums[-1] if checksums else "", record)
+            if self.path is not None:
+                if self._file is None:
+                    raise LedgerError(f"ledger {self.path}: closed; open it anew")
+                self._put(_line(record, checksums[-1] if checksums else ""))
+            self._account._add(record, checksum)
+            self._failed = None
 
     def charge(
         self, noise_multiplier: float, sample_rate: float, steps: int = 1, private: bool = True

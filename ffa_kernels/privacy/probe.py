@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffa_kernels.errors import PrivacyError
+from ffa_kernels.errors import ConfigError, PrivacyError
 from ffa_kernels.nn.record_taps import RecordTaps
 from ffa_kernels.privacy.keys import generators_kept
 
@@ -136,14 +136,17 @@ class Probe:
         what: str,
         autocast: bool,
     ) -> None:
-        """As `check`, for a batch whose turn it is; one that cannot be probed is let pass.
+        """As `check` and `check_reduction`, for a mean loss and a batch whose turn it is; one that
+        cannot be probed is let pass.
 
         Raises:
             CoupledError: a record's gradient depends on another record.
         """
         if not self.done and self._batches + 1 in _PROBED:
             picked = _unlike(batch, records, records)
-            self._attempt(loss_of, _rows(batch, records, picked), len(picked), what, autocast)
+            rows = _rows(batch, records, picked)
+            self._attempt(loss_of, rows, len(picked), what, autocast)
+            self.check_reduction(loss_of, rows, len(picked), autocast, times_records=True)
 
     def _attempt(
         self,
@@ -231,6 +234,49 @@ class Probe:
                 )
         return compared
 
+    def check_reduction(
+        self,
+        loss_of: Callable[[Any], Tensor | None],
+        batch: Any,
+        records: int,
+        autocast: bool,
+        times_records: bool = False,
+    ) -> None:
+        """Compares a batch of two records with one of three: no gradient may follow their number.
+
+        A loss that cannot be made of both tells nothing.
+
+        Args:
+            times_records: what is trained on is this loss times the number of records.
+
+        Raises:
+            CoupledError: a sum is taken for a mean, or a mean for a sum.
+        """
+        pair, three = [0, 1], [0, 1, 2 if records > 2 else 0]
+        try:
+            two, again, more = (
+                self._gradients(
+                    *(loss_of, _rows(batch, records, rows), len(rows)),
+                    len(rows) if times_records else 1,
+                )
+                for rows in (pair, pair, three)
+            )
+        except (RuntimeError, IndexError, ValueError, TypeError, ConfigError):
+            return
+        if two.keys() != more.keys() or not _steady(two, again, 0):
+            return
+        norm, tolerance = _norm(g[0] for g in two.values()), self._tolerance(autocast)
+        for ratio, given, taken in ((3 / 2, "sum", "mean"), (2 / 3, "mean", "sum")):
+            # Nothing else grows just so; masks that are drawn anew, say, go anywhere.
+            if _norm(more[k][0] - ratio * two[k][0] for k in two) <= tolerance * norm:
+                raise CoupledError(
+                    f"a record's gradient is {ratio:.3g} times as large in a batch of three as in "
+                    f"one of two: the loss is a {given} over records and taken for a {taken}, so "
+                    "that one record more moves the gradients of all others; accepted: "
+                    'make_private(loss_reduction="mean") for a mean and "sum" for a sum, and from '
+                    "PrivateTrainer's compute_loss a mean"
+                )
+
     def _moved_again(
         self,
         base: _Gradients,
@@ -255,8 +301,7 @@ class Probe:
         autocast: bool,
     ) -> float | None:
         """By what share of its norm the gradient of record `kept` moved, if by too much."""
-        half = autocast or any(torch.finfo(p.dtype).bits < 32 for p in self._floats())
-        tolerance = _HALF_TOLERANCE if half else _TOLERANCE
+        tolerance = self._tolerance(autocast)
         if base.keys() != found.keys():
             return math.inf
         groups = [[k] for k in base] if self._per_layer else [list(base)]
@@ -271,6 +316,10 @@ class Probe:
                 return moved / norm
         return None
 
+    def _tolerance(self, autocast: bool) -> float:
+        half = autocast or any(torch.finfo(p.dtype).bits < 32 for p in self._floats())
+        return _HALF_TOLERANCE if half else _TOLERANCE
+
     def _floats(self) -> Iterator[Tensor]:
         module = self._module()
         return (p for p in module.parameters() if p.is_floating_point()) if module else iter(())
@@ -278,12 +327,20 @@ class Probe:
     def _taps(self) -> Iterator[RecordTaps]:
         return (taps for _, holders in self._holders for taps, _ in holders)
 
-    def _gradients(self, loss_of: Callable[[Any], Tensor | None], batch: Any) -> _Gradients:
-        """Both records' gradients (2, *shape) of each trained tensor that got one."""
+    def _gradients(
+        self,
+        loss_of: Callable[[Any], Tensor | None],
+        batch: Any,
+        records: int = 2,
+        factor: int = 1,
+    ) -> _Gradients:
+        """The records' gradients of `factor` times the loss, (records, *shape), of each trained
+        tensor that got one."""
         held = [(taps, dict(taps.taps), dict(taps.norm_taps)) for taps in self._taps()]
         leaves: list[Tensor] = []
         for parameter, holders in self._holders:
-            tap = parameter.new_zeros(()).expand(2, *parameter.shape).detach().requires_grad_()
+            zero = parameter.new_zeros(())
+            tap = zero.expand(records, *parameter.shape).detach().requires_grad_()
             leaves.append(tap)
             for taps, name in holders:
                 taps.taps[name] = tap
@@ -300,7 +357,7 @@ class Probe:
                 loss = loss_of(_map(batch, lambda tensor, _: tensor.clone()))
                 if loss is not None and loss.requires_grad:
                     # Not autograd.grad: checkpoints of the older kind know only this.
-                    (loss.sum() * self._loss_scale).backward()  # type: ignore[no-untyped-call]
+                    (loss.sum() * (factor * self._loss_scale)).backward()  # type: ignore[no-untyped-call]
         finally:
             self._running = False
             for taps, values, norms in held:

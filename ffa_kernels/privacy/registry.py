@@ -178,7 +178,7 @@ def fingerprint(loader: DataLoader[Any]) -> str:
         dataset,
         batch_size=None,
         sampler=[*picked, *picked],
-        collate_fn=_digest,
+        collate_fn=digest,
         generator=torch.Generator(),
         **workers,
     )
@@ -192,10 +192,11 @@ def fingerprint(loader: DataLoader[Any]) -> str:
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
-def _digest(record: object) -> str:
-    digest = hashlib.sha256()
-    _feed(digest, record, ())
-    return digest.hexdigest()
+def digest(record: object) -> str:
+    """Hexadecimal, of what `record` holds: equal in any process for equal values."""
+    made = hashlib.sha256()
+    _feed(made, record, ())
+    return made.hexdigest()
 
 
 def _feed(digest: Any, value: Any, inside: tuple[int, ...]) -> None:

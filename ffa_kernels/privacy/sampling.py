@@ -6,6 +6,7 @@ memory; a draw is never truncated, and an empty one still makes a step.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -30,12 +31,16 @@ from ffa_kernels.privacy.keys import SecretStream
 
 @dataclass(frozen=True)
 class Piece:
-    """One physical batch: `records` rows, of which the first `kept` are no padding."""
+    """One physical batch: `records` rows, of which the first `kept` are no padding.
+
+    `draw` numbers the loader's draws, over all its iterations.
+    """
 
     records: int
     kept: int
     first: bool
     last: bool
+    draw: int = 0
 
 
 class PoissonSampler(Sampler[list[int]]):
@@ -73,6 +78,7 @@ class _PhysicalBatches(Sampler[list[int]]):
         self.logical, self.records = logical, records
         self.physical_size, self.pad = physical_size, pad
         self.pieces: deque[Piece] = deque()
+        self._numbers = itertools.count()
 
     def __len__(self) -> int:
         return len(self.logical)
@@ -89,6 +95,7 @@ class _PhysicalBatches(Sampler[list[int]]):
                     "what that record can change; accepted: poisson_sampling=True, or a sampler "
                     "without replacement"
                 )
+            draw = next(self._numbers)
             drawn = max(len(indices), 1)
             count = math.ceil(drawn / (self.physical_size or drawn))
             size = math.ceil(drawn / count)
@@ -97,7 +104,7 @@ class _PhysicalBatches(Sampler[list[int]]):
             for k in range(count):
                 part = list(indices[k * size : (k + 1) * size])
                 rows = size if self.pad else max(len(part), 1)
-                pieces.append(Piece(rows, len(part), k == 0, k == count - 1))
+                pieces.append(Piece(rows, len(part), k == 0, k == count - 1, draw))
                 # An empty draw is one row of padding, record 0: its gradient is left out by
                 # selection, and models seldom take a batch of none.
                 yield part or [0]

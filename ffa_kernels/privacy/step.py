@@ -17,7 +17,7 @@ from ffa_kernels.errors import PrivacyError
 from ffa_kernels.nn.record_taps import RecordTaps
 from ffa_kernels.privacy.adaptive import AdaptiveClipping, check_bound
 from ffa_kernels.privacy.guard import Guard
-from ffa_kernels.privacy.keys import SecretStream
+from ffa_kernels.privacy.keys import SecretStream, drawn_since_seeding, seeds_are_secret
 from ffa_kernels.privacy.ledger import Ledger
 from ffa_kernels.privacy.probe import Probe
 from ffa_kernels.privacy.ranks import Ranks
@@ -161,7 +161,11 @@ class PrivateStep:
         if mechanism.adaptive is not None:
             self._count = torch.zeros((), dtype=torch.int64, device=self._sums[0].device)
         self._piece: Piece | None = None
+        # The draw under way, None if it was given up.
+        self._draw: int | None = None
         self._dropped = False
+        # Whether a gradient of the batch under way has arrived, even if it was dropped.
+        self._ran = False
         self._keep: Tensor | None = None
         self._taps: list[Tensor] = []
         self._norm_taps: list[Tensor | None] = []
@@ -200,17 +204,27 @@ class PrivateStep:
         """Starts a physical batch: every trained tensor gets a fresh tap of `piece.records` rows.
 
         Raises:
-            PrivacyError: the last batch's gradients were neither used nor dropped.
+            PrivacyError: the last batch's gradients were neither used nor dropped, or the draw
+                that this is a part of was given up.
         """
         if self.detached:
             raise PrivacyError("this loader's model was made private again; use the newer loader")
-        if self._piece is not None and not self._dropped:
+        # A zero_grad() before anything was run with a batch dropped none of it: loops that read
+        # ahead begin so, and would train on one batch by what is known of the next.
+        ran = self._ran or any(taps.used for t in self.trained for taps, _ in t.holders)
+        if self._piece is not None and not (self._dropped and ran):
             raise PrivacyError(
                 "a batch begins, but the last one was not stepped: call optimizer.step() after "
-                "each batch (or zero_grad() to drop it), and do not read batches ahead, for what "
-                "is announced is the batch that the model gets next. To add up several batches in "
-                "one update, give the loader their whole size and make_private "
-                "max_physical_batch_size="
+                "each batch (or, to drop it, zero_grad() after its forward or backward), and do "
+                "not read batches ahead, for what is announced is the batch that the model gets "
+                "next. To add up several batches in one update, give the loader their whole size "
+                "and make_private max_physical_batch_size="
+            )
+        if not piece.first and piece.draw != self._draw:
+            raise PrivacyError(
+                "a batch goes on with a draw that was given up, by an error or by another "
+                "iteration of the loader that has begun: what is summed now is no part of it; "
+                "accepted: one iteration at a time, and a new one after an error"
             )
         for t, form in zip(self.trained, self._forms, strict=True):
             p = t.parameter
@@ -222,7 +236,7 @@ class PrivateStep:
         if piece.first:
             # What an abandoned draw left behind was not released, and must not be.
             self._forget()
-        self._piece, self._dropped = piece, False
+        self._piece, self._draw, self._dropped, self._ran = piece, piece.draw, False, False
         self._records = self._records or piece.kept > 0
         self._whole = None
         self._clipped.clear()
@@ -259,6 +273,7 @@ class PrivateStep:
             for record_taps, name in t.holders:
                 record_taps.taps[name] = tap
                 record_taps.packed = record_taps.cu_seqlens is not None
+                record_taps.used = False
                 if norm_tap is not None:
                     record_taps.norm_taps[name] = norm_tap
 
@@ -268,7 +283,7 @@ class PrivateStep:
             # A graph of an earlier batch: its records are not this batch's.
             tap.grad = None
             return
-        self._dropped = False
+        self._dropped, self._ran = False, True
         assert tap.grad is not None
         trained = self.trained[k]
         if not self.mechanism.clips_in_backward:
@@ -311,7 +326,7 @@ class PrivateStep:
     def abandon(self) -> None:
         """Forgets the draw under way, the sum of its earlier pieces included."""
         self._end_batch()
-        self._whole = None
+        self._whole, self._draw = None, None
         self._forget()
 
     def _forget(self) -> None:
@@ -417,6 +432,14 @@ class PrivateStep:
             raise PrivacyError(
                 "optimizer.step() without gradients: call loss.backward() first, on a forward "
                 "made in training mode (model.train())"
+            )
+        if self._stream.seed is None and not seeds_are_secret() and drawn_since_seeding():
+            self.abandon()
+            raise PrivacyError(
+                "PyTorch's generators were seeded within this batch, and have drawn since: dropout "
+                "masks that others can make too follow the order of the records, and one record "
+                "more would give all after it others; accepted: seeding before make_private, or "
+                "for tests PrivacyEngine(seed=)"
             )
         if self.probe is not None:
             try:
