@@ -37,10 +37,8 @@ constexpr int kGaussiansPerPass = 8 * kBlockLanes;
 // out: kGaussiansPerPass values of blocks first_block, first_block + 1, ...
 template <class T>
 inline void gaussian_pass(const ChaChaStream& stream, int64_t first_block, T* out) {
-  WordVector words[16];
-  chacha20_lanes(stream, static_cast<uint32_t>(first_block), words);
   alignas(64) uint32_t w[16][kBlockLanes];
-  memcpy(w, words, sizeof(w));
+  chacha20_lanes(stream, static_cast<uint32_t>(first_block), w);
   alignas(64) T z[8][kBlockLanes];
   for (int pair = 0; pair < 4; ++pair) {
     const uint32_t (*p)[kBlockLanes] = w + 4 * pair;

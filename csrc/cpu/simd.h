@@ -17,9 +17,39 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-constexpr int kBlockLanes = kVectorBytes / 4;
-
 typedef uint32_t WordVector __attribute__((vector_size(kVectorBytes)));
+
+#if defined(__AVX512F__)
+// Two vectors taken as one: each step of ChaCha20 waits for the one before, and does so for two at
+// once. Their words fill the 32 registers of AVX-512; other sets have half as many.
+struct BlockWords {
+  WordVector half[2];
+};
+
+inline BlockWords operator+(BlockWords v, uint32_t word) {
+  return {v.half[0] + word, v.half[1] + word};
+}
+
+inline BlockWords operator^(BlockWords v, BlockWords w) {
+  return {v.half[0] ^ w.half[0], v.half[1] ^ w.half[1]};
+}
+
+inline BlockWords& operator+=(BlockWords& v, BlockWords w) {
+  v.half[0] += w.half[0], v.half[1] += w.half[1];
+  return v;
+}
+
+inline BlockWords& operator+=(BlockWords& v, uint32_t word) { return v = v + word; }
+
+template <int N>
+inline BlockWords rotate_left(BlockWords v) {
+  return {rotate_left<N>(v.half[0]), rotate_left<N>(v.half[1])};
+}
+#else
+typedef WordVector BlockWords;
+#endif
+
+constexpr int kBlockLanes = sizeof(BlockWords) / 4;
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 // AVX2 cannot rotate, and shifts on fewer ports than it moves bytes.
@@ -39,15 +69,19 @@ inline WordVector rotate_left<8>(WordVector v) {
 #endif
 
 // Words of kBlockLanes consecutive blocks: words[j][lane] is word j of block first + lane.
-FFA_HD void chacha20_lanes(const ChaChaStream& stream, uint32_t first, WordVector words[16]) {
-  WordVector counter;
-  for (int lane = 0; lane < kBlockLanes; ++lane) counter[lane] = first + lane;
-  chacha20_block(stream, counter, words);
+FFA_HD void chacha20_lanes(const ChaChaStream& stream, uint32_t first,
+                           uint32_t words[16][kBlockLanes]) {
+  alignas(64) uint32_t numbers[kBlockLanes];
+  for (int lane = 0; lane < kBlockLanes; ++lane) numbers[lane] = first + lane;
+  BlockWords counter, made[16];
+  memcpy(&counter, numbers, sizeof(counter));
+  chacha20_block(stream, counter, made);
+  memcpy(words, made, sizeof(made));
 }
 
 // The same, each block's 16 words together in memory order.
 FFA_HD void chacha20_rows(const ChaChaStream& stream, uint32_t first, uint32_t* rows) {
-  WordVector words[16];
+  alignas(64) uint32_t words[16][kBlockLanes];
   chacha20_lanes(stream, first, words);
   for (int lane = 0; lane < kBlockLanes; ++lane) {
     for (int j = 0; j < 16; ++j) rows[lane * 16 + j] = words[j][lane];
