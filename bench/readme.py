@@ -93,6 +93,18 @@ def avx2() -> str:
     return "\n".join((tables.stamp(found), tables.step_times(rows), _updates(rows)))
 
 
+def amx() -> str:
+    """Of a processor with AMX: steps of larger batches, with the base in fp32 and in bf16."""
+    found = _read("bench-amx.json")
+    steps = [row for row in found["rows"] if row["op"] == "step"]
+    rows = [row for row in steps if row["subject"] in _WITH_BF16 and row["n"] >= 8]
+    return "\n".join((tables.stamp(found), tables.step_times(rows)))
+
+
+_WITH_BF16 = ("ffa_kernels, private", "ffa_kernels, private, bf16 base",
+              "Opacus, hooks, bf16 autocast")  # fmt: skip
+
+
 def _updates(rows: tables.Rows) -> str:
     return table(
         ("64 tensors of 1024 x 8, 16 records", "ms", "ratio", "to"),
@@ -135,6 +147,7 @@ def study() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "bench": bench,
+    "amx": amx,
     "avx2": avx2,
     "profile": profile,
     "demo": demo,

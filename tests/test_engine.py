@@ -10,7 +10,15 @@ import opacus
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import ffa_kernels as ffa
 from ffa_kernels.errors import ConfigError, PrivacyError
@@ -446,13 +454,39 @@ def test_frozen_after_a_first_engine_is_frozen():
     assert torch.equal(head, model.head.weight) and not torch.equal(B, model.body.lora_B)
 
 
-def test_a_sampler_that_repeats_a_record_within_a_batch_is_refused():
-    repeats = torch.utils.data.RandomSampler(data(2), replacement=True, num_samples=64)
-    # Two records in a batch of 2, 32 times: the chance that none repeats is 2^-32.
-    loader = DataLoader(data(2), batch_size=2, sampler=repeats)
-    model, optimizer, loader = private(converted(), loader=loader)
-    with pytest.raises(PrivacyError, match="twice in one batch"):
-        train(model, optimizer, loader)
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+ORDERS = {
+    "replacement": lambda d: {"sampler": RandomSampler(d, replacement=True, num_samples=12)},
+    "more than once": lambda d: {"sampler": RandomSampler(d, num_samples=24)},
+    "a seed": lambda d: {"shuffle": True, "generator": seeded()},
+    "weights": lambda d: {"sampler": WeightedRandomSampler([1.0] * 12, 12, replacement=False)},
+    "ranks": lambda d: {"sampler": DistributedSampler(d, num_replicas=2, rank=0)},
+    "a part": lambda d: {"sampler": SubsetRandomSampler(range(6))},
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_an_order_that_one_record_more_would_change_everywhere_is_refused(name):
+    """What is charged without Poisson sampling is two records of a step, not all of them."""
+    loader = DataLoader(data(), batch_size=4, **ORDERS[name](data()))
+    model = converted()
+    told = "RandomSampler, with a generator of its own" if name == "a seed" else "Sampler"
+    with pytest.raises(ConfigError, match=rf"{told}: one record more may change.*shuffle=False"):
+        private(model, loader=loader)
+    assert not hasattr(model, "_private_step")
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle": True}, {"shuffle": True, "drop_last": True}])
+def test_orders_that_are_taken_without_poisson_sampling(options):
+    engine = PrivacyEngine()
+    model, optimizer, loader = private(
+        converted(), loader=loader_of(batch_size=5, **options), engine=engine
+    )
+    train(model, optimizer, loader)
+    assert engine.ledger.steps == (2 if "drop_last" in options else 3)
 
 
 # Optimizers: the released gradient, then PyTorch's own arithmetic.

@@ -102,6 +102,28 @@ def config(document: dict[str, Any], tmp_path: Path) -> Config:
     return settled(document, tmp_path)
 
 
+def test_a_model_that_does_not_leave_padding_out_is_refused(document, tmp_path):
+    """A longer record beside it would change what another one's gradient is."""
+    from transformers import BertTokenizerFast, FNetConfig, FNetForSequenceClassification
+
+    folder = make_tiny_bert(tmp_path)
+    BertTokenizerFast(
+        vocab=str(folder / "vocab.txt"), model_input_names=["input_ids", "token_type_ids"]
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    fnet = FNetConfig(
+        vocab_size=5 + len((*GOOD, *BAD, *FILLER)),
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        max_position_embeddings=32,
+    )
+    FNetForSequenceClassification(fnet).save_pretrained(folder)
+    model = {**document["model"], "kind": str(folder)}
+    with pytest.raises(ConfigError, match=r"\[model\] kind.*when a longer one stands beside it"):
+        build(settled(document, tmp_path, model=model))
+
+
 class Bench:
     """One site and a server that speaks with it."""
 

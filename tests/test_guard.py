@@ -283,6 +283,32 @@ def test_a_buffer_that_learns_from_records_is_named():
         train(model, optimizer, loader, before_step=lambda: model.seen.add_(1.0))
 
 
+def test_a_buffer_that_no_file_holds_may_grow_and_not_learn():
+    """An average of records would be in the gradients of all that come later."""
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("places", torch.arange(2.0), persistent=False)
+            self.register_buffer("mean", torch.zeros(WIDTH), persistent=False)
+            self.learns = False
+
+        def forward(self, x):
+            self.places = torch.arange(float(len(self.places) + 1))
+            if self.learns:
+                self.mean.lerp_(x.mean(0), 0.1)
+            return x - self.mean
+
+    model = converted()
+    model.table = Table()
+    model.register_forward_pre_hook(lambda module, args: (model.table(args[0]),))
+    model, optimizer, loader = private(model)
+    train(model, optimizer, loader)
+    model.table.learns = True
+    with pytest.raises(PrivacyError, match=r"buffer table.mean \(6,\) moved in private training"):
+        train(model, optimizer, loader)
+
+
 @pytest.mark.parametrize("learns", [True, False])
 def test_extra_state_that_learns_from_records_is_named(learns):
     class Scaled(nn.Linear):

@@ -321,6 +321,44 @@ def test_a_seed_given_between_steps_is_forgotten_again():
                 optimizer.zero_grad()
 
 
+class Augmented(Numbers):
+    """A record with what a random augmentation would draw for it."""
+
+    def __getitem__(self, i):
+        return torch.tensor([float(i), *torch.randn(3)])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_drawn_for_batches_does_not_follow_a_seed_given_before_them(workers):
+    """Orders, workers' seeds and augmentations are drawn before a batch is there."""
+    seen = []
+    for _ in range(2):
+        model = nn.Linear(4, 2)
+        _, optimizer, loader = PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=DataLoader(Augmented(20), batch_size=4, shuffle=True, num_workers=workers),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            poisson_sampling=False,
+        )
+        torch.manual_seed(3)
+        with pytest.warns(UserWarning, match="seeded after make_private"):
+            batches = []
+            for x in loader:
+                batches.append(x)
+                model(x).sum().backward()
+                optimizer.step()
+                torch.manual_seed(3)
+        seen.append(torch.cat(batches))
+    for one in seen:
+        assert sorted(one[:, 0].tolist()) == list(range(20))
+    # In one place of twenty the same record, by chance; and no two drew alike.
+    assert (seen[0][:, 0] == seen[1][:, 0]).sum() < 10
+    drawn = torch.cat(seen)[:, 1:]
+    assert len(drawn.unique()) == drawn.numel()
+
+
 @pytest.mark.parametrize("drops", [True, False])
 def test_a_seed_given_within_a_batch_ends_it_if_anything_was_drawn(drops):
     model = Dropping(0.5 if drops else 0.0)

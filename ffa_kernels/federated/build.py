@@ -73,12 +73,37 @@ def _base(config: Model) -> tuple[nn.Module, Any]:
         model = AutoModelForSequenceClassification.from_pretrained(
             config.kind, num_labels=config.classes, local_files_only=True
         )
-    except (OSError, ValueError) as error:
+        moved = _moved_by_padding(model, tokenizer)
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"[model] kind: {config.kind} does not load as a sequence classifier ({error}); "
             "accepted: a folder with config, weights and tokenizer"
         ) from error
+    if moved > _ROUNDING:
+        raise ConfigError(
+            f"[model] kind: the logits that {config.kind} makes of a text move by {moved:.2g} of "
+            "their norm when a longer one stands beside it, so that no bound on a record's share "
+            "would hold; accepted: a model that leaves out padding by its attention_mask"
+        )
     return model, tokenizer
+
+
+@torch.no_grad()
+def _moved_by_padding(model: Any, tokenizer: Any) -> float:
+    """By what share of their norm a text's logits move when it is padded; the texts are public."""
+    texts = ["good", "a text of some more words, so that the other one is padded beside it"]
+    training = model.training
+    model.eval()
+    alone, beside = (
+        model(**tokenizer(batch, padding=True, return_tensors="pt")).logits[0].double()
+        for batch in (texts[:1], texts)
+    )
+    model.train(training)
+    return float((alone - beside).norm() / alone.norm().clamp(min=1e-12))
+
+
+# Of logits in whatever dtype the model has.
+_ROUNDING = 0.05
 
 
 def _above_cached_layers(model: Any, tokenizer: Any, config: Model) -> tuple[nn.Module, Any]:

@@ -37,6 +37,7 @@ from ffa_kernels.privacy.sampling import (
     PoissonSampler,
     PrivateDataLoader,
     check_loader,
+    check_order,
     check_whole,
 )
 from ffa_kernels.privacy.step import Mechanism, Plan, PrivateStep, Trained
@@ -118,7 +119,7 @@ class PrivacyEngine:
         and, as far as the host knows it without waiting for a device, each release.
 
         Raises:
-            PrivacyError: a frozen tensor or persistent buffer moved, or a trained tensor did not
+            PrivacyError: a frozen tensor or buffer moved, or a trained tensor did not
                 since the last check, or no record's gradient has reached it. It is named.
         """
         for step in self._steps:
@@ -214,7 +215,7 @@ class PrivacyEngine:
         def local() -> _Data:
             if not isinstance(epochs, int) or epochs < 1:
                 raise ConfigError(f"epochs is {epochs!r}; accepted: an integer of 1 or more")
-            return _data(data_loader, options.get("max_physical_batch_size"), poisson)
+            return self._data(data_loader, options.get("max_physical_batch_size"), poisson)
 
         data = _all_data(ranks, [local()] if ranks is None else ranks.together(local), poisson)
 
@@ -281,9 +282,10 @@ class PrivacyEngine:
             max_grad_norm: the bound C on a record's gradient; with clipping "per_layer" one for
                 each trained tensor, a single number C meaning C / sqrt(K) for each of K.
             poisson_sampling: each record is drawn with probability batch size / N. Otherwise the
-                loader's own order is kept and nothing is gained from sampling: each step is
-                charged at rate 1, and at half its noise, since one record more shifts the batches
-                after it and so can change two records of a step.
+                loader's own order is kept (the data set's, or shuffled without a generator=) and
+                nothing is gained from sampling: each step is charged at rate 1, and at half its
+                noise, since one record more shifts the batches after it and so can change two
+                records of a step.
             clipping: "flat" (one norm over all trained tensors) or "per_layer".
             loss_reduction: "mean" or "sum": how the loss combines the records' own losses. A sum
                 rounds no record by how many there are; see SECURITY.md.
@@ -322,7 +324,7 @@ class PrivacyEngine:
         per_layer, poisson = clipping == "per_layer", bool(poisson_sampling)
 
         def local() -> _Local:
-            data = _data(data_loader, max_physical_batch_size, poisson)
+            data = self._data(data_loader, max_physical_batch_size, poisson)
             if clipping not in ("flat", "per_layer"):
                 raise ConfigError(f"clipping is {clipping!r}; accepted: flat, per_layer")
             if loss_reduction not in ("mean", "sum"):
@@ -423,15 +425,6 @@ class PrivacyEngine:
             layer._dropout_key = keys[layer.trained_B().device]
 
         def announce(piece: Piece) -> None:
-            if self.seed is None and not seeds_are_secret():
-                warnings.warn(
-                    "PyTorch's generators were seeded after make_private: they are seeded anew "
-                    "from the operating system, since dropout masks of private records must not "
-                    "be repeatable; seed before make_private, or for tests with "
-                    "PrivacyEngine(seed=)",
-                    stacklevel=3,
-                )
-                forget_seeds()
             step.begin(piece)
             if not keys:
                 return
@@ -441,6 +434,17 @@ class PrivacyEngine:
             for place in keys.values():
                 place.copy_(key)
 
+        def reseed() -> None:
+            if self.seed is None and not seeds_are_secret():
+                warnings.warn(
+                    "PyTorch's generators were seeded after make_private: they are seeded anew "
+                    "from the operating system, since what is drawn for private records (masks, "
+                    "orders, augmentations) must not be repeatable; seed before make_private, or "
+                    "for tests with PrivacyEngine(seed=)",
+                    stacklevel=3,
+                )
+                forget_seeds()
+
         private_loader = PrivateDataLoader(
             loader,
             logical,
@@ -449,12 +453,21 @@ class PrivacyEngine:
             pad_physical_batches,
             step.restart,
             step.end_epoch,
+            reseed,
         )
         if self.seed is None:
             # Masks and augmentations follow the order of the records: under a public seed one
             # record more would give all after it others. Unless nobody knows them.
             forget_seeds()
         return module, PrivateOptimizer(optimizer, step), private_loader
+
+    def _data(self, data_loader: object, max_physical_batch_size: object, poisson: object) -> _Data:
+        loader, records = check_loader(data_loader, max_physical_batch_size)
+        rate, steps = _rate_and_steps(loader, records, poisson)
+        # A test may want draws of its own.
+        if not poisson and self.seed is None:
+            check_order(loader)
+        return _Data(loader, records, _expected_batch_size(loader), rate, steps)
 
     def _bind(self, ranks: Ranks | None, loader: Any, delta: float | None) -> None:
         """Sees to it that these records have one account, of one promise."""
@@ -542,12 +555,6 @@ class _Local:
     data: _Data
     names: dict[str, nn.Parameter]
     bounds: tuple[float, ...]
-
-
-def _data(data_loader: object, max_physical_batch_size: object, poisson: object) -> _Data:
-    loader, records = check_loader(data_loader, max_physical_batch_size)
-    rate, steps = _rate_and_steps(loader, records, poisson)
-    return _Data(loader, records, _expected_batch_size(loader), rate, steps)
 
 
 def _all_data(ranks: Ranks | None, each: list[_Data], poisson: object) -> _Data:

@@ -114,7 +114,7 @@ class _Progress:
 
 
 class Guard:
-    """Watches the parameters and persistent buffers of one private model.
+    """Watches the parameters and buffers of one private model.
 
     Args:
         module: as given to `make_private`.
@@ -170,7 +170,7 @@ class Guard:
         return {name: s for (name, _), s in zip(self._trained, sums, strict=True)}
 
     def frozen_values(self) -> dict[str, int | None]:
-        """A checksum of each frozen parameter and persistent buffer when this guard was made."""
+        """A checksum of each frozen parameter and buffer when this guard was made."""
         frozen = {w.name: w.value for w in self._watched if w.index is None}
         return {**frozen, **self._buffers}
 
@@ -286,7 +286,7 @@ class Guard:
         """Reads values; with `saving`, what has been merged since training is left alone.
 
         Raises:
-            PrivacyError: a frozen tensor or persistent buffer moved, or a trained one did not,
+            PrivacyError: a frozen tensor or buffer moved, or a trained one did not,
                 was reached by no record's gradient, or is not the model's any more. The layer is
                 named.
         """
@@ -307,8 +307,8 @@ class Guard:
             if self._buffers.get(name, value) != value:
                 raise PrivacyError(
                     f"buffer {name} moved in private training: it would be saved with the model, "
-                    "but no noise covers what it learned of the records; accepted: "
-                    "register_buffer(persistent=False), or no writes in forward"
+                    "or change what later batches make of other records, but no noise covers what "
+                    "it learned; accepted: no writes in forward"
                 )
         for (name, _), progress in zip(self._trained, self._progress, strict=True):
             first = progress.places[0]
@@ -400,13 +400,18 @@ def _places(
 
 
 def _buffer_values(module: nn.Module) -> dict[str, int | None]:
-    """A checksum of every buffer, and extra state, that a state_dict would hold, by name."""
-    found = {
-        f"{name}.{local}".lstrip("."): buffer
-        for name, layer in module.named_modules()
-        for local, buffer in layer._buffers.items()
-        if buffer is not None and local not in layer._non_persistent_buffers_set
-    }
+    """A checksum of every buffer, and extra state, by name.
+
+    Those that no state_dict holds also by shape: a table may grow with the longest record, and
+    holds the same then, but an average of records or a queue of them keeps its size.
+    """
+    found: dict[str, Tensor] = {}
+    for name, layer in module.named_modules():
+        for local, buffer in layer._buffers.items():
+            if buffer is not None:
+                kept = local not in layer._non_persistent_buffers_set
+                shape = "" if kept else f" {tuple(buffer.shape)}"
+                found[f"{name}.{local}".lstrip(".") + shape] = buffer
     extra = {
         f"{name}._extra_state".lstrip("."): int(digest(layer.get_extra_state())[:15], 16)
         for name, layer in module.named_modules()

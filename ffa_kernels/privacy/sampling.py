@@ -24,7 +24,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from ffa_kernels.errors import ConfigError, PrivacyError
+from ffa_kernels.errors import ConfigError
 from ffa_kernels.ops import chacha20
 from ffa_kernels.privacy.keys import SecretStream
 
@@ -74,8 +74,8 @@ class PoissonSampler(Sampler[list[int]]):
 class _PhysicalBatches(Sampler[list[int]]):
     """Cuts logical batches into physical ones, and notes a Piece for each."""
 
-    def __init__(self, logical: Any, physical_size: int | None, pad: bool, records: int) -> None:
-        self.logical, self.records = logical, records
+    def __init__(self, logical: Any, physical_size: int | None, pad: bool) -> None:
+        self.logical = logical
         self.physical_size, self.pad = physical_size, pad
         self.pieces: deque[Piece] = deque()
         self._numbers = itertools.count()
@@ -89,12 +89,6 @@ class _PhysicalBatches(Sampler[list[int]]):
 
     def _cut(self, pieces: deque[Piece]) -> Iterator[list[int]]:
         for indices in self.logical:
-            if len({int(i) % self.records for i in indices}) < len(indices):
-                raise PrivacyError(
-                    "the data_loader's sampler drew a record twice in one batch, which doubles "
-                    "what that record can change; accepted: poisson_sampling=True, or a sampler "
-                    "without replacement"
-                )
             draw = next(self._numbers)
             drawn = max(len(indices), 1)
             count = math.ceil(drawn / (self.physical_size or drawn))
@@ -151,6 +145,7 @@ class PrivateDataLoader(DataLoader[Any]):
         pad: pad every physical batch to `physical_size`; otherwise a draw is cut evenly.
         restart: called when an iteration begins.
         finish: called when an iteration has come to its end.
+        reseed: called before anything is drawn for a batch: orders, workers' seeds, augmentations.
     """
 
     def __init__(
@@ -162,10 +157,11 @@ class PrivateDataLoader(DataLoader[Any]):
         pad: bool = True,
         restart: Callable[[], None] = lambda: None,
         finish: Callable[[], None] = lambda: None,
+        reseed: Callable[[], None] = lambda: None,
     ) -> None:
-        dataset: Any = loader.dataset
-        self._physical = _PhysicalBatches(logical, physical_size, pad, len(dataset))
+        self._physical = _PhysicalBatches(logical, physical_size, pad)
         self._announce, self._restart, self._finish = announce, restart, finish
+        self._reseed = reseed
         workers: dict[str, Any] = {}
         if loader.num_workers > 0:
             workers = {
@@ -186,6 +182,7 @@ class PrivateDataLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         self._restart()
+        self._reseed()
         batches = super().__iter__()
         pieces = self._physical.pieces
         for batch in batches:
@@ -193,6 +190,7 @@ class PrivateDataLoader(DataLoader[Any]):
             padded = _padded(batch, max(piece.kept, 1), piece.records)
             self._announce(piece)
             yield padded
+            self._reseed()
         self._finish()
 
 
@@ -238,5 +236,31 @@ def check_whole(loader: DataLoader[Any]) -> None:
         raise ConfigError(
             f"data_loader's sampler is {type(sampler).__name__}, which Poisson sampling would "
             "replace: every record of the data set could be drawn; accepted: a loader over a "
-            "torch.utils.data.Subset of the records to train on, or poisson_sampling=False"
+            "torch.utils.data.Subset of the records to train on"
+        )
+
+
+def check_order(loader: DataLoader[Any]) -> None:
+    """Without Poisson sampling, one record more must move the records after it by a place at most.
+
+    Of what decides an order, that is known of the data set's own, and of a permutation which nobody
+    can make again: under a public seed that of one record more has nothing in common with it.
+
+    Raises:
+        ConfigError: the loader's sampler is another.
+    """
+    batches, dataset = loader.batch_sampler, loader.dataset
+    sampler = batches.sampler if type(batches) is BatchSampler else batches
+    permutes = (
+        type(sampler) is RandomSampler
+        and not sampler.replacement
+        and sampler.num_samples == len(dataset)  # type: ignore[arg-type]
+        and sampler.generator is None
+    )
+    if not permutes and type(sampler) is not SequentialSampler:
+        seeded = ", with a generator of its own" if getattr(sampler, "generator", None) else ""
+        raise ConfigError(
+            f"data_loader's sampler is {type(sampler).__name__}{seeded}: one record more may "
+            "change all of its batches, or a record come twice in one; accepted with "
+            "poisson_sampling=False: shuffle=False, or shuffle=True without generator="
         )
