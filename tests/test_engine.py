@@ -83,6 +83,21 @@ def private(model, optimizer=None, loader=None, engine=None, **options):
     )
 
 
+def drawing(records, batch_size, physical_size=None):
+    """A model that is all trained, by Poisson draws in parts."""
+    engine, model = PrivacyEngine(), Body()
+    loader = DataLoader(TensorDataset(torch.randn(records, WIDTH)), batch_size=batch_size)
+    model, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        data_loader=loader,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        max_physical_batch_size=physical_size,
+    )
+    return engine, model, optimizer, loader
+
+
 def loss_of(model, batch):
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
@@ -479,6 +494,17 @@ def test_an_order_that_one_record_more_would_change_everywhere_is_refused(name):
     assert not hasattr(model, "_private_step")
 
 
+@pytest.mark.filterwarnings("ignore:PrivacyEngine.seed")
+def test_a_sampler_that_repeats_a_record_within_a_batch_is_refused():
+    """Where any order is taken, by a test's engine, as well."""
+    repeats = RandomSampler(data(2), replacement=True, num_samples=64)
+    # Two records in a batch of 2, 32 times: the chance that none repeats is 2^-32.
+    loader = DataLoader(data(2), batch_size=2, sampler=repeats)
+    model, optimizer, loader = private(converted(), loader=loader, engine=PrivacyEngine(seed=1))
+    with pytest.raises(PrivacyError, match="twice in one batch"):
+        train(model, optimizer, loader)
+
+
 @pytest.mark.parametrize("options", [{}, {"shuffle": True}, {"shuffle": True, "drop_last": True}])
 def test_orders_that_are_taken_without_poisson_sampling(options):
     engine = PrivacyEngine()
@@ -760,16 +786,7 @@ def test_torch_compile_gives_the_same_grad_samples(compiled_first):
 
 
 def test_a_loader_that_reads_ahead_is_refused():
-    engine = PrivacyEngine()
-    model = Body()
-    _, optimizer, loader = engine.make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
-        data_loader=DataLoader(TensorDataset(torch.randn(18, WIDTH)), batch_size=9),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        max_physical_batch_size=8,
-    )
+    engine, model, optimizer, loader = drawing(18, 9, 8)
     with pytest.raises(PrivacyError, match="read batches ahead"):
         ahead = iter(loader)
         batch = next(ahead)
@@ -783,24 +800,7 @@ def test_a_loader_that_reads_ahead_is_refused():
 def test_a_loop_that_reads_ahead_and_drops_nothing_is_refused():
     """zero_grad() first, then the next batch, then the model with this one: by what is known of the
     next, rows that only pad this one would count, and record 0 again with each."""
-    engine = PrivacyEngine()
-    model = Body()
-    _, optimizer, loader = engine.make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
-        data_loader=DataLoader(TensorDataset(torch.randn(24, WIDTH)), batch_size=6),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        max_physical_batch_size=24,
-    )
-    with pytest.raises(PrivacyError, match="read batches ahead"):
-        ahead = iter(loader)
-        batch = next(ahead)
-        for following in ahead:
-            optimizer.zero_grad()
-            model(*batch).square().mean().backward()
-            optimizer.step()
-            batch = following
+    engine, model, optimizer, loader = drawing(24, 6, 24)
     with pytest.raises(PrivacyError, match="read batches ahead"):
         ahead = iter(loader)
         batch = next(ahead)
@@ -833,16 +833,7 @@ def test_a_batch_may_be_dropped_once_it_was_run(after, first):
 
 def test_two_iterations_at_once_do_not_mix_their_draws():
     """Parts of two draws in one sum would count a record twice that is in both."""
-    engine = PrivacyEngine()
-    model = Body()
-    _, optimizer, loader = engine.make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
-        data_loader=DataLoader(TensorDataset(torch.randn(9, WIDTH)), batch_size=9),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        max_physical_batch_size=5,
-    )
+    engine, model, optimizer, loader = drawing(9, 9, 5)
 
     def train_on(batch):
         model(*batch).square().mean().backward()
@@ -859,16 +850,7 @@ def test_two_iterations_at_once_do_not_mix_their_draws():
 
 
 def test_a_draw_in_which_an_error_was_caught_is_not_released():
-    engine = PrivacyEngine()
-    model = Body()
-    _, optimizer, loader = engine.make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
-        data_loader=DataLoader(TensorDataset(torch.randn(9, WIDTH)), batch_size=9),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        max_physical_batch_size=5,
-    )
+    engine, model, optimizer, loader = drawing(9, 9, 5)
     with pytest.raises(PrivacyError, match="goes on with a draw that was given up"):
         for batch in loader:
             model(*batch).square().mean().backward()
@@ -879,15 +861,7 @@ def test_a_draw_in_which_an_error_was_caught_is_not_released():
 
 
 def test_an_iteration_left_early_can_be_begun_anew():
-    engine = PrivacyEngine()
-    model = Body()
-    _, optimizer, loader = engine.make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
-        data_loader=DataLoader(TensorDataset(torch.randn(18, WIDTH)), batch_size=9),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-    )
+    engine, model, optimizer, loader = drawing(18, 9, None)
     for _ in loader:
         break
     for (x,) in loader:

@@ -235,6 +235,8 @@ def test_a_loss_taken_for_a_mean_that_is_a_sum_is_found(declared, dropout):
     message = f"the loss is a {other} over records and taken for a {declared}"
     with pytest.raises(PrivacyError, match=message):
         engine.check_loss(model, wrong, x)
+    # One that is made for two records says nothing of three.
+    engine.check_loss(model, lambda batch: wrong(batch) * {2: 1.0}[len(batch)], x)
     # Two records are enough.
     with pytest.raises(PrivacyError, match=message):
         engine.check_loss(model, wrong, x[:2])

@@ -16,6 +16,9 @@ from ffa_kernels.nn.adapter import Adapter
 from ffa_kernels.nn.init import frozen_A, pissa_A
 from ffa_kernels.nn.linear import FFALinear, OwnAdapter
 
+# Of a text's logits, beside a longer one: more than any dtype's rounding.
+_ROUNDING = 0.05
+
 
 def build(config: Config, site: SiteFiles | None = None) -> tuple[nn.Module, Any]:
     """(adapted model, its tokenizer), the same in every process with the same configuration.
@@ -79,7 +82,7 @@ def _base(config: Model) -> tuple[nn.Module, Any]:
             f"[model] kind: {config.kind} does not load as a sequence classifier ({error}); "
             "accepted: a folder with config, weights and tokenizer"
         ) from error
-    if moved > _ROUNDING:
+    if not moved <= _ROUNDING:
         raise ConfigError(
             f"[model] kind: the logits that {config.kind} makes of a text move by {moved:.2g} of "
             "their norm when a longer one stands beside it, so that no bound on a record's share "
@@ -100,10 +103,6 @@ def _moved_by_padding(model: Any, tokenizer: Any) -> float:
     )
     model.train(training)
     return float((alone - beside).norm() / alone.norm().clamp(min=1e-12))
-
-
-# Of logits in whatever dtype the model has.
-_ROUNDING = 0.05
 
 
 def _above_cached_layers(model: Any, tokenizer: Any, config: Model) -> tuple[nn.Module, Any]:

@@ -25,7 +25,13 @@ class RecordTaps:
     """
 
     __slots__ = (
-        *("cu_seqlens", "layer", "mean_loss", "norm_taps", "packed", "records", "taps"),
+        "cu_seqlens",
+        "layer",
+        "mean_loss",
+        "norm_taps",
+        "packed",
+        "records",
+        "taps",
         "used",
     )
 

@@ -24,7 +24,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from ffa_kernels.errors import ConfigError
+from ffa_kernels.errors import ConfigError, PrivacyError
 from ffa_kernels.ops import chacha20
 from ffa_kernels.privacy.keys import SecretStream
 
@@ -74,8 +74,8 @@ class PoissonSampler(Sampler[list[int]]):
 class _PhysicalBatches(Sampler[list[int]]):
     """Cuts logical batches into physical ones, and notes a Piece for each."""
 
-    def __init__(self, logical: Any, physical_size: int | None, pad: bool) -> None:
-        self.logical = logical
+    def __init__(self, logical: Any, physical_size: int | None, pad: bool, records: int) -> None:
+        self.logical, self.records = logical, records
         self.physical_size, self.pad = physical_size, pad
         self.pieces: deque[Piece] = deque()
         self._numbers = itertools.count()
@@ -89,6 +89,12 @@ class _PhysicalBatches(Sampler[list[int]]):
 
     def _cut(self, pieces: deque[Piece]) -> Iterator[list[int]]:
         for indices in self.logical:
+            if len({int(i) % self.records for i in indices}) < len(indices):
+                raise PrivacyError(
+                    "the data_loader's sampler drew a record twice in one batch, which doubles "
+                    "what that record can change; accepted: poisson_sampling=True, or a sampler "
+                    "without replacement"
+                )
             draw = next(self._numbers)
             drawn = max(len(indices), 1)
             count = math.ceil(drawn / (self.physical_size or drawn))
@@ -159,7 +165,8 @@ class PrivateDataLoader(DataLoader[Any]):
         finish: Callable[[], None] = lambda: None,
         reseed: Callable[[], None] = lambda: None,
     ) -> None:
-        self._physical = _PhysicalBatches(logical, physical_size, pad)
+        dataset: Any = loader.dataset
+        self._physical = _PhysicalBatches(logical, physical_size, pad, len(dataset))
         self._announce, self._restart, self._finish = announce, restart, finish
         self._reseed = reseed
         workers: dict[str, Any] = {}
