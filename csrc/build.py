@@ -34,8 +34,8 @@ IN_PLACE = CSRC.parent / "ffa_kernels" / "_lib"
 RESOURCES = "libffa_cuda.ptxas.txt"
 
 OPS = (
-    *("chacha20", "gaussian", "dropout", "rank_term", "per_sample_grad", "clip_accumulate"),
-    "private_update",
+    *("chacha20", "gaussian", "dropout", "rank_term", "fp32_product", "per_sample_grad"),
+    *("clip_accumulate", "private_update"),
 )
 # No OpenMP runtime is linked: the library uses the one torch has loaded (csrc/cpu/parallel.cpp).
 # Contraction is off so that the copies of an op agree to the bit; CONTRACTED_OPS are the matrix
@@ -45,7 +45,7 @@ CXX_FLAGS = [
     *("-ffp-contract=off", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"),
     *("-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"),
 ]
-CONTRACTED_OPS = {"rank_term", "per_sample_grad"}
+CONTRACTED_OPS = {"rank_term", "fp32_product", "per_sample_grad"}
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512")
 ISA_FLAGS: dict[str, tuple[str, ...]] = {

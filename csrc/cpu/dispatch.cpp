@@ -14,6 +14,7 @@
   decltype(ffa_cpu_dropout) dropout;                         \
   decltype(ffa_cpu_dropout_add) dropout_add;                 \
   decltype(ffa_cpu_rank_term) rank_term;                     \
+  decltype(ffa_cpu_fp32_product) fp32_product;               \
   decltype(ffa_cpu_per_sample_grad) per_sample_grad;         \
   decltype(ffa_cpu_per_sample_backward) per_sample_backward; \
   decltype(ffa_cpu_clip_accumulate) clip_accumulate;         \
@@ -130,6 +131,22 @@ int ffa_cpu_bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r
                          int64_t term_column, double scaling, void* out, int threads) {
   return ffa::amx::bf16_product(rows, depth, columns, r, x, right, right_row, right_column, bias,
                                 left, term, term_row, term_column, scaling, out, threads);
+}
+
+int ffa_cpu_fp32_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
+                         const void* right, int64_t right_row, int64_t right_column,
+                         const void* bias, const void* left, const void* term, int64_t term_row,
+                         int64_t term_column, double scaling, void* out, int threads) {
+  return FFA_COPY(fp32_product)(rows, depth, columns, r, x, right, right_row, right_column, bias,
+                                left, term, term_row, term_column, scaling, out, threads);
+}
+
+int ffa_cpu_prefers_fp32_product(void) {
+#if defined(FFA_X86_COPIES)
+  return isa() != kBaseline && __builtin_cpu_is("amd") != 0;
+#else
+  return 0;
+#endif
 }
 
 int ffa_cpu_clip_accumulate(int64_t n_tensors, int64_t n, const int64_t* numels, const int* dtypes,

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ffa_kernels.backends import native
 from ffa_kernels.backends.grid import zero_sums
 
 
@@ -92,6 +93,9 @@ def by_way_of_sums(
 
 # Tokens of a record, where a choice must not depend on how long the batch's longest one is.
 USUAL_TOKENS = 192
+# Whether the CPU library's product, which takes the rank-r term into its sums, is the one for fp32.
+# Read once: a compiler that traces a layer can not ask the library.
+FUSES_FP32 = native.prefers_fp32_product()
 # Private to PyTorch: where a version lacks it, W is widened for each product.
 _BF16_PRODUCTS = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
@@ -104,7 +108,10 @@ def can_merge(weight: Tensor | None, like: Tensor, dropout: bool) -> bool:
         and not dropout
         and like.is_cpu
         and weight.dtype == like.dtype
-        and like.dtype in (torch.float32, torch.float64)
+        and (
+            like.dtype == torch.float64
+            or (like.dtype == torch.float32 and not FUSES_FP32)
+        )
     )
 
 
@@ -133,13 +140,12 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
 
 
 def base_product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b in x's dtype, by the kernel for fp32 beside bf16 where that runs."""
-    narrower = weight.dtype != rows.dtype and rows.device.type == "cpu"
-    if narrower and not torch.compiler.is_compiling():
+    """x W^T + b in x's dtype, by the CPU library's product where that is the one to take."""
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
         from ffa_kernels.backends import cpu
 
-        if cpu.has_bf16_product(rows, weight):
-            return cpu.bf16_product(rows, weight, bias)
+        if cpu.has_product(rows, weight):
+            return cpu.product(rows, weight, bias)
     return plain_product(rows, weight, bias)
 
 

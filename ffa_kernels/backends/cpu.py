@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ffa_kernels.backends import native
+from ffa_kernels.backends import compose, native
 from ffa_kernels.backends.compose import (
     base_product,
     by_way_of_G,
@@ -124,19 +124,21 @@ def _dropped_product(
         torch.mm(masked, lora_A.t(), out=h[start:end])
 
 
-def has_bf16_product(x: Tensor, weight: Tensor) -> bool:
-    """Whether `bf16_product` takes these: nothing that stands for a tensor, such as a tracer's, nor
-    what a mode must see."""
+def has_product(x: Tensor, weight: Tensor) -> bool:
+    """Whether `product` is the one to take for these: not for what stands for a tensor, such as a
+    tracer's, nor for what a mode must see."""
     return (
         x.dtype == torch.float32
-        and weight.dtype == torch.bfloat16
+        and (
+            (weight.dtype == torch.float32 and compose.FUSES_FP32)
+            or (weight.dtype == torch.bfloat16 and native.has_bf16_product())
+        )
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch._C._len_torch_dispatch_stack()
-        and native.has_bf16_product()
     )
 
 
-def bf16_product(
+def product(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -144,10 +146,11 @@ def bf16_product(
     term: Tensor | None = None,
     scaling: float = 1.0,
 ) -> Tensor:
-    """x W^T + b + s left term (..., d_out) in fp32, from x, W, s left and term rounded to bf16.
+    """x W^T + b + s left term (..., d_out) in fp32, for W in fp32, or from x, W, s left and term
+    rounded to bf16 for W in bf16.
 
-    Subnormal numbers count as 0. A row has the same bits whatever the other rows are; W is packed
-    a part at a time.
+    A row has the same bits whatever the other rows are; W is packed a part at a time. Beside bf16
+    subnormal numbers count as 0.
     """
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
     y = rows.new_empty(len(rows), weight.shape[0])
@@ -156,11 +159,23 @@ def bf16_product(
         left, term = rows.new_empty(len(rows), 0), rows.new_empty(0, y.shape[1])
     left = left.contiguous()
     native.load("cpu").call(
-        *("bf16_product", *rows.shape, y.shape[1], len(term), rows.data_ptr(), weight.data_ptr()),
+        "bf16_product" if weight.dtype == torch.bfloat16 else "fp32_product",
+        *(*rows.shape, y.shape[1], len(term), rows.data_ptr(), weight.data_ptr()),
         *(weight.stride(1), weight.stride(0), None if bias is None else bias.data_ptr()),
         *(left.data_ptr(), term.data_ptr(), *term.stride(), scaling, y.data_ptr(), _threads()),
     )
     return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _projected(rows: Tensor, lora_A: Tensor) -> Tensor:
+    """x A^T (rows, r)."""
+    rows, lora_A = rows.contiguous(), lora_A.contiguous()
+    h = rows.new_empty(len(rows), len(lora_A))
+    native.load("cpu").call(
+        *("rank_term", len(rows), 0, len(lora_A), _dtype_code(rows.dtype), rows.data_ptr()),
+        *(rows.shape[1], lora_A.data_ptr(), h.data_ptr(), None, 1, 1, 0.0, None, _threads()),
+    )
+    return h
 
 
 def _check_product(op: str, out: Tensor, dtype: torch.dtype, rows: int, columns: int) -> None:
@@ -226,8 +241,9 @@ def linear(
         # Last: the large product hides the time in which x comes into the cache.
         return y, F.linear(x, lora_A)
     lead, r = x.shape[:-1], lora_A.shape[0]
-    if dropout_state is None and weight is not None and weight.dtype == x.dtype:
-        # The usual case: the term's launch makes h as well.
+    fused = weight is not None and has_product(x, weight)
+    if not fused and dropout_state is None and weight is not None and weight.dtype == x.dtype:
+        # The term's launch makes h as well.
         x, lora_A = x.contiguous(), lora_A.contiguous()
         h = x.new_empty((*lead, r))
         add_term = _term("linear", h, lora_B, scaling, math.prod(lead), x, lora_A)
@@ -236,14 +252,14 @@ def linear(
         return y, h
     rows = x.reshape(math.prod(lead), x.shape[-1])
     if dropout_state is None:
-        h = F.linear(rows, lora_A)
+        h = _projected(rows, lora_A) if fused else F.linear(rows, lora_A)
     else:
         h = x.new_empty((len(rows), r))
         _dropped_product(rows, lora_A, dropout_state, dropout_p, h)
     if weight is None:
         y = scaled_product(h, lora_B.t(), scaling)
-    elif has_bf16_product(rows, weight):
-        y = bf16_product(rows, weight, bias, h, lora_B.t(), scaling)
+    elif fused:
+        y = product(rows, weight, bias, h, lora_B.t(), scaling)
     else:
         y = plain_product(rows, weight, bias).contiguous()
         _term("linear", h, lora_B, scaling, len(rows))(y)
@@ -262,8 +278,10 @@ def linear_backward(
 ) -> Tensor:
     """dx = g W + s dropout^T(u A) (..., d_in); g is (..., d_out), u (..., r)."""
     columns = lora_A.shape[1]
-    if u is not None and weight is not None and dropout_state is None and weight.dtype == g.dtype:
-        # The usual case.
+    fused = weight is not None and has_product(g, weight)
+    plain = weight is not None and dropout_state is None and weight.dtype == g.dtype
+    if plain and u is not None and not fused:
+        assert weight is not None
         u = u.contiguous()
         add_term = _term("linear_backward", u, lora_A.t(), scaling, math.prod(g.shape[:-1]))
         dx = torch.matmul(g, weight).contiguous()
@@ -278,8 +296,8 @@ def linear_backward(
     if dropout_state is None:
         if weight is None:
             dx = scaled_product(u_rows, lora_A, scaling)
-        elif has_bf16_product(g_rows, weight):
-            dx = bf16_product(g_rows, weight.t(), None, u_rows, lora_A, scaling)
+        elif fused:
+            dx = product(g_rows, weight.t(), None, u_rows, lora_A, scaling)
         else:
             dx, u_rows = plain_product(g_rows, weight.t()).contiguous(), u_rows.contiguous()
             _term("linear_backward", u_rows, lora_A.t(), scaling, len(g_rows))(dx)
@@ -336,7 +354,10 @@ def per_sample_backward(
     scaling: float,
     mean_loss: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx = g W + s u A (..., d_in), and G and |G_i|^2 as `per_sample_grad`, in one launch."""
+    """dx = g W + s u A (..., d_in), and G and |G_i|^2 as `per_sample_grad`."""
+    if has_product(g, weight):
+        u, grad, squares = per_sample_grad(g, h, lora_B, cu_seqlens, scaling, mean_loss)
+        return product(g, weight.t(), None, u, lora_A, scaling), grad, squares
     (d_out, r), d_in, rows = lora_B.shape, lora_A.shape[1], math.prod(g.shape[:-1])
     n = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     g, h, lora_A, lora_B = g.contiguous(), h.contiguous(), lora_A.contiguous(), lora_B.contiguous()

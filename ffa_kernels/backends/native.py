@@ -22,7 +22,7 @@ from ffa_kernels.errors import FFAError
 if TYPE_CHECKING:
     from torch import Tensor
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 DIRECTORY = Path(__file__).resolve().parent.parent / "_lib"
 
 _POINTERS = POINTER(c_void_p)
@@ -30,6 +30,10 @@ _LONGS = POINTER(c_int64)
 _INTS = POINTER(c_int)
 _DOUBLES = POINTER(c_double)
 
+_PRODUCT = (
+    *(c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p),
+    *(c_void_p, c_void_p, c_int64, c_int64, c_double, c_void_p, c_int),
+)
 # One row per launcher of csrc/ffa.h, arguments in its order; tensors are passed by address.
 _CPU_LAUNCHERS: dict[str, tuple[Any, ...]] = {
     "chacha20": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int),
@@ -51,10 +55,8 @@ _CPU_LAUNCHERS: dict[str, tuple[Any, ...]] = {
         *(c_int64, c_int64, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_void_p),
         *(c_void_p, c_void_p, c_double, c_double, c_void_p, c_void_p, c_void_p, c_int),
     ),
-    "bf16_product": (
-        *(c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p),
-        *(c_void_p, c_void_p, c_int64, c_int64, c_double, c_void_p, c_int),
-    ),
+    "bf16_product": _PRODUCT,
+    "fp32_product": _PRODUCT,
     "clip_accumulate": (
         *(c_int64, c_int64, _LONGS, _INTS, _POINTERS, _POINTERS, _POINTERS),
         *(c_int64, _DOUBLES, c_void_p, c_void_p, c_void_p, c_int),
@@ -141,6 +143,12 @@ class Library:
 def has_bf16_product() -> bool:
     """Whether the CPU library is there and its bf16_product runs on this machine."""
     return available("cpu") and bool(load("cpu").handle.ffa_cpu_has_bf16_product())
+
+
+@functools.cache
+def prefers_fp32_product() -> bool:
+    """Whether the CPU library is there and its fp32_product is faster here than PyTorch's."""
+    return available("cpu") and bool(load("cpu").handle.ffa_cpu_prefers_fp32_product())
 
 
 # A ctypes array made of an `array` takes a third of the time that its own constructor takes.

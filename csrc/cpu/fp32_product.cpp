@@ -1,0 +1,262 @@
+// Products with a frozen fp32 matrix, and a rank-r term in the same sums.
+//
+//   out = x right + scaling left term + bias
+//
+// A task has a few panels of kColumns columns of right and term, packed into its L2, and takes the
+// rows of x past them, kRows at a time, as they lie in memory. Lanes are columns. An element of out
+// is summed in one order, whatever the other rows are.
+#include <utility>
+
+#include "../ffa.h"
+#include "buffer.h"
+#include "parallel.h"
+#include "tiles.h"
+
+namespace ffa::FFA_ISA {
+namespace {
+
+typedef Simd<float> S;
+typedef S::Vec Vec;
+constexpr int W = S::W;
+
+// With two vectors of columns and one of an element of x the sums fill the registers.
+constexpr int kRows = kSums / 2;
+constexpr int64_t kColumns = 2 * W;
+constexpr int64_t kPacked = 512 << 10, kSegment = 2048;
+// So many products are summed before they are added to the rest: the error of a long sum is that
+// of its blocks and of their sum.
+constexpr int64_t kBlock = 192;
+// Rows this many bytes apart lie in one set of L1, which holds fewer lines than a tile has rows.
+constexpr int64_t kSameSet = 4096;
+
+struct Matrix {
+  const float* data;
+  int64_t depth, row, column;  // its rows, and steps between rows and columns
+};
+
+struct Problem {
+  int64_t rows, columns, depth;  // `depth` lies between rows of x
+  const float *x, *left, *bias;
+  Matrix right, term;
+  float scaling;
+  bool add;  // to out, in place of the bias
+  float* out;
+
+  int64_t summed() const { return right.depth + term.depth; }
+};
+
+// Of each pair of lanes kStep apart the first or the second, from a and from b in turns.
+template <int kStep, bool kHigh, size_t... kLane>
+inline Vec interleave(Vec a, Vec b, std::index_sequence<kLane...>) {
+#define FFA_LANE ((kLane & kStep) != 0 ? W : 0) + ((kLane & ~kStep) | (kHigh ? kStep : 0))
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (FFA_LANE)...);
+#else
+  typedef int32_t Lanes __attribute__((vector_size(kVectorBytes)));
+  return __builtin_shuffle(a, b, Lanes{static_cast<int32_t>(FFA_LANE)...});
+#endif
+#undef FFA_LANE
+}
+
+// W vectors of W lanes, transposed: pairs of lanes, then pairs of pairs.
+template <int kStep = 1>
+inline void transpose(Vec* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    if ((i & kStep) != 0) continue;
+    const Vec a = v[i], b = v[i + kStep];
+    v[i] = interleave<kStep, false>(a, b, std::make_index_sequence<W>());
+    v[i + kStep] = interleave<kStep, true>(a, b, std::make_index_sequence<W>());
+  }
+  if constexpr (2 * kStep < W) transpose<2 * kStep>(v);
+}
+
+// A panel's columns, times `scale`, and zeros beside them.
+void pack(const Matrix& m, int64_t start, int64_t columns, float scale, float* to) {
+  const float* from = m.data + start * m.column;
+  int64_t k = 0;
+  if (columns == kColumns && m.column == 1) {
+    for (; k < m.depth; ++k) {
+      for (int v = 0; v < 2; ++v) {
+        S::store(to + k * kColumns + v * W, S::load(from + k * m.row + v * W) * scale);
+      }
+    }
+  } else if (columns == kColumns && m.row == 1) {
+    for (; k + W <= m.depth; k += W) {
+      for (int v = 0; v < 2; ++v) {
+        Vec block[W];
+        for (int i = 0; i < W; ++i) block[i] = S::load(from + (v * W + i) * m.column + k);
+        transpose(block);
+        for (int i = 0; i < W; ++i) S::store(to + (k + i) * kColumns + v * W, block[i] * scale);
+      }
+    }
+  }
+  for (; k < m.depth; ++k) {
+    for (int64_t c = 0; c < kColumns; ++c) {
+      to[k * kColumns + c] = c < columns ? from[k * m.row + c * m.column] * scale : 0.0f;
+    }
+  }
+}
+
+// sum += M rows of x, `row` apart, times a panel.
+template <int M>
+inline void multiply(const float* x, int64_t row, int64_t depth, const float* panel,
+                     Vec (*sum)[2]) {
+  for (int64_t k = 0; k < depth; ++k) {
+    const Vec low = S::load(panel + k * kColumns), high = S::load(panel + k * kColumns + W);
+#pragma GCC unroll 32
+    for (int m = 0; m < M; ++m) {
+      // Less zero, as in `tile`.
+      const Vec element = x[m * row + k] - Vec{};
+      sum[m][0] += element * low;
+      sum[m][1] += element * high;
+    }
+  }
+}
+
+// Where a tile's sums begin and go.
+struct Place {
+  const float* from;
+  int64_t from_row;
+  float* out;
+  int64_t row;
+};
+
+// M rows of x and of left, one panel.
+template <int M>
+void run_tile(const Problem& p, const float* x, int64_t row, const float* left, const float* panel,
+              const Place& at) {
+  Vec total[M][2];
+  for (int m = 0; m < M; ++m) {
+    for (int v = 0; v < 2; ++v) total[m][v] = S::load(at.from + m * at.from_row + v * W);
+  }
+  const int64_t depth = p.right.depth;
+  for (int64_t k = 0; k == 0 || k < depth; k += kBlock) {
+    const int64_t left_over = depth - k;
+    Vec sum[M][2] = {};
+    multiply<M>(x + k, row, left_over < kBlock ? left_over : kBlock, panel + k * kColumns, sum);
+    if (left_over <= kBlock) {
+      multiply<M>(left, p.term.depth, p.term.depth, panel + depth * kColumns, sum);
+    }
+#pragma GCC unroll 32
+    for (int m = 0; m < M; ++m) {
+      for (int v = 0; v < 2; ++v) total[m][v] += sum[m][v];
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int v = 0; v < 2; ++v) S::store(at.out + m * at.row + v * W, total[m][v]);
+  }
+}
+
+// The same for fewer rows than a tile has.
+template <int M>
+void run_rows(int64_t rows, const Problem& p, const float* x, int64_t row, const float* left,
+              const float* panel, const Place& at) {
+  if (rows == M) {
+    run_tile<M>(p, x, row, left, panel, at);
+  } else if constexpr (M > 1) {
+    run_rows<M - 1>(rows, p, x, row, left, panel, at);
+  }
+}
+
+// Rows from `first` on times the panels from column `start` on.
+void run_panels(const Problem& p, int64_t first, int64_t rows, const float* x, int64_t row,
+                int64_t start, int64_t panels, const float* packed) {
+  const float* left = p.left + first * p.term.depth;
+  for (int64_t i = 0; i < panels; ++i) {
+    const int64_t column = start + i * kColumns;
+    const int64_t columns = p.columns - column < kColumns ? p.columns - column : kColumns;
+    const float* panel = packed + i * p.summed() * kColumns;
+    float* out = p.out + first * p.columns + column;
+    alignas(64) float bias[kColumns] = {};
+    if (p.bias != nullptr) memcpy(bias, p.bias + column, static_cast<size_t>(columns) * 4);
+    if (columns == kColumns) {
+      const Place at = {p.add ? out : bias, p.add ? p.columns : 0, out, p.columns};
+      run_rows<kRows>(rows, p, x, row, left, panel, at);
+      continue;
+    }
+    alignas(64) float whole[kRows * kColumns] = {};
+    for (int64_t m = 0; m < rows; ++m) {
+      memcpy(whole + m * kColumns, p.add ? out + m * p.columns : bias,
+             static_cast<size_t>(columns) * 4);
+    }
+    run_rows<kRows>(rows, p, x, row, left, panel, {whole, kColumns, whole, kColumns});
+    for (int64_t m = 0; m < rows; ++m) {
+      memcpy(out + m * p.columns, whole + m * kColumns, static_cast<size_t>(columns) * 4);
+    }
+  }
+}
+
+int run(const Problem& p, int threads) {
+  const int64_t all = (p.columns + kColumns - 1) / kColumns, size = p.summed() * kColumns;
+  const int64_t tiles = (p.rows + kRows - 1) / kRows;
+  if (tiles == 0 || all == 0) return FFA_OK;
+  const double work =
+      2.0 * static_cast<double>(p.rows) * static_cast<double>(p.columns * (p.summed() + 1));
+  if (threads < 1 || work < 1e6) threads = 1;
+  // As many panels as kPacked bytes hold, in tasks of one size, as many for each thread.
+  const int64_t room = kPacked / (4 * size + 1), fit = (room < 1 ? 1 : room) * threads;
+  const int64_t turns = (all + fit - 1) / fit, even = (turns < 2 ? 2 : turns) * threads;
+  const int64_t groups = all < even ? all : even;
+  const int64_t wanted = (threads + groups - 1) / groups, parts = wanted < tiles ? wanted : tiles;
+  const bool copies = p.depth * 4 % kSameSet == 0 && p.rows > 1;
+  const int64_t apart = p.right.depth + 64 / 4;
+  int status = FFA_OK;
+  parallel_for(threads, groups * parts, [&](int64_t task) {
+    const int64_t begin = all * (task / parts) / groups, end = all * (task / parts + 1) / groups;
+    const Buffer<float> packed((end - begin) * size), copied(copies ? kRows * apart : 0);
+    if (!(packed.ok && copied.ok)) {
+      __atomic_store_n(&status, FFA_NO_MEMORY, __ATOMIC_RELAXED);
+      return;
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t column = i * kColumns;
+      const int64_t columns = p.columns - column < kColumns ? p.columns - column : kColumns;
+      float* panel = packed.data + (i - begin) * size;
+      pack(p.right, column, columns, 1.0f, panel);
+      pack(p.term, column, columns, p.scaling, panel + p.right.depth * kColumns);
+    }
+    const int64_t part = task % parts, last = tiles * (part + 1) / parts;
+    for (int64_t t = tiles * part / parts; t < last; ++t) {
+      const int64_t first = t * kRows, rows = p.rows - first < kRows ? p.rows - first : kRows;
+      const float* x = p.x + first * p.depth;
+      for (int64_t m = 0; copies && m < rows; ++m) {
+        memcpy(copied.data + m * apart, x + m * p.depth, static_cast<size_t>(p.right.depth) * 4);
+      }
+      run_panels(p, first, rows, copies ? copied.data : x, copies ? apart : p.depth,
+                 begin * kColumns, end - begin, packed.data);
+    }
+  });
+  return status;
+}
+
+}  // namespace
+
+int fp32_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
+                 const void* right, int64_t right_row, int64_t right_column, const void* bias,
+                 const void* left, const void* term, int64_t term_row, int64_t term_column,
+                 double scaling, void* out, int threads) {
+  if (rows < 0 || depth < 0 || columns < 0 || r < 0) return FFA_BAD_SIZE;
+  Problem p = {};
+  p.rows = rows;
+  p.columns = columns;
+  p.depth = depth;
+  p.bias = static_cast<const float*>(bias);
+  p.left = static_cast<const float*>(left);
+  p.scaling = static_cast<float>(scaling);
+  p.out = static_cast<float*>(out);
+  int64_t start = 0;
+  do {
+    const int64_t end = depth - start > kSegment ? start + kSegment : depth;
+    p.x = static_cast<const float*>(x) + start;
+    p.right = {static_cast<const float*>(right) + start * right_row, end - start, right_row,
+               right_column};
+    p.term = {static_cast<const float*>(term), end == depth ? r : 0, term_row, term_column};
+    if (const int status = run(p, threads)) return status;
+    p.add = true;
+    start = end;
+  } while (start < depth);
+  return FFA_OK;
+}
+
+}  // namespace ffa::FFA_ISA
