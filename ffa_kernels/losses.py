@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ffa_kernels.backends.compose import base_product
 from ffa_kernels.errors import ConfigError
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -176,7 +177,7 @@ class _ChunkedLoss(torch.autograd.Function):
         step = max(1, chunk_elements // weight.shape[0])
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
-            logits = F.linear(rows[part], weight, bias).to(wide)
+            logits = base_product(rows[part], weight, bias).to(wide)
             # In place all along: logsumexp would make a second chunk of its own.
             logits.sub_(logits.amax(dim=1, keepdim=True))
             chosen = logits.gather(1, index[part])
@@ -185,7 +186,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if grad is not None:
                 # softmax - onehot, in the place of the logits.
                 logits.div_(total).scatter_add_(1, index[part], -torch.ones_like(total))
-                grad[part] = logits.mul_(factor[part]).to(rows.dtype) @ weight
+                grad[part] = base_product(logits.mul_(factor[part]).to(rows.dtype), weight.t())
             del logits
         if grad is not None:
             ctx.save_for_backward(grad.view(hidden.shape))

@@ -22,7 +22,9 @@ constexpr int W = S::W;
 // With two vectors of columns and one of an element of x the sums fill the registers.
 constexpr int kRows = kSums / 2;
 constexpr int64_t kColumns = 2 * W;
-constexpr int64_t kPacked = 512 << 10, kSegment = 2048;
+constexpr int64_t kPacked = 512 << 10;
+// Rows of right at a time, and how many are not parted.
+constexpr int64_t kSegment = 960, kWhole = 1536;
 // So many products are summed before they are added to the rest: the error of a long sum is that
 // of its blocks and of their sum.
 constexpr int64_t kBlock = 192;
@@ -247,7 +249,7 @@ int fp32_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const 
   p.out = static_cast<float*>(out);
   int64_t start = 0;
   do {
-    const int64_t end = depth - start > kSegment ? start + kSegment : depth;
+    const int64_t end = depth - start > kWhole ? start + kSegment : depth;
     p.x = static_cast<const float*>(x) + start;
     p.right = {static_cast<const float*>(right) + start * right_row, end - start, right_row,
                right_column};

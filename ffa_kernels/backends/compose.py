@@ -108,10 +108,7 @@ def can_merge(weight: Tensor | None, like: Tensor, dropout: bool) -> bool:
         and not dropout
         and like.is_cpu
         and weight.dtype == like.dtype
-        and (
-            like.dtype == torch.float64
-            or (like.dtype == torch.float32 and not FUSES_FP32)
-        )
+        and (like.dtype == torch.float64 or (like.dtype == torch.float32 and not FUSES_FP32))
     )
 
 
@@ -140,11 +137,12 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
 
 
 def base_product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b in x's dtype, by the CPU library's product where that is the one to take."""
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+    """x W^T + b in x's dtype, by the CPU library's product where that is the one to take: that is
+    no part of autograd's graph."""
+    if rows.is_cpu and not (rows.requires_grad and torch.is_grad_enabled()):
         from ffa_kernels.backends import cpu
 
-        if cpu.has_product(rows, weight):
+        if cpu.has_product(rows, weight, bias):
             return cpu.product(rows, weight, bias)
     return plain_product(rows, weight, bias)
 

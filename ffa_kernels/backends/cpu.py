@@ -34,6 +34,8 @@ _OPTIMIZERS = {"none": 0, "sgd": 1, "adam": 2, "adamw": 3}
 # Elements of x whose dropout is in flight at a time: the scratch stays in L2.
 _DROPOUT_CHUNK = 1 << 17
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 _in_forked_child = False
 
 
@@ -124,17 +126,25 @@ def _dropped_product(
         torch.mm(masked, lora_A.t(), out=h[start:end])
 
 
-def has_product(x: Tensor, weight: Tensor) -> bool:
+def has_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `product` is the one to take for these: not for what stands for a tensor, such as a
-    tracer's, nor for what a mode must see."""
+    tracer's, nor where more is asked for than values, nor for what PyTorch's would refuse."""
     return (
         x.dtype == torch.float32
         and (
             (weight.dtype == torch.float32 and compose.FUSES_FP32)
             or (weight.dtype == torch.bfloat16 and native.has_bf16_product())
         )
-        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and type(x) in _PLAIN
         and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._is_any_autocast_enabled()
+        and torch._C._get_tracing_state() is None
+        and x.is_cpu
+        and weight.is_cpu
+        and x.shape[-1:] == weight.shape[1:]
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype))
     )
 
 
@@ -278,7 +288,7 @@ def linear_backward(
 ) -> Tensor:
     """dx = g W + s dropout^T(u A) (..., d_in); g is (..., d_out), u (..., r)."""
     columns = lora_A.shape[1]
-    fused = weight is not None and has_product(g, weight)
+    fused = weight is not None and has_product(g, weight.t())
     plain = weight is not None and dropout_state is None and weight.dtype == g.dtype
     if plain and u is not None and not fused:
         assert weight is not None
@@ -355,7 +365,7 @@ def per_sample_backward(
     mean_loss: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx = g W + s u A (..., d_in), and G and |G_i|^2 as `per_sample_grad`."""
-    if has_product(g, weight):
+    if has_product(g, weight.t()):
         u, grad, squares = per_sample_grad(g, h, lora_B, cu_seqlens, scaling, mean_loss)
         return product(g, weight.t(), None, u, lora_A, scaling), grad, squares
     (d_out, r), d_in, rows = lora_B.shape, lora_A.shape[1], math.prod(g.shape[:-1])

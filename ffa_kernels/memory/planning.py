@@ -26,6 +26,7 @@ from ffa_kernels.losses import (
 from ffa_kernels.memory.allocator import give_freed_memory_back
 from ffa_kernels.memory.walk import OPTIMIZERS, PARTS, Loss, Walked, walk
 from ffa_kernels.nn.adapter import Adapter
+from ffa_kernels.nn.product import is_linear
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -367,7 +368,7 @@ def _head(model: Any) -> Tensor | None:
     if not _is_causal(model):
         return None
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or any(p.requires_grad for p in head.parameters()):
+    if not is_linear(head) or any(p.requires_grad for p in head.parameters()):
         return None
     weight: Tensor = head.weight
     return weight

@@ -14,6 +14,7 @@ from ffa_kernels.nn.adapter import Adapter
 from ffa_kernels.nn.frozen import Shrinker, check_base_dtype
 from ffa_kernels.nn.linear import OWN_WEIGHT, FFALinear, check_adapter, is_conv1d, owns_weight
 from ffa_kernels.nn.peft import lora_layers, take_over
+from ffa_kernels.nn.product import as_before, is_linear, multiply_faster
 from ffa_kernels.nn.recorded import plain_again
 from ffa_kernels.nn.wrapped import WRAPPED, FFAWrapped, can_wrap, is_plain_linear
 
@@ -68,7 +69,9 @@ def convert(
 ) -> M:
     """Adapts the named linear layers of `model` in place and freezes all else.
 
-    A layer's hooks go on to the one that takes its place.
+    A layer's hooks go on to the one that takes its place. On a processor whose fp32 products this
+    library makes faster than PyTorch, the frozen nn.Linear layers that are not adapted become
+    `FrozenFp32Linear`, a subclass of nn.Linear.
 
     A PEFT LoRA model needs no further arguments but `base_dtype`: its own layers are taken over as
     they stand, with its ranks, scalings, dropout, names and `modules_to_save`; A is frozen from
@@ -111,6 +114,7 @@ def convert(
             frozen = (m for m in model.modules() if id(m) not in inner and not _holds(m, trained))
             shrunk = Shrinker(base_dtype).layers(frozen)
         put_in(model, shrunk)
+        _multiply_faster(model)
         return model
     check_adapter(r, alpha, dropout, init)
     # With every name of a layer that has several: all of them must become the one new layer.
@@ -151,7 +155,7 @@ def convert(
                     "a weight between them; accepted: one of them"
                 )
             if not can_adapt(module):
-                made = type(module) is nn.Linear and not owns_weight(module)
+                made = is_linear(module) and not owns_weight(module)
                 raise ConfigError(
                     f"target_modules names {name!r}, which is {type(module).__name__}; accepted: "
                     f"{ADAPTABLE}{OWN_WEIGHT if made else ''}"
@@ -175,7 +179,15 @@ def convert(
         if _matches(name, saved):
             for parameter in module.parameters():
                 parameter.requires_grad_(True)
+    _multiply_faster(model)
     return model
+
+
+def _multiply_faster(model: nn.Module) -> None:
+    """The layers that no adapter holds: what it does with one inside is its own affair."""
+    adapters = [layer for layer in model.modules() if isinstance(layer, Adapter)]
+    held = {id(inside) for layer in adapters for inside in layer.modules()}
+    multiply_faster(module for module in model.modules() if id(module) not in held)
 
 
 def _holds(module: nn.Module, parameters: set[int]) -> bool:
@@ -225,7 +237,8 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
 def merge(model: M) -> M:
     """Replaces every adapted layer of `model` in place by a plain one with weight W + s B A.
 
-    Heads and other trained layers that an engine made record are plain layers again too.
+    Heads and other trained layers that an engine made record are plain layers again too, and so
+    are frozen ones that were made faster.
 
     Returns:
         `model`.
@@ -242,4 +255,5 @@ def merge(model: M) -> M:
         _replace(model, name, plain[layer])
     for module in model.modules():
         plain_again(module)
+        as_before(module)
     return model

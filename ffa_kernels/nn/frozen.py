@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ffa_kernels.backends.compose import base_product
 from ffa_kernels.errors import ConfigError
 from ffa_kernels.nn.linear import is_conv1d
+from ffa_kernels.nn.product import Product, is_linear
 
 BASE_DTYPES = ("bf16", "int8")
 
@@ -85,36 +85,13 @@ class FrozenLinear(_Frozen):
         device = input.device.type
         if torch.is_autocast_enabled(device) and input.is_floating_point():
             input = input.to(torch.get_autocast_dtype(device))
-        y: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+        y: Tensor = Product.apply(  # type: ignore[no-untyped-call]
             input, self.stored, self.scale, self.bias
         )
         return y
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, stored={self.stored.dtype}"
-
-
-class _Product(torch.autograd.Function):
-    """x W^T + b, whose backward makes W again: no x and no W in floats waits for it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, stored: Tensor, scale: Tensor | None, bias: Any) -> Tensor:
-        ctx.save_for_backward(stored, scale)
-        with torch.autocast(x.device.type, enabled=False):
-            bias = None if bias is None else bias.to(x.dtype)
-            return base_product(x, _in_floats(stored, scale, x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        stored, scale = ctx.saved_tensors
-        (g,) = grads
-        with torch.autocast(g.device.type, enabled=False):
-            dx = base_product(g, _in_floats(stored, scale, g.dtype).t())
-        return dx, None, None, None
-
-
-def _in_floats(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return stored if scale is None else (stored * scale).to(dtype)
 
 
 class FrozenEmbedding(_Frozen):
@@ -164,7 +141,7 @@ class Shrinker:
         for module in modules:
             conv1d, embedding = is_conv1d(module), type(module) is nn.Embedding
             layer: Any = module
-            if not (type(module) is nn.Linear or conv1d or embedding) or not self._takes(layer):
+            if not (is_linear(module) or conv1d or embedding) or not self._takes(layer):
                 continue
             weight, made = layer.weight, nn.Module()
             stored, scale = self._smaller(weight, transposed=conv1d)

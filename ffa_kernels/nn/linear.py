@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ffa_kernels.errors import ConfigError, shown
 from ffa_kernels.nn.adapter import Adapter
 from ffa_kernels.nn.init import INITS, frozen_A, pissa_A
+from ffa_kernels.nn.product import is_linear, parameter
 
 
 def check_adapter(r: object, alpha: object, dropout: object, init: object) -> None:
@@ -48,12 +49,6 @@ def is_conv1d(layer: nn.Module) -> bool:
 def owns_weight(layer: nn.Module) -> bool:
     """Not so where pruning or a normalisation makes the weight anew from another parameter."""
     return layer._parameters.get("weight") is not None
-
-
-def parameter(layer: nn.Module, name: str) -> Any:
-    """`layer.<name>`, in a quarter of the time where it is a parameter of the layer's."""
-    found = layer._parameters.get(name)
-    return getattr(layer, name) if found is None else found
 
 
 class OwnAdapter(Adapter):
@@ -181,7 +176,7 @@ class FFALinear(OwnAdapter):
                 not accepted.
         """
         check_adapter(r, alpha, dropout, init)
-        plain = type(linear).forward is nn.Linear.forward or is_conv1d(linear)
+        plain = type(linear).forward is nn.Linear.forward or is_linear(linear) or is_conv1d(linear)
         if not plain or not owns_weight(linear):
             raise ConfigError(
                 f"linear is {type(linear).__name__}; accepted: torch.nn.Linear, or Conv1D of "

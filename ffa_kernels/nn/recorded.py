@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ffa_kernels.nn.product import FrozenFp32Linear
 from ffa_kernels.nn.record_taps import RecordTaps, tapping
 
 
@@ -169,6 +170,8 @@ RECORDED: dict[type[nn.Module], type[_Recorded]] = {
         RecordedConv2d,
     )
 }
+# Trained after all.
+RECORDED[FrozenFp32Linear] = RecordedLinear
 
 
 def plain_again(layer: nn.Module) -> None:

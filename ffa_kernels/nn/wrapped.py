@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ffa_kernels.errors import ConfigError
 from ffa_kernels.nn.frozen import FrozenLinear
 from ffa_kernels.nn.linear import OwnAdapter, check_adapter, owns_weight
+from ffa_kernels.nn.product import is_linear
 
 # After torch.nn.Linear, in what an error accepts.
 WRAPPED = (
@@ -53,7 +54,7 @@ def _quantised_weight(layer: nn.Module) -> Any:
 
 def is_plain_linear(layer: nn.Module) -> bool:
     """Whether `layer` is nn.Linear itself with a weight that is an ordinary matrix."""
-    return type(layer) is nn.Linear and owns_weight(layer) and _quantised_weight(layer) is None
+    return is_linear(layer) and owns_weight(layer) and _quantised_weight(layer) is None
 
 
 def can_wrap(layer: nn.Module) -> bool:
@@ -63,7 +64,7 @@ def can_wrap(layer: nn.Module) -> bool:
         return hasattr(layer, "in_features") and hasattr(layer, "out_features")
     weight = _quantised_weight(layer)
     return isinstance(layer, nn.Linear) and (
-        type(layer) is nn.Linear and owns_weight(layer) if weight is None else _is_known(weight)
+        is_linear(layer) and owns_weight(layer) if weight is None else _is_known(weight)
     )
 
 

@@ -647,10 +647,10 @@ def _check_trained(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Para
         if not adapter and not recordable:
             refused.append(f"{name}.{local} ({type(layer).__name__})".lstrip("."))
     if refused:
+        known = sorted({recording._plain.__name__ for recording in RECORDED.values()})
         raise PrivacyError(
             f"cannot clip record by record: {', '.join(refused)}; accepted: B of an adapted layer, "
-            f"parameters of {', '.join(sorted(c.__name__ for c in RECORDED))}, or "
-            "requires_grad_(False)"
+            f"parameters of {', '.join(known)}, or requires_grad_(False)"
         )
     return trained
 

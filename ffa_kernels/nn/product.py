@@ -1,0 +1,113 @@
+"""x W^T with a frozen W, differentiable in x; and nn.Linear by way of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from ffa_kernels.backends import compose, cpu
+
+# A smaller matrix is multiplied in less time than the way to our product takes.
+_LEAST_NUMEL = 1 << 14
+
+
+def parameter(layer: nn.Module, name: str) -> Any:
+    """`layer.<name>`, in a quarter of the time where it is a parameter of the layer's."""
+    found = layer._parameters.get(name)
+    return getattr(layer, name) if found is None else found
+
+
+class Product(torch.autograd.Function):
+    """x W^T + b, whose backward makes W again: no x and no W in floats waits for it.
+
+    Takes x (..., d_in), W as it is stored, its scale (d_out, 1) or None, and b (d_out,) or None.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stored: Tensor, scale: Tensor | None, bias: Any) -> Tensor:
+        ctx.save_for_backward(stored, scale)
+        with _without_casts(x):
+            bias = None if bias is None else bias.to(x.dtype)
+            return compose.base_product(x, _in_floats(stored, scale, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        stored, scale = ctx.saved_tensors
+        (g,) = grads
+        with _without_casts(g):
+            dx = compose.base_product(g, _in_floats(stored, scale, g.dtype).t())
+        return dx, None, None, None
+
+
+# What `apply` does for functorch before it calls this takes as long as a small layer's product.
+_apply: Any = super(torch.autograd.Function, Product).apply
+
+
+def _without_casts(x: Tensor) -> AbstractContextManager[object]:
+    if torch._C._is_any_autocast_enabled():
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
+def _in_floats(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return stored if scale is None else (stored * scale).to(dtype)
+
+
+class FrozenFp32Linear(nn.Linear):
+    """nn.Linear that is frozen and not adapted, by the CPU library's product in place of PyTorch's.
+
+    A layer gets this class by `multiply_faster` and its own back by `as_before`: the object, its
+    parameters and their names stay. Where anything but values and an input gradient is asked for,
+    or the layer is trained after all, it computes as nn.Linear does.
+    """
+
+    # As nn.Linear names it.
+    def forward(self, input: Tensor) -> Tensor:
+        """x (..., d_in) to y (..., d_out)."""
+        weight, bias = parameter(self, "weight"), parameter(self, "bias")
+        if (
+            not cpu.has_product(input, weight, bias)
+            or weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or forward_ad._current_level >= 0
+        ):
+            return F.linear(input, weight, bias)
+        if input.requires_grad and torch.is_grad_enabled():
+            y: Tensor = _apply(input, weight, None, bias)
+            return y
+        return cpu.product(input, weight, bias)
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether `layer` is nn.Linear itself, made faster or not; not so a subclass of others."""
+    return type(layer) in (nn.Linear, FrozenFp32Linear)
+
+
+def multiply_faster(modules: Iterable[nn.Module]) -> None:
+    """Makes each frozen nn.Linear of fp32 among `modules` a `FrozenFp32Linear`, where the CPU
+    library's product is the faster one."""
+    for module in modules:
+        weight = module._parameters.get("weight")
+        if (
+            compose.FUSES_FP32
+            and type(module) is nn.Linear
+            and type(weight) is nn.Parameter
+            and type(weight.data) is Tensor
+            and weight.dtype == torch.float32
+            and weight.is_cpu
+            and weight.numel() >= _LEAST_NUMEL
+            and not any(p.requires_grad for p in module.parameters())
+        ):
+            module.__class__ = FrozenFp32Linear
+
+
+def as_before(module: nn.Module) -> None:
+    """Undoes `multiply_faster`; any other module is left as it is."""
+    if type(module) is FrozenFp32Linear:
+        module.__class__ = nn.Linear
