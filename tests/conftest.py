@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from ffa_kernels.backends import native
+from ffa_kernels.backends import compose, native
 from ffa_kernels.backends.dispatch import use_backend
 
 # transformers reads these when it is imported, which only tests do.
@@ -72,19 +72,39 @@ def on_the_gpu(request, monkeypatch):
 
 # "cuda" needs a device, or a library that runs its kernels on the CPU (tests/test_cuda.py).
 BACKENDS = ["reference", "cpu", "triton", *(["cuda"] if native.available("cuda") else [])]
+# "cpu" with fp32 products of its own, which it prefers on some processors and has on all.
+OWN_PRODUCT = "cpu, own product"
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
+def pytest_generate_tests(metafunc):
+    """In a module that says MULTIPLIES, a backend with two ways to multiply comes in both."""
+    given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "backend" in metafunc.fixturenames and "backend" not in given:
+        own = [OWN_PRODUCT] if getattr(metafunc.module, "MULTIPLIES", False) else []
+        metafunc.parametrize("backend", [*BACKENDS, *own], indirect=True)
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
     """The name of a backend, forced for the whole test."""
-    if request.param == "cpu" and not native.available("cpu"):
-        pytest.skip(f"cpu backend: {native.describe()['cpu']['reason']}")
-    if request.param == "triton":
+    name = "cpu" if request.param == OWN_PRODUCT else request.param
+    if name == "cpu":
+        request.getfixturevalue("compiled")
+        if getattr(request.module, "MULTIPLIES", False):
+            monkeypatch.setattr(compose, "FUSES_FP32", request.param == OWN_PRODUCT)
+    if name == "triton":
         pytest.importorskip("triton")
-    if request.param in ("triton", "cuda") and torch.cuda.is_available():
+    if name in ("triton", "cuda") and torch.cuda.is_available():
         request.getfixturevalue("on_the_gpu")
-    with use_backend(request.param):
-        yield request.param
+    with use_backend(name):
+        yield name
+
+
+@pytest.fixture(params=[False, True], ids=["PyTorch's product", "own product"])
+def own_product(request, compiled, monkeypatch):
+    """Whether the CPU library multiplies itself, as it prefers on some processors."""
+    monkeypatch.setattr(compose, "FUSES_FP32", request.param)
+    return request.param
 
 
 @pytest.fixture

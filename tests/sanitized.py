@@ -23,7 +23,7 @@ OPS = [
     for name in (
         *("linear", "per_sample_grad", "per_sample_backward", "per_sample_clip", "packed"),
         "clip_accumulate",
-        *("private_update", "private_step", "chacha20", "gaussian", "bf16_product"),
+        *("private_update", "private_step", "chacha20", "gaussian", "product"),
     )
 ]
 

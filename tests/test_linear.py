@@ -19,9 +19,12 @@ from ffa_kernels.backends.triton.choices import Choice, Config
 from ffa_kernels.errors import ConfigError
 from ffa_kernels.nn.record_taps import RecordTaps
 
+MULTIPLIES = True
 STATE = torch.tensor([101, -202, 303, -404, 2**40 + 5])
 # fp64, or more elements than the interpreter has time for.
-NOT_IN_TRITON = pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
+NOT_IN_TRITON = pytest.mark.parametrize(
+    "backend", ["reference", "cpu", "cpu, own product"], indirect=True
+)
 IN_TRITON = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 
 

@@ -15,6 +15,7 @@ from ffa_kernels.privacy import PrivacyEngine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+MULTIPLIES = True
 WIDTH, LENGTHS = 6, (3, 1, 4, 0, 2)
 
 

@@ -1,0 +1,361 @@
+"""The CPU library's products with a frozen matrix, fp32 beside fp32 and bf16, against fp64."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import ffa_kernels as ffa
+from ffa_kernels import losses
+from ffa_kernels.backends import compose, cpu, native
+from ffa_kernels.nn.product import FrozenFp32Linear, multiply_faster
+
+needs_amx = pytest.mark.skipif(
+    not native.has_bf16_product(), reason="no CPU library, or no AMX tiles on this machine"
+)
+needs_library = pytest.mark.skipif(not native.available("cpu"), reason="no CPU library")
+BASES = [
+    pytest.param(torch.float32, marks=needs_library),
+    pytest.param(torch.bfloat16, marks=needs_amx),
+]
+
+# (rows, d_in, d_out, r): within a tile and beyond, odd, several groups of panels, segments and
+# blocks of a sum, rows whose copies lie in one set of the cache.
+SIZES = [
+    (1, 1, 1, 1),
+    (5, 123, 123, 3),
+    (33, 7, 45, 0),
+    (64, 64, 96, 32),
+    (70, 2051, 33, 33),
+    (40, 600, 3300, 16),
+    (12, 193, 64, 5),
+    (27, 1024, 70, 8),
+    (13, 4096, 40, 0),
+    (3, 0, 5, 2),
+    (3, 0, 5, 0),
+    (0, 8, 5, 2),
+    (4, 8, 0, 2),
+]
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """The library's product for fp32, which it has on every processor."""
+    if not native.available("cpu"):
+        pytest.skip("no CPU library")
+    monkeypatch.setattr(compose, "FUSES_FP32", True)
+
+
+def make(rows, d_in, d_out, r, base, transposed=False):
+    torch.manual_seed(0)
+    weight = torch.randn(d_out, d_in).to(base)
+    if transposed:
+        weight = weight.t().contiguous().t()
+    left, term = torch.randn(rows, r), torch.randn(r, d_out)
+    term = term.t().contiguous().t() if transposed else term
+    return torch.randn(rows, d_in), weight, torch.randn(d_out), left, term
+
+
+def exact(x, weight, bias, left, term, scaling):
+    """In fp64, from what the product rounds to the base's type."""
+    x, left, term = (t.to(weight.dtype).double() for t in (x, left * scaling, term))
+    return x @ weight.double().t() + left @ term + bias.double()
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_it_is_exact_but_for_what_it_rounds(sizes, transposed, base):
+    tensors = make(*sizes, base, transposed)
+    found, wanted = cpu.product(*tensors, 1.5), exact(*tensors, 1.5)
+    assert found.dtype == torch.float32 and found.shape == wanted.shape
+    # A sum of d_in + r products, each as large as 10 or so, in fp32.
+    terms = sizes[1] + sizes[3] + 1
+    assert_close(found.double(), wanted, rtol=0, atol=2e-6 * math.sqrt(terms) * 4)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_without_bias_and_term_and_from_strides_of_any_kind(base):
+    x, weight, bias, *_ = make(6, 40, 24, 0, base)
+    wide, apart = torch.randn(6, 80), torch.randn(48, 80).to(base)[::2, ::2]
+    for rows, W in [(x, weight), (wide[:, ::2], weight), (x, apart), (x.view(2, 3, 40), weight)]:
+        found = cpu.product(rows, W, None)
+        wanted = rows.to(base).double() @ W.double().t()
+        assert_close(found.double(), wanted, rtol=0, atol=1e-5)
+    biases = torch.stack([bias, bias]).t()[:, 0]
+    assert torch.equal(cpu.product(x, weight, biases), cpu.product(x, weight, bias))
+    assert cpu.product(x[0], weight, bias).shape == (24,)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_row_is_the_same_in_any_batch_and_on_any_number_of_threads(base):
+    x, weight, bias, left, term = make(75, 300, 130, 5, base)
+    before, made = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 16):
+        torch.set_num_threads(threads)
+        made.append(cpu.product(x, weight, bias, left, term, 2.0))
+    torch.set_num_threads(before)
+    assert all(torch.equal(made[0], other) for other in made[1:])
+    for row in (0, 11, 12, 31, 32, 74):
+        alone = cpu.product(x[row : row + 1], weight, bias, left[row : row + 1], term, 2.0)
+        assert torch.equal(alone, made[0][row : row + 1])
+
+
+@needs_library
+def test_so_it_is_where_rows_are_copied_and_sums_parted():
+    x, weight, bias, left, term = make(30, 2048, 70, 5, torch.float32)
+    whole = cpu.product(x, weight, bias, left, term, 2.0)
+    for row in (0, 12, 29):
+        alone = cpu.product(x[row : row + 1], weight, bias, left[row : row + 1], term, 2.0)
+        assert torch.equal(alone, whole[row : row + 1])
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_in_its_row(bad, base):
+    x, weight, bias, left, term = make(40, 50, 60, 4, base)
+    wanted = cpu.product(x, weight, bias, left, term)
+    x[7, 3] = bad
+    found = cpu.product(x, weight, bias, left, term)
+    assert not found[7].isfinite().any()
+    others = torch.arange(40) != 7
+    assert torch.equal(found[others], wanted[others])
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("d_in", [384, 1536, 6000])
+def test_it_is_as_near_as_pytorchs_product(base, d_in):
+    x, weight, bias, *_ = make(64, d_in, 200, 0, base)
+    wanted = F.linear(x.double(), weight.double(), bias.double())
+    own, theirs = (
+        (product(x, weight, bias).double() - wanted).norm()
+        for product in (cpu.product, compose.plain_product)
+    )
+    assert own < 1.1 * theirs
+
+
+@needs_amx
+def test_base_product_takes_it_for_fp32_beside_bf16(monkeypatch):
+    x, weight, bias, *_ = make(4, 16, 8, 0, torch.bfloat16)
+    monkeypatch.setattr(compose, "FUSES_FP32", False)
+    assert torch.equal(compose.base_product(x, weight, bias), cpu.product(x, weight, bias))
+    monkeypatch.setattr(native, "has_bf16_product", lambda: False)
+    assert torch.equal(
+        compose.base_product(x, weight, bias), compose.plain_product(x, weight, bias)
+    )
+
+
+def test_base_product_takes_it_for_fp32_where_it_is_faster(own, monkeypatch):
+    x, weight, bias, *_ = make(4, 300, 8, 0, torch.float32)
+    assert torch.equal(compose.base_product(x, weight, bias), cpu.product(x, weight, bias))
+    monkeypatch.setattr(cpu, "product", None)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        made = compose.base_product(x.to(dtype), weight.to(dtype), bias.to(dtype))
+        assert made.dtype == dtype
+    # A gradient is PyTorch's affair.
+    assert compose.base_product(x.requires_grad_(), weight, bias).requires_grad
+    monkeypatch.setattr(compose, "FUSES_FP32", False)
+    assert compose.base_product(x.detach(), weight, bias).dtype == torch.float32
+
+
+@pytest.mark.parametrize("refused", ["x", "bias", "weight"])
+def test_what_pytorch_refuses_no_launcher_sees(own, refused):
+    x, weight, bias = torch.randn(4, 300), torch.randn(200, 300), torch.randn(200)
+    layer = nn.Linear(300, 200).requires_grad_(False)
+    multiply_faster([layer])
+    if refused == "x":
+        x = x[:, :299]
+    elif refused == "bias":
+        layer.bias.data = bias = bias[:100]
+    else:
+        layer.weight.data = weight = weight[:, :299]
+    for call in (lambda: layer(x), lambda: compose.base_product(x, weight, bias)):
+        with pytest.raises(RuntimeError):
+            call()
+
+
+def a_faster_layer(bias=True):
+    torch.manual_seed(0)
+    plain = nn.Linear(256, 160, bias=bias).requires_grad_(False)
+    faster = copy.deepcopy(plain)
+    multiply_faster([faster])
+    assert type(faster) is FrozenFp32Linear and isinstance(faster, nn.Linear)
+    return plain, faster
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3), (0, 4), (2, 1, 3)])
+def test_a_faster_layer_gives_what_the_plain_one_does(own, bias, leading):
+    plain, faster = a_faster_layer(bias)
+    for wants_gradient in (False, True):
+        x = torch.randn(*leading, 256, requires_grad=wants_gradient)
+        y = faster(x)
+        assert_close(y, plain(x))
+        assert y.requires_grad == wants_gradient
+        if wants_gradient:
+            g = torch.randn_like(y)
+            (own_dx,), (dx,) = (torch.autograd.grad(layer(x), x, g) for layer in (faster, plain))
+            assert_close(own_dx, dx)
+    with torch.no_grad():
+        assert not faster(x).requires_grad
+
+
+def test_and_it_is_the_librarys_product_that_makes_it(own, monkeypatch):
+    _, faster = a_faster_layer()
+    launched, real = [], native.Library.call
+
+    def noted(self, op, *arguments):
+        launched.append(op)
+        real(self, op, *arguments)
+
+    monkeypatch.setattr(native.Library, "call", noted)
+    x = torch.randn(5, 256, requires_grad=True)
+    faster(x).sum().backward()
+    assert launched == ["fp32_product"] * 2
+    monkeypatch.setattr(compose, "FUSES_FP32", False)
+    faster(x).sum().backward()
+    assert launched == ["fp32_product"] * 2
+
+
+def test_what_asks_for_more_than_values_gets_pytorchs_product(own):
+    """Derivatives of derivatives, in forward mode and of functions; casts, graphs and traces."""
+    plain, faster = a_faster_layer()
+    x, v = torch.randn(3, 256), torch.randn(3, 256)
+
+    def of_a_gradient(layer):
+        inputs = x.clone().requires_grad_()
+        dx = torch.autograd.grad(layer(inputs).tanh().sum(), inputs, create_graph=True)[0]
+        return torch.autograd.grad(dx.square().sum(), inputs)[0]
+
+    def in_forward_mode(layer):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, v))).tangent
+
+    def in_bf16(layer):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x.clone().requires_grad_())
+        assert y.dtype == torch.bfloat16
+        return y.float()
+
+    def checkpointed(layer):
+        inputs = x.clone().requires_grad_()
+        checkpoint(layer, inputs, use_reentrant=False).square().sum().backward()
+        return inputs.grad
+
+    def kept_elsewhere(layer):
+        inputs = x.clone().requires_grad_()
+        with torch.autograd.graph.save_on_cpu():
+            y = layer(inputs)
+        y.square().sum().backward()
+        return inputs.grad
+
+    def without_gradients(layer):
+        with torch.inference_mode():
+            return layer(x).clone()
+
+    ways = [
+        *(of_a_gradient, in_forward_mode, in_bf16, checkpointed, kept_elsewhere),
+        without_gradients,
+        lambda layer: torch.func.vmap(layer)(x),
+        lambda layer: torch.func.grad(lambda x: layer(x).tanh().sum())(x),
+        lambda layer: torch.func.vmap(torch.func.grad(lambda x: layer(x).tanh().sum()))(x),
+        lambda layer: torch.func.jvp(layer, (x,), (v,))[1],
+        lambda layer: torch.compile(layer, backend="aot_eager", fullgraph=True)(x),
+        lambda layer: torch.jit.trace(layer, (x,))(x),
+        lambda layer: torch.export.export(layer, (x,)).module()(x),
+    ]
+    for way in ways:
+        assert_close(way(faster), way(plain), msg=getattr(way, "__name__", None))
+
+
+def test_a_faster_layer_that_is_trained_after_all_is_trained(own):
+    plain, faster = a_faster_layer()
+    x = torch.randn(4, 256)
+    for layer in (plain, faster):
+        layer.weight.requires_grad_(True)
+        layer(x).square().sum().backward()
+    assert_close(faster.weight.grad, plain.weight.grad)
+
+
+def test_a_faster_layer_is_saved_copied_and_pickled(own):
+    plain, faster = a_faster_layer()
+    x = torch.randn(2, 256)
+    assert faster.state_dict().keys() == plain.state_dict().keys()
+    file = io.BytesIO()
+    torch.save(faster, file)
+    file.seek(0)
+    others = (copy.deepcopy(faster), pickle.loads(pickle.dumps(faster)),
+              torch.load(file, weights_only=False))  # fmt: skip
+    for other in others:
+        assert type(other) is FrozenFp32Linear and torch.equal(other(x), faster(x))
+    assert_close(faster.double()(x.double()), plain.double()(x.double()))
+
+
+def test_convert_and_merge(own):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Linear(160, 160), nn.Tanh(), nn.Linear(160, 160), nn.Linear(160, 8)),
+        nn.Linear(160, 160, bias=False, dtype=torch.float64),
+    )
+    heard = []
+    model[2].register_forward_hook(lambda *_: heard.append(1))
+    objects = list(model)
+    x = torch.randn(3, 160)
+    wanted = model[:4](x)
+    ffa.convert(model, 4, target_modules=["0"], modules_to_save=["4"])
+    kinds = ["FFALinear", "Tanh", "FrozenFp32Linear", "Linear", "Linear"]
+    assert [type(layer).__name__ for layer in model] == kinds
+    assert list(model)[1:] == objects[1:] and len(heard) == 1
+    assert_close(model[:4](x), wanted)
+    assert len(heard) == 2
+    # A second adapter's layer may be one that was made faster.
+    ffa.merge(model)
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Tanh, *[nn.Linear] * 3]
+    multiply_faster([model[2].requires_grad_(False)])
+    ffa.convert(model, 4, target_modules=["2"])
+    assert type(model[2]).__name__ == "FFALinear"
+    assert_close(model[:4](x), wanted)
+
+
+def test_convert_makes_nothing_faster_where_pytorch_is_as_fast(monkeypatch):
+    monkeypatch.setattr(compose, "FUSES_FP32", False)
+    model = nn.Sequential(nn.Linear(160, 160), nn.Linear(160, 160))
+    ffa.convert(model, 4, target_modules=["0"])
+    assert type(model[1]) is nn.Linear
+
+
+def test_a_head_that_was_frozen_and_made_faster_records_once_it_is_trained(own):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
+    ffa.convert(model, 4, target_modules=["0"])
+    assert type(model[1]) is FrozenFp32Linear
+    model[1].requires_grad_(True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    data = torch.utils.data.TensorDataset(torch.randn(6, 128))
+    model, optimizer, loader = ffa.PrivacyEngine(seed=1).make_private(
+        module=model, optimizer=torch.optim.SGD(trained, lr=0.1), noise_multiplier=1.0,
+        data_loader=torch.utils.data.DataLoader(data, batch_size=6), max_grad_norm=1.0,
+        poisson_sampling=False,
+    )  # fmt: skip
+    for (x,) in loader:
+        model(x).square().sum(dim=1).mean().backward()
+        assert [p.grad_sample.shape for p in trained] == [(6, *p.shape) for p in trained]
+        optimizer.step()
+
+
+def test_the_chunked_loss_takes_it_for_a_frozen_head(own_product):
+    torch.manual_seed(0)
+    hidden, head = torch.randn(3, 5, 160, requires_grad=True), torch.randn(700, 160)
+    labels = torch.randint(700, (3, 5))
+    found = losses.chunked_causal_lm_loss(hidden, head, labels, chunk_elements=2100)
+    wanted = losses.causal_lm_loss(hidden @ head.t(), labels)
+    assert_close(found, wanted)
+    assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in (found, wanted)))
