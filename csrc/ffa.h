@@ -18,7 +18,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-enum ffa_dtype { FFA_F32 = 0, FFA_F64 = 1, FFA_F16 = 2, FFA_BF16 = 3 };
+enum ffa_dtype { FFA_F32 = 0, FFA_F64 = 1, FFA_F16 = 2, FFA_BF16 = 3, FFA_I8 = 4 };
 
 enum ffa_status {
   FFA_OK = 0,
@@ -98,13 +98,15 @@ int ffa_cpu_bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r
                          const void* bias, const void* left, const void* term, int64_t term_row,
                          int64_t term_column, double scaling, void* out, int threads);
 
-/* The same with right in F32, and nothing rounded but the sums. */
+/* The same, and nothing rounded but the sums. right is of right_dtype, F32, BF16 or I8, and times
+ * scale if that is not null: (columns,), or (depth,) where scales_rows is not 0. */
 int ffa_cpu_fp32_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
-                         const void* right, int64_t right_row, int64_t right_column,
-                         const void* bias, const void* left, const void* term, int64_t term_row,
-                         int64_t term_column, double scaling, void* out, int threads);
-/* Whether it is faster here than the product that PyTorch brings: MKL's, which on an AMD processor
- * leaves a fifth or more of what that could do. */
+                         const void* right, int right_dtype, int64_t right_row,
+                         int64_t right_column, const void* scale, int scales_rows, const void* bias,
+                         const void* left, const void* term, int64_t term_row, int64_t term_column,
+                         double scaling, void* out, int threads);
+/* Whether with right in F32 it is faster here than the product that PyTorch brings: MKL's, which on
+ * an AMD processor leaves a fifth or more of what that could do. */
 int ffa_cpu_prefers_fp32_product(void);
 
 /* grad_samples[k] (n, numels[k]) of dtypes[k]; sums[k] (numels[k],) int64 on the grid of its bound,

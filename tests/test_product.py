@@ -142,6 +142,57 @@ def test_it_is_as_near_as_pytorchs_product(base, d_in):
     assert own < 1.1 * theirs
 
 
+@pytest.fixture
+def no_bf16(monkeypatch):
+    """A processor without instructions for bf16."""
+    monkeypatch.setattr(native, "has_bf16_product", lambda: False)
+    monkeypatch.setattr(compose, "widens_bf16", lambda: True)
+
+
+@needs_library
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int8, scales of d_in"])
+def test_a_narrower_matrix_is_multiplied_as_its_floats_are(kind, sizes, transposed, no_bf16):
+    x, weight, bias, left, term = make(*sizes, torch.float32)
+    scale, stored = None, weight.bfloat16()
+    if kind != "bf16":
+        shape = (len(weight), 1) if kind == "int8" else (1, weight.shape[1])
+        scale, stored = torch.rand(shape) + 0.1, (weight * 40).clamp(-127, 127).to(torch.int8)
+    floats = stored.float() if scale is None else stored * scale
+    if transposed:
+        stored, floats = (W.t().contiguous().t() for W in (stored, floats))
+    found = cpu.product(x, stored, bias, left, term, 1.5, scale=scale)
+    assert torch.equal(found, cpu.product(x, floats, bias, left, term, 1.5))
+    assert torch.equal(compose.base_product(x, stored, bias, scale), cpu.product(x, floats, bias))
+    theirs = compose.plain_product(x, stored, bias, scale) + 1.5 * left @ term
+    assert_close(found, theirs, rtol=1e-4, atol=1e-3)
+
+
+@needs_library
+@pytest.mark.parametrize("base_dtype", ["bf16", "int8"])
+def test_a_smaller_base_is_multiplied_as_it_is_stored(base_dtype, no_bf16, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 32))
+    ffa.convert(model, 4, target_modules=["0"], base_dtype=base_dtype)
+    x = torch.randn(5, 64, requires_grad=True)
+
+    def passes():
+        y = model(x)
+        return y.detach(), *torch.autograd.grad(y.square().sum(), (x, model[0].lora_B))
+
+    own = passes()
+    monkeypatch.setattr(cpu, "multiplies", lambda dtype: False)
+    for found, wanted in zip(own, passes(), strict=True):
+        assert_close(found, wanted)
+    monkeypatch.undo()
+    monkeypatch.setattr(native, "has_bf16_product", lambda: False)
+    monkeypatch.setattr(compose, "widens_bf16", lambda: True)
+    monkeypatch.setattr(compose, "plain_product", None)
+    for found, wanted in zip(own, passes(), strict=True):
+        assert torch.equal(found, wanted)
+
+
 @needs_amx
 def test_base_product_takes_it_for_fp32_beside_bf16(monkeypatch):
     x, weight, bias, *_ = make(4, 16, 8, 0, torch.bfloat16)

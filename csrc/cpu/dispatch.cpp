@@ -134,11 +134,13 @@ int ffa_cpu_bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r
 }
 
 int ffa_cpu_fp32_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
-                         const void* right, int64_t right_row, int64_t right_column,
-                         const void* bias, const void* left, const void* term, int64_t term_row,
-                         int64_t term_column, double scaling, void* out, int threads) {
-  return FFA_COPY(fp32_product)(rows, depth, columns, r, x, right, right_row, right_column, bias,
-                                left, term, term_row, term_column, scaling, out, threads);
+                         const void* right, int right_dtype, int64_t right_row,
+                         int64_t right_column, const void* scale, int scales_rows, const void* bias,
+                         const void* left, const void* term, int64_t term_row, int64_t term_column,
+                         double scaling, void* out, int threads) {
+  return FFA_COPY(fp32_product)(rows, depth, columns, r, x, right, right_dtype, right_row,
+                                right_column, scale, scales_rows, bias, left, term, term_row,
+                                term_column, scaling, out, threads);
 }
 
 int ffa_cpu_prefers_fp32_product(void) {

@@ -1,4 +1,4 @@
-// Products with a frozen fp32 matrix, and a rank-r term in the same sums.
+// Products in fp32 with a frozen matrix of any type, and a rank-r term in the same sums.
 //
 //   out = x right + scaling left term + bias
 //
@@ -32,8 +32,11 @@ constexpr int64_t kBlock = 192;
 constexpr int64_t kSameSet = 4096;
 
 struct Matrix {
-  const float* data;
+  const void* data;
+  int dtype;
   int64_t depth, row, column;  // its rows, and steps between rows and columns
+  const float* scale;          // of its rows or of its columns; or null
+  bool scales_rows;
 };
 
 struct Problem {
@@ -73,31 +76,79 @@ inline void transpose(Vec* v) {
   if constexpr (2 * kStep < W) transpose<2 * kStep>(v);
 }
 
-// A panel's columns, times `scale`, and zeros beside them.
-void pack(const Matrix& m, int64_t start, int64_t columns, float scale, float* to) {
-  const float* from = m.data + start * m.column;
+// The bits of a bf16 number.
+typedef uint16_t bf16;
+
+inline Vec load(const float* p) { return S::load(p); }
+inline Vec load(const bf16* p) {
+  typedef bf16 Halves __attribute__((vector_size(2 * W)));
+  Halves halves;
+  memcpy(&halves, p, sizeof(halves));
+  return (Vec)(__builtin_convertvector(halves, WordVector) << 16);
+}
+inline Vec load(const int8_t* p) {
+  typedef int8_t Bytes __attribute__((vector_size(W)));
+  Bytes bytes;
+  memcpy(&bytes, p, sizeof(bytes));
+  return __builtin_convertvector(bytes, Vec);
+}
+
+inline float number(float v) { return v; }
+inline float number(int8_t v) { return v; }
+inline float number(bf16 v) {
+  const uint32_t word = static_cast<uint32_t>(v) << 16;
+  float wide;
+  memcpy(&wide, &word, sizeof(wide));
+  return wide;
+}
+
+// A panel's columns times `factor`, and zeros beside them.
+template <class T>
+void pack(const Matrix& m, int64_t start, int64_t columns, float factor, float* to) {
+  const T* from = static_cast<const T*>(m.data) + start * m.column;
+  const bool whole = columns == kColumns;
+  alignas(64) float of_columns[kColumns];
+  for (int64_t c = 0; c < kColumns; ++c) {
+    const bool scaled = m.scale != nullptr && !m.scales_rows && c < columns;
+    of_columns[c] = scaled ? m.scale[start + c] * factor : factor;
+  }
+  const float* of_rows = m.scales_rows ? m.scale : nullptr;
   int64_t k = 0;
-  if (columns == kColumns && m.column == 1) {
+  if (whole && m.column == 1) {
     for (; k < m.depth; ++k) {
       for (int v = 0; v < 2; ++v) {
-        S::store(to + k * kColumns + v * W, S::load(from + k * m.row + v * W) * scale);
+        const Vec scale = S::load(of_columns + v * W) * (of_rows != nullptr ? of_rows[k] : 1.0f);
+        S::store(to + k * kColumns + v * W, load(from + k * m.row + v * W) * scale);
       }
     }
-  } else if (columns == kColumns && m.row == 1) {
+  } else if (whole && m.row == 1) {
     for (; k + W <= m.depth; k += W) {
       for (int v = 0; v < 2; ++v) {
+        const Vec scale = S::load(of_columns + v * W);
         Vec block[W];
-        for (int i = 0; i < W; ++i) block[i] = S::load(from + (v * W + i) * m.column + k);
+        for (int i = 0; i < W; ++i) block[i] = load(from + (v * W + i) * m.column + k);
         transpose(block);
-        for (int i = 0; i < W; ++i) S::store(to + (k + i) * kColumns + v * W, block[i] * scale);
+        for (int i = 0; i < W; ++i) {
+          const Vec row = block[i] * scale;
+          S::store(to + (k + i) * kColumns + v * W,
+                   of_rows != nullptr ? row * of_rows[k + i] : row);
+        }
       }
     }
   }
   for (; k < m.depth; ++k) {
+    const float of_row = of_rows != nullptr ? of_rows[k] : 1.0f;
     for (int64_t c = 0; c < kColumns; ++c) {
-      to[k * kColumns + c] = c < columns ? from[k * m.row + c * m.column] * scale : 0.0f;
+      const float scale = of_columns[c] * of_row;
+      to[k * kColumns + c] = c < columns ? number(from[k * m.row + c * m.column]) * scale : 0.0f;
     }
   }
+}
+
+void pack_any(const Matrix& m, int64_t start, int64_t columns, float factor, float* to) {
+  if (m.dtype == FFA_F32) return pack<float>(m, start, columns, factor, to);
+  if (m.dtype == FFA_BF16) return pack<bf16>(m, start, columns, factor, to);
+  pack<int8_t>(m, start, columns, factor, to);
 }
 
 // sum += M rows of x, `row` apart, times a panel.
@@ -215,8 +266,8 @@ int run(const Problem& p, int threads) {
       const int64_t column = i * kColumns;
       const int64_t columns = p.columns - column < kColumns ? p.columns - column : kColumns;
       float* panel = packed.data + (i - begin) * size;
-      pack(p.right, column, columns, 1.0f, panel);
-      pack(p.term, column, columns, p.scaling, panel + p.right.depth * kColumns);
+      pack_any(p.right, column, columns, 1.0f, panel);
+      pack_any(p.term, column, columns, p.scaling, panel + p.right.depth * kColumns);
     }
     const int64_t part = task % parts, last = tiles * (part + 1) / parts;
     for (int64_t t = tiles * part / parts; t < last; ++t) {
@@ -235,10 +286,16 @@ int run(const Problem& p, int threads) {
 }  // namespace
 
 int fp32_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
-                 const void* right, int64_t right_row, int64_t right_column, const void* bias,
-                 const void* left, const void* term, int64_t term_row, int64_t term_column,
-                 double scaling, void* out, int threads) {
+                 const void* right, int right_dtype, int64_t right_row, int64_t right_column,
+                 const void* scale, int scales_rows, const void* bias, const void* left,
+                 const void* term, int64_t term_row, int64_t term_column, double scaling, void* out,
+                 int threads) {
   if (rows < 0 || depth < 0 || columns < 0 || r < 0) return FFA_BAD_SIZE;
+  const int64_t bytes = right_dtype == FFA_F32    ? 4
+                        : right_dtype == FFA_BF16 ? 2
+                        : right_dtype == FFA_I8   ? 1
+                                                  : 0;
+  if (bytes == 0) return FFA_BAD_DTYPE;
   Problem p = {};
   p.rows = rows;
   p.columns = columns;
@@ -250,10 +307,16 @@ int fp32_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const 
   int64_t start = 0;
   do {
     const int64_t end = depth - start > kWhole ? start + kSegment : depth;
+    const float* of = static_cast<const float*>(scale);
     p.x = static_cast<const float*>(x) + start;
-    p.right = {static_cast<const float*>(right) + start * right_row, end - start, right_row,
-               right_column};
-    p.term = {static_cast<const float*>(term), end == depth ? r : 0, term_row, term_column};
+    p.right = {static_cast<const char*>(right) + start * right_row * bytes,
+               right_dtype,
+               end - start,
+               right_row,
+               right_column,
+               of != nullptr && scales_rows != 0 ? of + start : of,
+               scales_rows != 0};
+    p.term = {term, FFA_F32, end == depth ? r : 0, term_row, term_column, nullptr, false};
     if (const int status = run(p, threads)) return status;
     p.add = true;
     start = end;

@@ -136,26 +136,44 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
     return torch.addmm(weight, lora_B, lora_A, alpha=scaling)
 
 
-def base_product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def base_product(
+    rows: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
     """x W^T + b in x's dtype, by the CPU library's product where that is the one to take: that is
-    no part of autograd's graph."""
+    no part of autograd's graph.
+
+    Args:
+        rows: x, (..., d_in).
+        weight: W, (d_out, d_in), of x's dtype or a narrower one; int8 with a scale.
+        bias: (d_out,) or None.
+        scale: what W is multiplied with, (d_out, 1) or (1, d_in).
+    """
     if rows.is_cpu and not (rows.requires_grad and torch.is_grad_enabled()):
         from ffa_kernels.backends import cpu
 
-        if cpu.has_product(rows, weight, bias):
-            return cpu.product(rows, weight, bias)
-    return plain_product(rows, weight, bias)
+        if cpu.has_product(rows, weight, bias, scale):
+            return cpu.product(rows, weight, bias, scale=scale)
+    return plain_product(rows, weight, bias, scale)
 
 
-def plain_product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def plain_product(
+    rows: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
     """x W^T + b in x's dtype. A W of fewer bits is multiplied in its own type, where the device has
     instructions for that; x, b and the product are then rounded to it."""
+    if scale is not None:
+        weight = (weight * scale).to(rows.dtype)
     if weight.dtype == rows.dtype:
         return F.linear(rows, weight, bias)
-    if rows.device.type == "cpu" and not _BF16_PRODUCTS:
+    if rows.device.type == "cpu" and widens_bf16():
         return F.linear(rows, weight.to(rows.dtype), bias)
     narrow = None if bias is None else bias.to(weight.dtype)
     return F.linear(rows.to(weight.dtype), weight, narrow).to(rows.dtype)
+
+
+def widens_bf16() -> bool:
+    """Whether this processor has no instructions for bf16."""
+    return not _BF16_PRODUCTS
 
 
 def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:

@@ -30,6 +30,8 @@ from ffa_kernels.backends.dispatch import OPS
 
 # enum ffa_dtype and enum ffa_optimizer of csrc/ffa.h
 _DTYPES = {torch.float32: 0, torch.float64: 1}
+# Of the matrix in a product.
+_FACTORS = {torch.float32: 0, torch.bfloat16: 3, torch.int8: 4}
 _OPTIMIZERS = {"none": 0, "sgd": 1, "adam": 2, "adamw": 3}
 # Elements of x whose dropout is in flight at a time: the scratch stays in L2.
 _DROPOUT_CHUNK = 1 << 17
@@ -126,16 +128,15 @@ def _dropped_product(
         torch.mm(masked, lora_A.t(), out=h[start:end])
 
 
-def has_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+def has_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
+) -> bool:
     """Whether `product` is the one to take for these: not for what stands for a tensor, such as a
     tracer's, nor where more is asked for than values, nor for what PyTorch's would refuse."""
     return (
-        x.dtype == torch.float32
-        and (
-            (weight.dtype == torch.float32 and compose.FUSES_FP32)
-            or (weight.dtype == torch.bfloat16 and native.has_bf16_product())
-        )
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and x.dtype == torch.float32
+        and multiplies(weight.dtype)
         and type(x) in _PLAIN
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
@@ -145,7 +146,18 @@ def has_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and weight.is_cpu
         and x.shape[-1:] == weight.shape[1:]
         and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype))
+        and (scale is None or (scale.is_cpu and scale.dtype == x.dtype))
     )
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether fp32 rows are multiplied here with a matrix of this type: PyTorch makes floats of
+    narrower ones first, but where the processor has instructions for them."""
+    if dtype == torch.float32:
+        return compose.FUSES_FP32
+    if dtype == torch.bfloat16:
+        return native.has_bf16_product() or (compose.widens_bf16() and native.available("cpu"))
+    return dtype == torch.int8 and native.available("cpu")
 
 
 def product(
@@ -155,12 +167,14 @@ def product(
     left: Tensor | None = None,
     term: Tensor | None = None,
     scaling: float = 1.0,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """x W^T + b + s left term (..., d_out) in fp32, for W in fp32, or from x, W, s left and term
-    rounded to bf16 for W in bf16.
+    """x W^T + b + s left term (..., d_out) in fp32, for W in fp32, bf16 or int8; with instructions
+    for bf16, from x, W, s left and term rounded to that.
 
-    A row has the same bits whatever the other rows are; W is packed a part at a time. Beside bf16
-    subnormal numbers count as 0.
+    W is (d_out, d_in), times `scale` if that is given, (d_out, 1) or (1, d_in). A row has the same
+    bits whatever the other rows are; W is packed a part at a time. Where x is rounded subnormal
+    numbers count as 0.
     """
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
     y = rows.new_empty(len(rows), weight.shape[0])
@@ -168,12 +182,20 @@ def product(
     if left is None or term is None:
         left, term = rows.new_empty(len(rows), 0), rows.new_empty(0, y.shape[1])
     left = left.contiguous()
-    native.load("cpu").call(
-        "bf16_product" if weight.dtype == torch.bfloat16 else "fp32_product",
-        *(*rows.shape, y.shape[1], len(term), rows.data_ptr(), weight.data_ptr()),
-        *(weight.stride(1), weight.stride(0), None if bias is None else bias.data_ptr()),
-        *(left.data_ptr(), term.data_ptr(), *term.stride(), scaling, y.data_ptr(), _threads()),
+    strides = (weight.stride(1), weight.stride(0))
+    sizes = (*rows.shape, y.shape[1], len(term), rows.data_ptr(), weight.data_ptr())
+    others = (
+        *(None if bias is None else bias.data_ptr(), left.data_ptr(), term.data_ptr()),
+        *(*term.stride(), scaling, y.data_ptr(), _threads()),
     )
+    call = native.load("cpu").call
+    if weight.dtype == torch.bfloat16 and native.has_bf16_product():
+        call("bf16_product", *sizes, *strides, *others)
+    else:
+        scale = None if scale is None else scale.contiguous()
+        scales_rows = scale is not None and scale.shape[0] != len(weight)
+        scaled = (None if scale is None else scale.data_ptr(), scales_rows)
+        call("fp32_product", *sizes, _FACTORS[weight.dtype], *strides, *scaled, *others)
     return y.view(*x.shape[:-1], y.shape[1])
 
 

@@ -30,10 +30,6 @@ _LONGS = POINTER(c_int64)
 _INTS = POINTER(c_int)
 _DOUBLES = POINTER(c_double)
 
-_PRODUCT = (
-    *(c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p),
-    *(c_void_p, c_void_p, c_int64, c_int64, c_double, c_void_p, c_int),
-)
 # One row per launcher of csrc/ffa.h, arguments in its order; tensors are passed by address.
 _CPU_LAUNCHERS: dict[str, tuple[Any, ...]] = {
     "chacha20": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int),
@@ -55,8 +51,15 @@ _CPU_LAUNCHERS: dict[str, tuple[Any, ...]] = {
         *(c_int64, c_int64, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_void_p),
         *(c_void_p, c_void_p, c_double, c_double, c_void_p, c_void_p, c_void_p, c_int),
     ),
-    "bf16_product": _PRODUCT,
-    "fp32_product": _PRODUCT,
+    "bf16_product": (
+        *(c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p),
+        *(c_void_p, c_void_p, c_int64, c_int64, c_double, c_void_p, c_int),
+    ),
+    "fp32_product": (
+        *(c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int, c_int64, c_int64),
+        *(c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64),
+        *(c_double, c_void_p, c_int),
+    ),
     "clip_accumulate": (
         *(c_int64, c_int64, _LONGS, _INTS, _POINTERS, _POINTERS, _POINTERS),
         *(c_int64, _DOUBLES, c_void_p, c_void_p, c_void_p, c_int),
@@ -147,7 +150,8 @@ def has_bf16_product() -> bool:
 
 @functools.cache
 def prefers_fp32_product() -> bool:
-    """Whether the CPU library is there and its fp32_product is faster here than PyTorch's."""
+    """Whether the CPU library is there and its product with an fp32 matrix is faster here than
+    PyTorch's."""
     return available("cpu") and bool(load("cpu").handle.ffa_cpu_prefers_fp32_product())
 
 

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ffa_kernels.backends import cpu, native, reference
+from ffa_kernels.backends import cpu, reference
 from ffa_kernels.backends.compose import by_way_of_u
 from ffa_kernels.backends.dispatch import backend_for
 from ffa_kernels.backends.grid import zero_sums
@@ -182,7 +182,7 @@ def _served(device: str, func: Any, args: tuple[Any, ...]) -> Any:
     held: list[Tensor] = []
     dropout_state = {"linear": 7, "linear_backward": 5}.get(name)
     if backend == "cpu" and dropout_state is not None and args[dropout_state] is None:
-        if torch.bfloat16 in floating and native.has_bf16_product():
+        if torch.bfloat16 in floating and cpu.multiplies(torch.bfloat16):
             # One kernel, which allocates what it gives.
             return func(*args)
         # PyTorch's own operators then, and what they hold between them.

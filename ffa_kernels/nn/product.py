@@ -24,7 +24,7 @@ def parameter(layer: nn.Module, name: str) -> Any:
 
 
 class Product(torch.autograd.Function):
-    """x W^T + b, whose backward makes W again: no x and no W in floats waits for it.
+    """x W^T + b, whose backward needs W alone: no x and no W in floats waits for it.
 
     Takes x (..., d_in), W as it is stored, its scale (d_out, 1) or None, and b (d_out,) or None.
     """
@@ -34,14 +34,14 @@ class Product(torch.autograd.Function):
         ctx.save_for_backward(stored, scale)
         with _without_casts(x):
             bias = None if bias is None else bias.to(x.dtype)
-            return compose.base_product(x, _in_floats(stored, scale, x.dtype), bias)
+            return compose.base_product(x, stored, bias, scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         stored, scale = ctx.saved_tensors
         (g,) = grads
         with _without_casts(g):
-            dx = compose.base_product(g, _in_floats(stored, scale, g.dtype).t())
+            dx = compose.base_product(g, stored.t(), None, None if scale is None else scale.t())
         return dx, None, None, None
 
 
@@ -53,10 +53,6 @@ def _without_casts(x: Tensor) -> AbstractContextManager[object]:
     if torch._C._is_any_autocast_enabled():
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
-
-
-def _in_floats(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return stored if scale is None else (stored * scale).to(dtype)
 
 
 class FrozenFp32Linear(nn.Linear):
@@ -110,4 +106,5 @@ def multiply_faster(modules: Iterable[nn.Module]) -> None:
 def as_before(module: nn.Module) -> None:
     """Undoes `multiply_faster`; any other module is left as it is."""
     if type(module) is FrozenFp32Linear:
-        module.__class__ = nn.Linear
+        plain: Any = nn.Linear
+        module.__class__ = plain
