@@ -226,7 +226,7 @@ def grad_samples(model, records):
     return {n: p.grad_sample.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def test_a_fresh_adapter_changes_no_answer(family):
+def test_a_fresh_adapter_changes_no_answer(family, own_product):
     make, targets = family
     model = build(make)
     records = Records(model)
@@ -234,7 +234,11 @@ def test_a_fresh_adapter_changes_no_answer(family):
     ffa.convert(model, r=R, alpha=ALPHA, target_modules=targets)
     layers = [m for m in model.modules() if isinstance(m, Adapter)]
     assert len(layers) >= len(targets)
-    assert torch.equal(answer_of(model, records), before)
+    if own_product:
+        # Which rounds elsewhere than PyTorch's.
+        torch.testing.assert_close(answer_of(model, records), before)
+    else:
+        assert torch.equal(answer_of(model, records), before)
     assert not torch.equal(answer_of(randomised(model), records), before)
 
 

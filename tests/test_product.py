@@ -219,8 +219,8 @@ def test_base_product_takes_it_for_fp32_where_it_is_faster(own, monkeypatch):
 
 @pytest.mark.parametrize("refused", ["x", "bias", "weight"])
 def test_what_pytorch_refuses_no_launcher_sees(own, refused):
-    x, weight, bias = torch.randn(4, 300), torch.randn(200, 300), torch.randn(200)
-    layer = nn.Linear(300, 200).requires_grad_(False)
+    x, weight, bias = torch.randn(4, 300), torch.randn(300, 300), torch.randn(300)
+    layer = nn.Linear(300, 300).requires_grad_(False)
     multiply_faster([layer])
     if refused == "x":
         x = x[:, :299]
@@ -235,7 +235,7 @@ def test_what_pytorch_refuses_no_launcher_sees(own, refused):
 
 def a_faster_layer(bias=True):
     torch.manual_seed(0)
-    plain = nn.Linear(256, 160, bias=bias).requires_grad_(False)
+    plain = nn.Linear(256, 320, bias=bias).requires_grad_(False)
     faster = copy.deepcopy(plain)
     multiply_faster([faster])
     assert type(faster) is FrozenFp32Linear and isinstance(faster, nn.Linear)
@@ -274,6 +274,110 @@ def test_and_it_is_the_librarys_product_that_makes_it(own, monkeypatch):
     monkeypatch.setattr(compose, "FUSES_FP32", False)
     faster(x).sum().backward()
     assert launched == ["fp32_product"] * 2
+
+
+@pytest.mark.parametrize("leading", [(40,), (5, 8)])
+@pytest.mark.parametrize("base_dtype", [None, "bf16", "int8"])
+def test_an_activation_may_work_in_place(base_dtype, leading, own_product):
+    """What a custom function gives out as a view may not be changed: no layer gives out one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
+    ffa.convert(model, 4, target_modules=["0"], base_dtype=base_dtype)
+    x, found = torch.randn(*leading, 256, requires_grad=True), []
+    for in_place in (False, True):
+        model[1].inplace = model[3].inplace = in_place
+        model(x).sum().backward()
+        found.append((x.grad, model[0].lora_B.grad))
+        x.grad = model[0].lora_B.grad = None
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+class Odd(torch.Tensor):
+    """A tensor whose values are elsewhere."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        def plain(value):
+            return value.inner if isinstance(value, Odd) else value
+
+        args, kwargs = torch.utils._pytree.tree_map(plain, (args, kwargs or {}))
+        made = func(*args, **kwargs)
+        return Odd(made) if func is torch.ops.aten.detach.default else made
+
+
+def test_what_has_no_values_at_its_address_gets_pytorchs_product(own):
+    plain, faster = a_faster_layer()
+    x = torch.randn(40, 256)
+    inputs = [
+        Odd(x),
+        torch._neg_view(x),
+        torch._efficientzerotensor((40, 256)),
+        x.to_sparse(),
+        torch.randn(40, 256, dtype=torch.complex64).conj().imag,
+    ]
+    for odd in inputs:
+        assert_close(faster(odd), plain(odd))
+    for layer in (plain, faster):
+        layer.weight = nn.Parameter(Odd(layer.weight.data), requires_grad=False)
+    assert_close(faster(x), plain(x))
+    for layer in (plain, faster):
+        layer.weight = nn.Parameter(layer.weight.inner, requires_grad=False)
+        layer.bias = nn.Parameter(torch._neg_view(layer.bias.data), requires_grad=False)
+    assert_close(faster(x), plain(x))
+
+
+def test_gradients_in_batches_and_their_tangents(own):
+    plain, faster = a_faster_layer()
+    x = torch.randn(4, 256, requires_grad=True)
+    many, v = torch.randn(3, 4, 320), torch.randn(4, 320)
+    found = []
+    for layer in (faster, plain):
+        (together,) = torch.autograd.grad(layer(x), x, many, is_grads_batched=True)
+        y = layer(x)
+        with forward_ad.dual_level():
+            (dx,) = torch.autograd.grad(y, x, forward_ad.make_dual(torch.ones_like(y), v))
+            found.append((together, forward_ad.unpack_dual(dx).tangent))
+    assert_close(*found)
+
+
+@needs_library
+@pytest.mark.parametrize("sizes", [(1, 64), (64, 1), (1, 1)])
+def test_an_int8_base_of_one_row_or_column(sizes):
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(*sizes), nn.Linear(sizes[1], 2))
+    ffa.convert(layer, 1, target_modules=["1"], base_dtype="int8")
+    frozen = layer[0]
+    x = torch.randn(5, sizes[0], requires_grad=True)
+    W = frozen.dequantized()
+    assert_close(frozen(x), F.linear(x, W, frozen.bias))
+    g = torch.randn(5, sizes[1])
+    assert_close(torch.autograd.grad(frozen(x), x, g)[0], g @ W)
+
+
+@needs_library
+def test_scales_that_do_not_fit_are_refused_as_pytorch_does():
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 2))
+    ffa.convert(model, 1, target_modules=["1"], base_dtype="int8")
+    model[0].scale.data = model[0].scale.data[:4]
+    with pytest.raises(RuntimeError):
+        model[0](torch.randn(2, 8))
+
+
+def test_few_rows_are_pytorchs_in_evaluation_alone(own, monkeypatch):
+    _, faster = a_faster_layer()
+    made = []
+    monkeypatch.setattr(cpu, "product", lambda x, *_, **__: made.append(len(x)) or x)
+    with torch.no_grad():
+        for training, rows, ours in ((True, 1, True), (False, 3, False), (False, 4, True)):
+            faster.train(training)(torch.randn(rows, 256))
+            assert made == [rows] * ours
+            made.clear()
 
 
 def test_what_asks_for_more_than_values_gets_pytorchs_product(own):
@@ -353,13 +457,13 @@ def test_a_faster_layer_is_saved_copied_and_pickled(own):
 def test_convert_and_merge(own):
     torch.manual_seed(0)
     model = nn.Sequential(
-        *(nn.Linear(160, 160), nn.Tanh(), nn.Linear(160, 160), nn.Linear(160, 8)),
-        nn.Linear(160, 160, bias=False, dtype=torch.float64),
+        *(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 256), nn.Linear(256, 8)),
+        nn.Linear(256, 256, bias=False, dtype=torch.float64),
     )
     heard = []
     model[2].register_forward_hook(lambda *_: heard.append(1))
     objects = list(model)
-    x = torch.randn(3, 160)
+    x = torch.randn(3, 256)
     wanted = model[:4](x)
     ffa.convert(model, 4, target_modules=["0"], modules_to_save=["4"])
     kinds = ["FFALinear", "Tanh", "FrozenFp32Linear", "Linear", "Linear"]
@@ -378,19 +482,19 @@ def test_convert_and_merge(own):
 
 def test_convert_makes_nothing_faster_where_pytorch_is_as_fast(monkeypatch):
     monkeypatch.setattr(compose, "FUSES_FP32", False)
-    model = nn.Sequential(nn.Linear(160, 160), nn.Linear(160, 160))
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
     ffa.convert(model, 4, target_modules=["0"])
     assert type(model[1]) is nn.Linear
 
 
 def test_a_head_that_was_frozen_and_made_faster_records_once_it_is_trained(own):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
     ffa.convert(model, 4, target_modules=["0"])
     assert type(model[1]) is FrozenFp32Linear
     model[1].requires_grad_(True)
     trained = [p for p in model.parameters() if p.requires_grad]
-    data = torch.utils.data.TensorDataset(torch.randn(6, 128))
+    data = torch.utils.data.TensorDataset(torch.randn(6, 256))
     model, optimizer, loader = ffa.PrivacyEngine(seed=1).make_private(
         module=model, optimizer=torch.optim.SGD(trained, lr=0.1), noise_multiplier=1.0,
         data_loader=torch.utils.data.DataLoader(data, batch_size=6), max_grad_norm=1.0,

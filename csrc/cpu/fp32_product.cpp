@@ -252,7 +252,7 @@ int run(const Problem& p, int threads) {
   const int64_t turns = (all + fit - 1) / fit, even = (turns < 2 ? 2 : turns) * threads;
   const int64_t groups = all < even ? all : even;
   const int64_t wanted = (threads + groups - 1) / groups, parts = wanted < tiles ? wanted : tiles;
-  const bool copies = p.depth * 4 % kSameSet == 0 && p.rows > 1;
+  const bool copies = p.depth * 4 % kSameSet == 0 && p.right.depth > 0 && p.rows > 1;
   const int64_t apart = p.right.depth + 64 / 4;
   int status = FFA_OK;
   parallel_for(threads, groups * parts, [&](int64_t task) {

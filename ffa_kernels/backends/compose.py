@@ -148,7 +148,8 @@ def base_product(
         bias: (d_out,) or None.
         scale: what W is multiplied with, (d_out, 1) or (1, d_in).
     """
-    if rows.is_cpu and not (rows.requires_grad and torch.is_grad_enabled()):
+    recorded = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
+    if rows.is_cpu and not recorded:
         from ffa_kernels.backends import cpu
 
         if cpu.has_product(rows, weight, bias, scale):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from ffa_kernels.backends import compose, native
 from ffa_kernels.backends.compose import (
@@ -131,23 +132,47 @@ def _dropped_product(
 def has_product(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
 ) -> bool:
-    """Whether `product` is the one to take for these: not for what stands for a tensor, such as a
-    tracer's, nor where more is asked for than values, nor for what PyTorch's would refuse."""
+    """Whether `product` is the one to take for these: not where more is asked for than values, nor
+    for what has none at its address, nor for what PyTorch's would refuse."""
     return (
         not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and _is_plain(x)
         and x.dtype == torch.float32
         and multiplies(weight.dtype)
-        and type(x) in _PLAIN
+        and _is_plain(weight)
+        and weight.dim() == 2
+        and x.shape[-1:] == weight.shape[1:]
+        and (bias is None or _is_plain(bias))
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype))
+        and (scale is None) == (weight.dtype != torch.int8)
+        and (scale is None or (_is_plain(scale) and scale.dtype == x.dtype))
+        and (scale is None or scale.shape in ((len(weight), 1), (1, weight.shape[1])))
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._is_any_autocast_enabled()
-        and torch._C._get_tracing_state() is None
-        and x.is_cpu
-        and weight.is_cpu
-        and x.shape[-1:] == weight.shape[1:]
-        and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype))
-        and (scale is None or (scale.is_cpu and scale.dtype == x.dtype))
+        and forward_ad._current_level < 0
     )
+
+
+def _dispatch_keys(t: Tensor) -> int:
+    keys: int = torch._C._dispatch_keys(t).raw_repr()
+    return keys
+
+
+def _keys_of_values() -> frozenset[int]:
+    with torch.inference_mode():
+        made = torch.empty(0, device="cpu")
+    return frozenset((_dispatch_keys(made), _dispatch_keys(torch.empty(0, device="cpu"))))
+
+
+# Of tensors on a CPU whose elements lie where their address and strides say: nothing sparse, lazily
+# negated, batched, wrapped or fake.
+_PLAIN_KEYS = _keys_of_values()
+
+
+def _is_plain(t: Tensor) -> bool:
+    return type(t) in _PLAIN and _dispatch_keys(t) in _PLAIN_KEYS
 
 
 def multiplies(dtype: torch.dtype) -> bool:
@@ -176,14 +201,15 @@ def product(
     bits whatever the other rows are; W is packed a part at a time. Where x is rounded subnormal
     numbers count as 0.
     """
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
-    y = rows.new_empty(len(rows), weight.shape[0])
+    # In its last shape at once: what is a view of something else is not changed in place.
+    y = x.new_empty((*x.shape[:-1], len(weight)))
+    x, rows = x.contiguous(), math.prod(x.shape[:-1])
     bias = None if bias is None else bias.contiguous()
     if left is None or term is None:
-        left, term = rows.new_empty(len(rows), 0), rows.new_empty(0, y.shape[1])
+        left, term = x.new_empty(rows, 0), x.new_empty(0, len(weight))
     left = left.contiguous()
     strides = (weight.stride(1), weight.stride(0))
-    sizes = (*rows.shape, y.shape[1], len(term), rows.data_ptr(), weight.data_ptr())
+    sizes = (rows, x.shape[-1], len(weight), len(term), x.data_ptr(), weight.data_ptr())
     others = (
         *(None if bias is None else bias.data_ptr(), left.data_ptr(), term.data_ptr()),
         *(*term.stride(), scaling, y.data_ptr(), _threads()),
@@ -193,10 +219,11 @@ def product(
         call("bf16_product", *sizes, *strides, *others)
     else:
         scale = None if scale is None else scale.contiguous()
-        scales_rows = scale is not None and scale.shape[0] != len(weight)
+        # Of the launcher's matrix, which is W^T.
+        scales_rows = scale is not None and scale.shape != (len(weight), 1)
         scaled = (None if scale is None else scale.data_ptr(), scales_rows)
         call("fp32_product", *sizes, _FACTORS[weight.dtype], *strides, *scaled, *others)
-    return y.view(*x.shape[:-1], y.shape[1])
+    return y
 
 
 def _projected(rows: Tensor, lora_A: Tensor) -> Tensor:
@@ -291,7 +318,7 @@ def linear(
     if weight is None:
         y = scaled_product(h, lora_B.t(), scaling)
     elif fused:
-        y = product(rows, weight, bias, h, lora_B.t(), scaling)
+        y = product(x, weight, bias, h, lora_B.t(), scaling)
     else:
         y = plain_product(rows, weight, bias).contiguous()
         _term("linear", h, lora_B, scaling, len(rows))(y)
@@ -329,7 +356,7 @@ def linear_backward(
         if weight is None:
             dx = scaled_product(u_rows, lora_A, scaling)
         elif fused:
-            dx = product(g_rows, weight.t(), None, u_rows, lora_A, scaling)
+            return product(g, weight.t(), None, u_rows, lora_A, scaling)
         else:
             dx, u_rows = plain_product(g_rows, weight.t()).contiguous(), u_rows.contiguous()
             _term("linear_backward", u_rows, lora_A.t(), scaling, len(g_rows))(dx)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ffa_kernels.backends import compose, cpu
 
 # A smaller matrix is multiplied in less time than the way to our product takes.
-_LEAST_NUMEL = 1 << 14
+_LEAST_NUMEL = 1 << 16
+# In evaluation fewer rows repay no packing of W. In training how a record is rounded must not
+# depend on how many others there are.
+_LEAST_ROWS = 4
 
 
 def parameter(layer: nn.Module, name: str) -> Any:
@@ -31,17 +34,19 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, stored: Tensor, scale: Tensor | None, bias: Any) -> Tensor:
-        ctx.save_for_backward(stored, scale)
+        ctx.save_for_backward(stored.t(), None if scale is None else scale.t())
         with _without_casts(x):
             bias = None if bias is None else bias.to(x.dtype)
-            return compose.base_product(x, stored, bias, scale)
+            y = compose.base_product(x, stored, bias, scale)
+        # A view is not changed in place, as an activation may do.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        stored, scale = ctx.saved_tensors
+        transposed, scale = ctx.saved_tensors
         (g,) = grads
         with _without_casts(g):
-            dx = compose.base_product(g, stored.t(), None, None if scale is None else scale.t())
+            dx = compose.base_product(g, transposed, None, scale)
         return dx, None, None, None
 
 
@@ -67,14 +72,16 @@ class FrozenFp32Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """x (..., d_in) to y (..., d_out)."""
         weight, bias = parameter(self, "weight"), parameter(self, "bias")
+        records = torch.is_grad_enabled()
         if (
             not cpu.has_product(input, weight, bias)
+            or weight.dtype != input.dtype
             or weight.requires_grad
             or (bias is not None and bias.requires_grad)
-            or forward_ad._current_level >= 0
+            or not (self.training or records or math.prod(input.shape[:-1]) >= _LEAST_ROWS)
         ):
             return F.linear(input, weight, bias)
-        if input.requires_grad and torch.is_grad_enabled():
+        if records and input.requires_grad:
             y: Tensor = _apply(input, weight, None, bias)
             return y
         return cpu.product(input, weight, bias)

@@ -237,7 +237,8 @@ class _Linear(torch.autograd.Function):
         # Not x: backward needs it for nothing, and it is d_in / r times the size of h.
         ctx.save_for_backward(h, weight, lora_A, lora_B, dropout_state, cu_seqlens)
         ctx.settings = (tap is not None, *settings)
-        return y
+        # A view is not changed in place, as an activation may do.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
