@@ -38,8 +38,11 @@ class Product(torch.autograd.Function):
         with _without_casts(x):
             bias = None if bias is None else bias.to(x.dtype)
             y = compose.base_product(x, stored, bias, scale)
+        if torch.compiler.is_compiling() or not y._is_view():
+            return y
         # A view is not changed in place, as an activation may do.
-        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+        unviewed: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+        return unviewed
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
