@@ -86,6 +86,12 @@ def bench() -> str:
     return "\n".join(part for part in parts if part)
 
 
+def zen4() -> str:
+    """Private steps, and their peers', where fp32 products are this library's."""
+    found = _read("bench-zen4.json")
+    return "\n".join((tables.stamp(found), tables.steps(found["rows"])))
+
+
 def avx2() -> str:
     """The same on a processor without AVX-512: private steps, and PEFT's."""
     found = _read("bench-avx2.json")
@@ -147,6 +153,7 @@ def study() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "bench": bench,
+    "zen4": zen4,
     "amx": amx,
     "avx2": avx2,
     "profile": profile,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ffa_kernels as ffa
+from ffa_kernels.nn.product import multiply_faster
 
 Step = Callable[[int], object]
 NOISE, CLIP, LR, DROPOUT = 1.0, 1.0, 1e-4, 0.05
@@ -60,6 +61,12 @@ def floor(s: Setting, model: nn.Module, device: torch.device, compiled: bool = F
 
 def floor_compiled(s: Setting, model: nn.Module, device: torch.device) -> Step:
     return floor(s, model, device, compiled=True)
+
+
+def floor_by_ours(s: Setting, model: nn.Module, device: torch.device) -> Step:
+    """The same passes, the frozen layers multiplied as this library does."""
+    multiply_faster(model.modules())
+    return floor(s, model, device)
 
 
 def private(
@@ -209,8 +216,10 @@ def dp_lora(s: Setting, model: nn.Module, device: torch.device) -> Step:
 
 
 FLOOR, OURS, PEFT_B = "floor", "ffa_kernels, private", "PEFT, B alone (not private)"
+FLOOR_BY_OURS = "floor, this library's products (not private)"
 SUBJECTS: dict[str, tuple[Callable[[Setting, nn.Module, torch.device], Step], str]] = {
     OURS: (private, "ffa_kernels"),
+    FLOOR_BY_OURS: (floor_by_ours, "ffa_kernels"),
     "ffa_kernels (not private)": (not_private, "ffa_kernels"),
     PEFT_B: (peft_B, "peft"),
     "PEFT, A and B (not private)": (peft, "peft"),
@@ -229,7 +238,7 @@ SUBJECTS: dict[str, tuple[Callable[[Setting, nn.Module, torch.device], Step], st
     f"PEFT, B alone, dropout {DROPOUT} (not private)": (peft_B_dropout, "peft"),
 }
 # What the quick suite has.
-QUICK = (OURS, PEFT_B, "Opacus, hooks", "Opacus, ghost", "fastDP", "dp-lora",
+QUICK = (OURS, FLOOR_BY_OURS, PEFT_B, "Opacus, hooks", "Opacus, ghost", "fastDP", "dp-lora",
          "ffa_kernels, private, bf16 base", "Opacus, hooks, bf16 autocast")  # fmt: skip
 
 
