@@ -105,8 +105,8 @@ int ffa_cpu_fp32_product(int64_t rows, int64_t depth, int64_t columns, int64_t r
                          int64_t right_column, const void* scale, int scales_rows, const void* bias,
                          const void* left, const void* term, int64_t term_row, int64_t term_column,
                          double scaling, void* out, int threads);
-/* Whether with right in F32 it is faster here than the product that PyTorch brings: MKL's, which on
- * an AMD processor leaves a fifth or more of what that could do. */
+/* Whether with right in F32 it is faster here than the product that PyTorch brings: MKL's, which
+ * leaves a part of an AMD processor unused. */
 int ffa_cpu_prefers_fp32_product(void);
 
 /* grad_samples[k] (n, numels[k]) of dtypes[k]; sums[k] (numels[k],) int64 on the grid of its bound,
