@@ -126,8 +126,9 @@ def _build_cpu(
         for op in OPS:
             contract = ["-ffp-contract=fast"] if op in CONTRACTED_OPS else []
             add(op, isa, [*contract, *ISA_FLAGS[isa], f"-DFFA_ISA={isa}"])
-    # Its one copy asks for its instructions itself.
-    add("bf16_product", "amx", ["-DFFA_ISA=amx"])
+    # Its one copy looks for bf16 instructions itself.
+    add("bf16_product", "avx512bf16", [*ISA_FLAGS["avx512" if _x86() else "baseline"],
+                                       "-DFFA_ISA=avx512bf16"])  # fmt: skip
     add("dispatch", "shared", [])
     add("parallel", "shared", [])
     _compile_all(commands)

@@ -1,18 +1,23 @@
-// Products with a bf16 matrix on AMX tiles, in fp32 from end to end but for what is multiplied.
+// Products with a bf16 matrix by the processor's instructions for them, AMX tiles or vectors of
+// pairs, in fp32 from end to end but for what is multiplied.
 //
-//   out = x right + left term + bias
+//   out = x right + scaling left term + bias
 //
-// A task rounds kRows rows of x and left to bf16, tile after tile, and multiplies them with panels
-// of kColumns columns of right and term, packed: as many panels as kPacked bytes hold, and kSegment
-// numbers of the inner dimension at a time. An element of out is summed in one order, whatever the
-// other rows are.
+// A task rounds kRows rows of x and left to bf16, block after block, and multiplies them with
+// panels of kColumns columns of right and term, packed: as many panels as kPacked bytes hold, and
+// kSegment numbers of the inner dimension at a time. An element of out is summed in one
+// order, whatever the other rows are.
 #include "../ffa.h"
 #include "buffer.h"
 #include "parallel.h"
+#include "simd.h"
+#include "transpose.h"
 
-#if defined(__x86_64__) && defined(__linux__) && \
+#if defined(__AVX512F__) && defined(__linux__) && \
     (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
-#define FFA_AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16")))
+// Its build has all of AVX-512 that the library asks for; these it looks for itself.
+#define FFA_PAIRS __attribute__((target("avx512bf16")))
+#define FFA_AMX __attribute__((target("avx512bf16,amx-tile,amx-bf16")))
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -21,7 +26,7 @@
 
 namespace ffa::FFA_ISA {
 
-#if defined(FFA_AMX)
+#if defined(FFA_PAIRS)
 namespace {
 
 constexpr int64_t kRows = 32, kColumns = 32, kDepth = 32;
@@ -50,17 +55,17 @@ struct Problem {
   int64_t blocks() const { return right.blocks() + term.blocks(); }
 };
 
-FFA_AMX inline __m512i narrow(__m512 low, __m512 high) {
+FFA_PAIRS inline __m512i narrow(__m512 low, __m512 high) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
 }
 
-FFA_AMX inline __mmask16 first(int64_t count) {
+inline __mmask16 first(int64_t count) {
   return static_cast<__mmask16>(count >= 16 ? 0xffff : count > 0 ? (1 << count) - 1 : 0);
 }
 
 // `depth` numbers of each row, times `scaling`, as blocks of two tiles of 16 rows.
-FFA_AMX void pack_rows(const float* x, int64_t row, int64_t rows, int64_t depth, float scaling,
-                       bf16* to) {
+FFA_PAIRS void pack_rows(const float* x, int64_t row, int64_t rows, int64_t depth, float scaling,
+                         bf16* to) {
   const __m512 scale = _mm512_set1_ps(scaling);
   for (int64_t i = 0; i < kRows; ++i) {
     for (int64_t k = 0; k < depth; k += kDepth) {
@@ -74,48 +79,84 @@ FFA_AMX void pack_rows(const float* x, int64_t row, int64_t rows, int64_t depth,
   }
 }
 
-FFA_AMX inline uint32_t bits(bf16 value) { return value; }
-FFA_AMX inline uint32_t bits(float value) {
+inline uint32_t bits(bf16 value) { return value; }
+FFA_PAIRS inline uint32_t bits(float value) {
   const __m512 all = _mm512_set1_ps(value);
   return static_cast<uint32_t>(_mm512_cvtsi512_si32(narrow(all, all))) & 0xffff;
 }
 
-// Rows k and k + 1 of 16 columns in pairs; both are there.
-FFA_AMX inline __m512i pairs(const bf16* at, int64_t row, int64_t column) {
-  if (column == 1) {
-    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + row));
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(low),
-                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+// A block of 32 columns that lie side by side.
+inline void pair_rows(const bf16* from, int64_t row, bf16* to) {
+  for (int64_t k = 0; k < kDepth; k += 2, from += 2 * row) {
+    for (int64_t c = 0; c < kColumns; c += 16) {
+      const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + c));
+      const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + row + c));
+      _mm512_store_si512(to + c / 16 * (kBlock / 2) + k * 16,
+                         _mm512_or_si512(_mm512_cvtepu16_epi32(low),
+                                         _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)));
+    }
   }
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i columns = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(column)));
-  return _mm512_i32gather_epi32(columns, at, 2);
+}
+
+// A tile of 16 columns whose elements lie side by side. Those of the block after the next are asked
+// for: the processor sees no stream in so many at once.
+inline void transpose_columns(const bf16* from, int64_t column, bf16* to) {
+  WordVector tile[16];
+  for (int i = 0; i < 16; ++i, from += column) {
+    memcpy(tile + i, from, sizeof(*tile));
+    __builtin_prefetch(from + 2 * kDepth, 0, 0);
+  }
+  transpose(tile);
+  memcpy(to, tile, sizeof(tile));
+}
+
+// Any block, with zeros beside it.
+template <class T>
+FFA_PAIRS void pack_block(const Matrix& m, const T* from, int64_t depth, int64_t columns,
+                          bf16* to) {
+  for (int64_t c = 0; c < kColumns; ++c) {
+    for (int64_t k = 0; k < kDepth; ++k) {
+      const bool there = k < depth && c < columns;
+      to[c / 16 * (kBlock / 2) + k / 2 * kDepth + c % 16 * 2 + k % 2] =
+          there ? bits(from[k * m.row + c * m.column]) : 0;
+    }
+  }
 }
 
 // A panel's columns as blocks of two tiles of 16 columns, each of which has rows of pairs.
 template <class T>
-FFA_AMX void pack_columns(const Matrix& m, int64_t start, int64_t columns, bf16* to) {
+void pack_columns(const Matrix& m, int64_t start, int64_t columns, bf16* to) {
   const T* from = static_cast<const T*>(m.data) + start * m.column;
-  for (int64_t c = 0; c < kColumns; c += 16) {
-    for (int64_t k = 0; k < m.blocks() * kDepth; k += 2) {
-      bf16* tile_row = to + k / kDepth * kBlock + c / 16 * (kBlock / 2) + k % kDepth * 16;
-      const T* at = from + k * m.row + c * m.column;
-      if constexpr (sizeof(T) == sizeof(bf16)) {
-        if (c + 16 <= columns && k + 2 <= m.depth &&
-            (m.column == 1 || (m.row == 1 && m.column < INT32_MAX / 16))) {
-          _mm512_store_si512(tile_row, pairs(at, m.row, m.column));
-          continue;
+  int64_t packed = 0;
+  if constexpr (sizeof(T) == sizeof(bf16)) {
+    const int64_t whole = columns == kColumns ? m.depth / kDepth : 0;
+    if (m.column == 1) {
+      packed = whole;
+      for (int64_t k = 0; k < whole; ++k)
+        pair_rows(from + k * kDepth * m.row, m.row, to + k * kBlock);
+    } else if (m.row == 1) {
+      packed = whole;
+      for (int64_t c = 0; c < kColumns; c += 16) {
+        for (int64_t k = 0; k < whole; ++k) {
+          transpose_columns(from + c * m.column + k * kDepth, m.column,
+                            to + k * kBlock + c / 16 * (kBlock / 2));
         }
-      }
-      for (int64_t i = 0; i < 16; ++i, at += m.column) {
-        const bool there = c + i < columns;
-        tile_row[2 * i] = there && k < m.depth ? bits(*at) : 0;
-        tile_row[2 * i + 1] = there && k + 1 < m.depth ? bits(at[m.row]) : 0;
       }
     }
   }
+  for (int64_t k = packed; k < m.blocks(); ++k) {
+    const int64_t above = k * kDepth;
+    pack_block(m, from + above * m.row, m.depth - above, columns, to + k * kBlock);
+  }
 }
+
+// 32 x 32 of out, from a block of rows and a panel, added to what has rows `step` apart.
+struct Sums {
+  const float* from;
+  int64_t step;
+  float* out;
+  int64_t row;
+};
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -123,31 +164,98 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// 32 x 32 of out, from `blocks` blocks of rows and of columns, added to what has rows `step` apart.
-FFA_AMX void multiply(const bf16* rows, const bf16* columns, int64_t blocks, const float* to,
-                      int64_t step, float* out, int64_t row) {
-  _tile_loadd(0, to, step * 4);
-  _tile_loadd(1, to + 16, step * 4);
-  _tile_loadd(2, to + 16 * step, step * 4);
-  _tile_loadd(3, to + 16 * step + 16, step * 4);
-  for (int64_t k = 0; k < blocks; ++k) {
-    _tile_loadd(4, rows + k * kBlock, 64);
-    _tile_loadd(6, columns + k * kBlock, 64);
-    _tile_loadd(7, columns + k * kBlock + kBlock / 2, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, rows + k * kBlock + kBlock / 2, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+struct Tiles {
+  FFA_AMX static void begin() {
+    const TileConfig config;
+    _tile_loadconfig(&config);
   }
-  _tile_stored(0, out, row * 4);
-  _tile_stored(1, out + 16, row * 4);
-  _tile_stored(2, out + 16 * row, row * 4);
-  _tile_stored(3, out + 16 * row + 16, row * 4);
-}
 
-FFA_AMX void run_rows(const Problem& p, int64_t row, int64_t column, int64_t panels,
-                      const bf16* packed, const float* bias, bf16* block) {
+  FFA_AMX static void multiply(const Problem& p, int64_t, const bf16* rows, const bf16* columns,
+                               const Sums& at) {
+    _tile_loadd(0, at.from, at.step * 4);
+    _tile_loadd(1, at.from + 16, at.step * 4);
+    _tile_loadd(2, at.from + 16 * at.step, at.step * 4);
+    _tile_loadd(3, at.from + 16 * at.step + 16, at.step * 4);
+    for (int64_t k = 0; k < p.blocks(); ++k) {
+      _tile_loadd(4, rows + k * kBlock, 64);
+      _tile_loadd(6, columns + k * kBlock, 64);
+      _tile_loadd(7, columns + k * kBlock + kBlock / 2, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, rows + k * kBlock + kBlock / 2, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, at.out, at.row * 4);
+    _tile_stored(1, at.out + 16, at.row * 4);
+    _tile_stored(2, at.out + 16 * at.row, at.row * 4);
+    _tile_stored(3, at.out + 16 * at.row + 16, at.row * 4);
+  }
+
+  FFA_AMX static void end() { _tile_release(); }
+};
+
+struct Vectors {
+  // With two vectors of columns and a pair of x the sums fill the registers.
+  static constexpr int kAtOnce = 12;
+
+  static void begin() {}
+
+  static void multiply(const Problem& p, int64_t count, const bf16* rows, const bf16* columns,
+                       const Sums& at) {
+    for (int64_t m = 0; m < count; m += kAtOnce) {
+      const Sums here = {at.from + m * at.step, at.step, at.out + m * at.row, at.row};
+      some<kAtOnce>(count - m, p, rows + m * kDepth, columns, here);
+    }
+  }
+
+  static void end() {}
+
+ private:
+  template <int M>
+  FFA_PAIRS static void some(int64_t count, const Problem& p, const bf16* rows, const bf16* columns,
+                             const Sums& at) {
+    if (count < M) {
+      if constexpr (M > 1) some<M - 1>(count, p, rows, columns, at);
+      return;
+    }
+    __m512 sum[M][2];
+    for (int m = 0; m < M; ++m) {
+      for (int v = 0; v < 2; ++v) sum[m][v] = _mm512_loadu_ps(at.from + m * at.step + 16 * v);
+    }
+    // An odd number at the end has a zero beside it.
+    add<M>((p.right.depth + 1) / 2, rows, columns, sum);
+    const int64_t after = p.right.blocks() * kBlock;
+    add<M>((p.term.depth + 1) / 2, rows + after, columns + after, sum);
+    for (int m = 0; m < M; ++m) {
+      for (int v = 0; v < 2; ++v) _mm512_storeu_ps(at.out + m * at.row + 16 * v, sum[m][v]);
+    }
+  }
+
+  template <int M>
+  FFA_PAIRS static inline void add(int64_t pairs, const bf16* rows, const bf16* columns,
+                                   __m512 (*sum)[2]) {
+    for (; pairs > 0; pairs -= kDepth / 2, rows += kBlock, columns += kBlock) {
+      const int64_t here = pairs < kDepth / 2 ? pairs : kDepth / 2;
+      for (int64_t k = 0; k < here; ++k) {
+        const __m512bh low = (__m512bh)_mm512_load_si512(columns + k * kDepth);
+        const __m512bh high = (__m512bh)_mm512_load_si512(columns + k * kDepth + kBlock / 2);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+          int32_t pair;
+          memcpy(&pair, rows + m * kDepth + 2 * k, sizeof(pair));
+          const __m512bh element = (__m512bh)_mm512_set1_epi32(pair);
+          sum[m][0] = _mm512_dpbf16_ps(sum[m][0], element, low);
+          sum[m][1] = _mm512_dpbf16_ps(sum[m][1], element, high);
+        }
+      }
+    }
+  }
+};
+
+template <class Unit>
+FFA_PAIRS void run_rows(const Problem& p, int64_t row, int64_t column, int64_t panels,
+                        const bf16* packed, const float* bias, bf16* block) {
   const int64_t rows = p.rows - row < kRows ? p.rows - row : kRows;
   pack_rows(p.x + row * p.depth, p.depth, rows, p.right.depth, 1.0f, block);
   pack_rows(p.left + row * p.term.depth, p.term.depth, rows, p.term.depth, p.scaling,
@@ -157,30 +265,35 @@ FFA_AMX void run_rows(const Problem& p, int64_t row, int64_t column, int64_t pan
     const bf16* panel = packed + i * p.blocks() * kBlock;
     float* out = p.out + row * p.columns + column;
     // Every row of the bias' tiles is the same.
-    const float* to = p.add ? out : bias + i * kColumns;
+    const float* from = p.add ? out : bias + i * kColumns;
     if (rows == kRows && columns == kColumns) {
-      multiply(block, panel, p.blocks(), to, p.add ? p.columns : 0, out, p.columns);
+      Unit::multiply(p, rows, block, panel, {from, p.add ? p.columns : 0, out, p.columns});
       continue;
     }
     alignas(64) float whole[kRows * kColumns] = {};
     for (int64_t m = 0; p.add && m < rows; ++m) {
       memcpy(whole + m * kColumns, out + m * p.columns, static_cast<size_t>(columns) * 4);
     }
-    multiply(block, panel, p.blocks(), p.add ? whole : to, p.add ? kColumns : 0, whole, kColumns);
+    Unit::multiply(p, rows, block, panel,
+                   {p.add ? whole : from, p.add ? kColumns : 0, whole, kColumns});
     for (int64_t m = 0; m < rows; ++m) {
       memcpy(out + m * p.columns, whole + m * kColumns, static_cast<size_t>(columns) * 4);
     }
   }
 }
 
+template <class Unit>
 int run(const Problem& p, int threads) {
   const int64_t all = (p.columns + kColumns - 1) / kColumns;
-  const int64_t tasks = (p.rows + kRows - 1) / kRows;
+  const int64_t tiles = (p.rows + kRows - 1) / kRows;
   const int64_t size = p.blocks() * kBlock;
-  if (tasks == 0 || all == 0) return FFA_OK;
+  if (tiles == 0 || all == 0) return FFA_OK;
   const int64_t fit = kPacked / (2 * size + 1);
   const int64_t groups = fit < 1 ? all : (all + fit - 1) / fit;
   const int64_t group = (all + groups - 1) / groups;
+  // Where rows are few, each task has a part of the panels.
+  const int64_t wanted = threads <= tiles ? 1 : (2 * threads + tiles - 1) / tiles;
+  const int64_t parts = wanted < group ? wanted : group, tasks = tiles * parts;
   const int64_t slots = threads < 1 ? 1 : threads < tasks ? threads : tasks;
   const Buffer<bf16> packed(group * size), blocks(slots * size);
   const Buffer<float> bias(group * kColumns);
@@ -198,42 +311,50 @@ int run(const Problem& p, int threads) {
       }
     });
     int64_t next = 0;
-    parallel_for(threads, slots, [&](int64_t slot) FFA_AMX {
-      const TileConfig config;
-      _tile_loadconfig(&config);
+    parallel_for(threads, slots, [&](int64_t slot) {
+      Unit::begin();
       for (int64_t t; (t = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;) {
-        run_rows(p, t * kRows, start * kColumns, panels, packed.data, bias.data,
-                 blocks.data + slot * size);
+        const int64_t begin = panels * (t % parts) / parts;
+        const int64_t end = panels * (t % parts + 1) / parts;
+        run_rows<Unit>(p, t / parts * kRows, (start + begin) * kColumns, end - begin,
+                       packed.data + begin * size, bias.data + begin * kColumns,
+                       blocks.data + slot * size);
       }
-      _tile_release();
+      Unit::end();
     });
   }
   return FFA_OK;
 }
 
-// Whether there are tiles, and the kernel gives them to this process.
-bool detect() {
+enum Found { kNothing, kVectors, kTiles };
+
+// Tiles only where the kernel of the system gives them to this process.
+Found detect() {
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return kNothing;
   const bool amx = (d >> 22 & 1) && (d >> 24 & 1) && (b >> 16 & 1) && (b >> 30 & 1);
-  if (!amx || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return kNothing;
+  // As in dispatch.cpp, for tests.
+  const char* wanted = getenv("FFA_CPU_ISA");
+  const bool tiles = wanted == nullptr || strcmp(wanted, "avx512") != 0;
+  return amx && tiles && syscall(SYS_arch_prctl, kRequest, kTileData) == 0 ? kTiles : kVectors;
+}
+
+Found found() {
+  static const Found once = detect();
+  return once;
 }
 
 }  // namespace
 
-int has_bf16_product() {
-  static const bool found = detect();
-  return found;
-}
+int has_bf16_product() { return found() != kNothing; }
 
 int bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
                  const void* right, int64_t right_row, int64_t right_column, const void* bias,
                  const void* left, const void* term, int64_t term_row, int64_t term_column,
                  double scaling, void* out, int threads) {
   if (rows < 0 || depth < 0 || columns < 0 || r < 0) return FFA_BAD_SIZE;
-  if (!has_bf16_product()) return FFA_WRONG_ARCH;
   Problem p = {};
   p.rows = rows;
   p.columns = columns;
@@ -242,6 +363,7 @@ int bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const 
   p.left = static_cast<const float*>(left);
   p.scaling = static_cast<float>(scaling);
   p.out = static_cast<float*>(out);
+  const bool tiles = found() == kTiles;
   int64_t start = 0;
   do {
     const int64_t end = depth - start > kSegment ? start + kSegment : depth;
@@ -249,7 +371,9 @@ int bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const 
     p.right = {static_cast<const bf16*>(right) + start * right_row, end - start, right_row,
                right_column};
     p.term = {term, end == depth ? r : 0, term_row, term_column};
-    if (const int status = run(p, threads)) return status;
+    if (const int status = tiles ? run<Tiles>(p, threads) : run<Vectors>(p, threads)) {
+      return status;
+    }
     p.add = true;
     start = end;
   } while (start < depth);

@@ -22,10 +22,10 @@
   decltype(ffa_cpu_private_step) private_step;               \
   }
 
-namespace ffa::amx {
+namespace ffa::avx512bf16 {
 decltype(ffa_cpu_has_bf16_product) has_bf16_product;
 decltype(ffa_cpu_bf16_product) bf16_product;
-}  // namespace ffa::amx
+}  // namespace ffa::avx512bf16
 
 FFA_DECLARE_COPY(baseline)
 #if defined(FFA_X86_COPIES)
@@ -123,14 +123,18 @@ int ffa_cpu_per_sample_backward(int64_t n, int64_t rows, int64_t d_out, int64_t 
                                        offsets, scaling, scale, dx, G, sq, threads);
 }
 
-int ffa_cpu_has_bf16_product(void) { return isa() == kAvx512 && ffa::amx::has_bf16_product(); }
+int ffa_cpu_has_bf16_product(void) {
+  return isa() == kAvx512 && ffa::avx512bf16::has_bf16_product();
+}
 
 int ffa_cpu_bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
                          const void* right, int64_t right_row, int64_t right_column,
                          const void* bias, const void* left, const void* term, int64_t term_row,
                          int64_t term_column, double scaling, void* out, int threads) {
-  return ffa::amx::bf16_product(rows, depth, columns, r, x, right, right_row, right_column, bias,
-                                left, term, term_row, term_column, scaling, out, threads);
+  if (!ffa_cpu_has_bf16_product()) return FFA_WRONG_ARCH;
+  return ffa::avx512bf16::bf16_product(rows, depth, columns, r, x, right, right_row, right_column,
+                                       bias, left, term, term_row, term_column, scaling, out,
+                                       threads);
 }
 
 int ffa_cpu_fp32_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,

@@ -5,12 +5,11 @@
 // A task has a few panels of kColumns columns of right and term, packed into its L2, and takes the
 // rows of x past them, kRows at a time, as they lie in memory. Lanes are columns. An element of out
 // is summed in one order, whatever the other rows are.
-#include <utility>
-
 #include "../ffa.h"
 #include "buffer.h"
 #include "parallel.h"
 #include "tiles.h"
+#include "transpose.h"
 
 namespace ffa::FFA_ISA {
 namespace {
@@ -49,32 +48,6 @@ struct Problem {
 
   int64_t summed() const { return right.depth + term.depth; }
 };
-
-// Of each pair of lanes kStep apart the first or the second, from a and from b in turns.
-template <int kStep, bool kHigh, size_t... kLane>
-inline Vec interleave(Vec a, Vec b, std::index_sequence<kLane...>) {
-#define FFA_LANE ((kLane & kStep) != 0 ? W : 0) + ((kLane & ~kStep) | (kHigh ? kStep : 0))
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, (FFA_LANE)...);
-#else
-  typedef int32_t Lanes __attribute__((vector_size(kVectorBytes)));
-  return __builtin_shuffle(a, b, Lanes{static_cast<int32_t>(FFA_LANE)...});
-#endif
-#undef FFA_LANE
-}
-
-// W vectors of W lanes, transposed: pairs of lanes, then pairs of pairs.
-template <int kStep = 1>
-inline void transpose(Vec* v) {
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) {
-    if ((i & kStep) != 0) continue;
-    const Vec a = v[i], b = v[i + kStep];
-    v[i] = interleave<kStep, false>(a, b, std::make_index_sequence<W>());
-    v[i + kStep] = interleave<kStep, true>(a, b, std::make_index_sequence<W>());
-  }
-  if constexpr (2 * kStep < W) transpose<2 * kStep>(v);
-}
 
 // The bits of a bf16 number.
 typedef uint16_t bf16;
