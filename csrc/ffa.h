@@ -85,7 +85,7 @@ int ffa_cpu_per_sample_backward(int64_t n, int64_t rows, int64_t d_out, int64_t 
                                 const void* lora_B, const int32_t* offsets, double scaling,
                                 double scale, void* dx, void* G, double* sq, int threads);
 
-/* Whether the next one runs here: it needs AMX tiles. */
+/* Whether the next one runs here: it needs AVX512-BF16, and takes AMX tiles where there are any. */
 int ffa_cpu_has_bf16_product(void);
 
 /* out (rows, columns) = x right + scaling left term + bias, each of x (rows, depth), right (depth,

@@ -18,13 +18,13 @@ from ffa_kernels import losses
 from ffa_kernels.backends import compose, cpu, native
 from ffa_kernels.nn.product import FrozenFp32Linear, multiply_faster
 
-needs_amx = pytest.mark.skipif(
-    not native.has_bf16_product(), reason="no CPU library, or no AMX tiles on this machine"
+needs_bf16 = pytest.mark.skipif(
+    not native.has_bf16_product(), reason="no CPU library, or no instructions for bf16 on this machine"
 )
 needs_library = pytest.mark.skipif(not native.available("cpu"), reason="no CPU library")
 BASES = [
     pytest.param(torch.float32, marks=needs_library),
-    pytest.param(torch.bfloat16, marks=needs_amx),
+    pytest.param(torch.bfloat16, marks=needs_bf16),
 ]
 
 # (rows, d_in, d_out, r): within a tile and beyond, odd, several groups of panels, segments and
@@ -193,7 +193,7 @@ def test_a_smaller_base_is_multiplied_as_it_is_stored(base_dtype, no_bf16, monke
         assert torch.equal(found, wanted)
 
 
-@needs_amx
+@needs_bf16
 def test_base_product_takes_it_for_fp32_beside_bf16(monkeypatch):
     x, weight, bias, *_ = make(4, 16, 8, 0, torch.bfloat16)
     monkeypatch.setattr(compose, "FUSES_FP32", False)

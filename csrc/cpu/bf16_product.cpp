@@ -292,7 +292,7 @@ int run(const Problem& p, int threads) {
   const int64_t groups = fit < 1 ? all : (all + fit - 1) / fit;
   const int64_t group = (all + groups - 1) / groups;
   // Where rows are few, each task has a part of the panels.
-  const int64_t wanted = threads <= tiles ? 1 : (2 * threads + tiles - 1) / tiles;
+  const int64_t wanted = (2 * threads + tiles - 1) / tiles;
   const int64_t parts = wanted < group ? wanted : group, tasks = tiles * parts;
   const int64_t slots = threads < 1 ? 1 : threads < tasks ? threads : tasks;
   const Buffer<bf16> packed(group * size), blocks(slots * size);

@@ -60,8 +60,8 @@ class FrozenLinear(_Frozen):
     """y = x W^T + b in x's dtype; a `FrozenBase`, which the adapters take as it is.
 
     From bf16 the product is made in bf16, where the device has instructions for it: x is rounded to
-    it then, and b and y as well but on a CPU with AMX, where they stay in fp32. Elsewhere, and from
-    int8, it is made in x's dtype. On a CPU fp32 rows are multiplied with W as it is stored; for
+    it then, and b and y as well, but by the CPU library, with which they stay in fp32. Elsewhere,
+    and from int8, it is made in x's dtype. On a CPU fp32 rows are multiplied with W as it is stored; for
     others, and in what is traced or compiled, W is made in x's dtype and kept nowhere.
 
     Args:
