@@ -19,7 +19,7 @@ from ffa_kernels.backends import compose, cpu, native
 from ffa_kernels.nn.product import FrozenFp32Linear, multiply_faster
 
 needs_bf16 = pytest.mark.skipif(
-    not native.has_bf16_product(), reason="no CPU library, or no instructions for bf16 on this machine"
+    not native.has_bf16_product(), reason="no CPU library, or no bf16 on this machine"
 )
 needs_library = pytest.mark.skipif(not native.available("cpu"), reason="no CPU library")
 BASES = [
