@@ -61,8 +61,8 @@ class FrozenLinear(_Frozen):
 
     From bf16 the product is made in bf16, where the device has instructions for it: x is rounded to
     it then, and b and y as well, but by the CPU library, with which they stay in fp32. Elsewhere,
-    and from int8, it is made in x's dtype. On a CPU fp32 rows are multiplied with W as it is stored; for
-    others, and in what is traced or compiled, W is made in x's dtype and kept nowhere.
+    and from int8, it is made in x's dtype. On a CPU fp32 rows are multiplied with W as it is
+    stored; for others, and in what is traced or compiled, W is made in x's dtype and kept nowhere.
 
     Args:
         stored, scale, dtype: W, (d_out, d_in), and the dtype that it had.
