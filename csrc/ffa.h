@@ -35,7 +35,8 @@ enum ffa_optimizer { FFA_NONE = 0, FFA_SGD = 1, FFA_ADAM = 2, FFA_ADAMW = 3 };
 int ffa_abi_version(void);
 const char* ffa_status_string(int status);
 
-/* Instruction set that the launchers below run on this machine: "avx512", "avx2" or "baseline". */
+/* Instruction set that the launchers below run on this machine: "baseline", "avx2", "avx512",
+ * "avx512bf16" or "amx", each with those before it. FFA_CPU_ISA names a lower one. */
 const char* ffa_cpu_isa(void);
 /* 1 when an OpenMP runtime is loaded in this process, else 0 and every launcher runs on one thread.
  */

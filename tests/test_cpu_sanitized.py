@@ -10,7 +10,10 @@ from sanitized import OPS, PATIENCE_S, environment_of, needs_compiler, run_tests
 pytestmark = [needs_compiler, pytest.mark.timeout(PATIENCE_S)]
 
 COPIES = ("baseline", "avx2", "avx512")
-# The others call what these call, through autograd or one after another.
+# Of the bf16 product alone.
+UNITS = ("avx512bf16", "amx")
+# But for the products' below, the others call what these call, through autograd or one after
+# another.
 KERNELS = [
     f"tests/test_{name}.py"
     for name in (
@@ -18,6 +21,8 @@ KERNELS = [
         *("private_update", "private_step", "gaussian", "rank_term"),
     )
 ]
+
+PRODUCTS = "exact or strides or any_batch or its_row"
 
 
 @functools.cache
@@ -35,11 +40,20 @@ print(library.ffa_cpu_isa().decode())
     return done.stdout.strip()
 
 
+def there(isa: str) -> str:
+    if copy_that_runs(isa) != isa:
+        pytest.skip(f"this machine has no {isa}")
+    return isa
+
+
 @pytest.fixture(params=COPIES)
 def copy(request) -> str:
-    if copy_that_runs(request.param) != request.param:
-        pytest.skip(f"this machine has no {request.param}")
-    return request.param
+    return there(request.param)
+
+
+@pytest.fixture(params=(*COPIES, *UNITS))
+def copy_or_unit(request) -> str:
+    return there(request.param)
 
 
 def test_the_kernels_under_sanitizers(copy):
@@ -47,7 +61,11 @@ def test_the_kernels_under_sanitizers(copy):
     run_tests("cpu", KERNELS, "cpu and not opcheck", FFA_CPU_ISA=copy)
 
 
+def test_the_products_under_sanitizers(copy_or_unit):
+    run_tests("cpu", ["tests/test_product.py"], PRODUCTS, FFA_CPU_ISA=copy_or_unit)
+
+
 @pytest.mark.full
-def test_the_whole_contract_under_sanitizers(copy):
+def test_the_whole_contract_under_sanitizers(copy_or_unit):
     """With the tests that compare backends, which are named for none."""
-    run_tests("cpu", OPS, "not reference and not triton", FFA_CPU_ISA=copy)
+    run_tests("cpu", OPS, "not reference and not triton", FFA_CPU_ISA=copy_or_unit)

@@ -274,7 +274,7 @@ def test_forked_child_of_a_threaded_parent_returns(op: str) -> None:
     )
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16", "amx"])
 def test_every_copy_makes_the_same_words(isa: str) -> None:
     _needs_library()
     used = _python(
@@ -289,7 +289,18 @@ def test_every_copy_makes_the_same_words(isa: str) -> None:
         torch.testing.assert_close(
             made, reference.gaussian(state, 3, 1001, torch.float64), rtol=1e-13, atol=1e-14
         )
-        print(native.describe()["cpu"]["isa"])
+        used = native.describe()["cpu"]["isa"]
+        assert native.has_bf16_product() == (used in ("avx512bf16", "amx"))
+        if not native.has_bf16_product():
+            x, W = torch.ones(1, 2), torch.ones(3, 2, dtype=torch.bfloat16)
+            native.has_bf16_product = lambda: True
+            try:
+                cpu.product(x, W, None)
+            except RuntimeError:
+                pass
+            else:
+                raise AssertionError("a product without instructions for it")
+        print(used)
         """,
         FFA_CPU_ISA=isa,
     )

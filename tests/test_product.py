@@ -4,6 +4,9 @@ import copy
 import io
 import math
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +134,14 @@ def test_what_is_not_finite_stays_in_its_row(bad, base):
 
 
 @pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("r", [1, 2, 3])
+def test_a_scaling_that_is_not_finite_makes_no_nan_of_a_number(r, base):
+    x, weight, bias, *_ = make(2, 3, 4, 0, base)
+    made = cpu.product(x, weight, bias, torch.ones(2, r), torch.ones(r, 4), math.inf)
+    assert (made == math.inf).all()
+
+
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("d_in", [384, 1536, 6000])
 def test_it_is_as_near_as_pytorchs_product(base, d_in):
     x, weight, bias, *_ = make(64, d_in, 200, 0, base)
@@ -140,6 +151,14 @@ def test_it_is_as_near_as_pytorchs_product(base, d_in):
         for product in (cpu.product, compose.plain_product)
     )
     assert own < 1.1 * theirs
+
+
+@pytest.mark.parametrize("base", [*BASES, pytest.param(torch.int8, marks=needs_library)])
+def test_guard_pages_beside_every_operand_are_not_touched(base):
+    name = str(base).removeprefix("torch.")
+    command = [sys.executable, str(Path(__file__).with_name("guarded_child.py")), name]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and int(done.stdout) > 100, (done.returncode, done.stderr[-2000:])
 
 
 @pytest.fixture

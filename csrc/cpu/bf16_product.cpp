@@ -74,7 +74,8 @@ FFA_PAIRS void pack_rows(const float* x, int64_t row, int64_t rows, int64_t dept
       const __m512 low = _mm512_maskz_loadu_ps(first(left), from);
       const __m512 high = _mm512_maskz_loadu_ps(first(left - 16), from + 16);
       _mm512_store_si512(to + k / kDepth * kBlock + i * kDepth,
-                         narrow(_mm512_mul_ps(low, scale), _mm512_mul_ps(high, scale)));
+                         narrow(_mm512_maskz_mul_ps(first(left), low, scale),
+                                _mm512_maskz_mul_ps(first(left - 16), high, scale)));
     }
   }
 }
@@ -196,7 +197,7 @@ struct Tiles {
 };
 
 struct Vectors {
-  // With two vectors of columns and a pair of x the sums fill the registers.
+  // 24 sums of two vectors of columns: enough to hide how long each addition takes.
   static constexpr int kAtOnce = 12;
 
   static void begin() {}
@@ -292,9 +293,9 @@ int run(const Problem& p, int threads) {
   const int64_t groups = fit < 1 ? all : (all + fit - 1) / fit;
   const int64_t group = (all + groups - 1) / groups;
   // Where rows are few, each task has a part of the panels.
-  const int64_t wanted = (2 * threads + tiles - 1) / tiles;
+  const int64_t wanted = (2 * int64_t{threads} + tiles - 1) / tiles;
   const int64_t parts = wanted < group ? wanted : group, tasks = tiles * parts;
-  const int64_t slots = threads < 1 ? 1 : threads < tasks ? threads : tasks;
+  const int64_t slots = threads < tasks ? threads : tasks;
   const Buffer<bf16> packed(group * size), blocks(slots * size);
   const Buffer<float> bias(group * kColumns);
   if (!(packed.ok && blocks.ok && bias.ok)) return FFA_NO_MEMORY;
@@ -326,34 +327,23 @@ int run(const Problem& p, int threads) {
   return FFA_OK;
 }
 
-enum Found { kNothing, kVectors, kTiles };
-
-// Tiles only where the kernel of the system gives them to this process.
-Found detect() {
-  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return kNothing;
-  const bool amx = (d >> 22 & 1) && (d >> 24 & 1) && (b >> 16 & 1) && (b >> 30 & 1);
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return kNothing;
-  // As in dispatch.cpp, for tests.
-  const char* wanted = getenv("FFA_CPU_ISA");
-  const bool tiles = wanted == nullptr || strcmp(wanted, "avx512") != 0;
-  return amx && tiles && syscall(SYS_arch_prctl, kRequest, kTileData) == 0 ? kTiles : kVectors;
-}
-
-Found found() {
-  static const Found once = detect();
-  return once;
-}
-
 }  // namespace
 
-int has_bf16_product() { return found() != kNothing; }
+// 2 for tiles, where the kernel of the system gives them to this process as well, 1 for vectors
+// alone, or 0.
+int bf16_unit() {
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+  const bool amx = (d >> 22 & 1) && (d >> 24 & 1);
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return 0;
+  return amx && syscall(SYS_arch_prctl, kRequest, kTileData) == 0 ? 2 : 1;
+}
 
 int bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
                  const void* right, int64_t right_row, int64_t right_column, const void* bias,
                  const void* left, const void* term, int64_t term_row, int64_t term_column,
-                 double scaling, void* out, int threads) {
+                 double scaling, void* out, int threads, bool tiles) {
   if (rows < 0 || depth < 0 || columns < 0 || r < 0) return FFA_BAD_SIZE;
   Problem p = {};
   p.rows = rows;
@@ -363,7 +353,7 @@ int bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const 
   p.left = static_cast<const float*>(left);
   p.scaling = static_cast<float>(scaling);
   p.out = static_cast<float*>(out);
-  const bool tiles = found() == kTiles;
+  if (threads < 1) threads = 1;
   int64_t start = 0;
   do {
     const int64_t end = depth - start > kSegment ? start + kSegment : depth;
@@ -380,10 +370,11 @@ int bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const 
   return FFA_OK;
 }
 #else
-int has_bf16_product() { return 0; }
+int bf16_unit() { return 0; }
 
 int bf16_product(int64_t, int64_t, int64_t, int64_t, const void*, const void*, int64_t, int64_t,
-                 const void*, const void*, const void*, int64_t, int64_t, double, void*, int) {
+                 const void*, const void*, const void*, int64_t, int64_t, double, void*, int,
+                 bool) {
   return FFA_WRONG_ARCH;
 }
 #endif

@@ -23,8 +23,11 @@
   }
 
 namespace ffa::avx512bf16 {
-decltype(ffa_cpu_has_bf16_product) has_bf16_product;
-decltype(ffa_cpu_bf16_product) bf16_product;
+int bf16_unit();
+int bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
+                 const void* right, int64_t right_row, int64_t right_column, const void* bias,
+                 const void* left, const void* term, int64_t term_row, int64_t term_column,
+                 double scaling, void* out, int threads, bool tiles);
 }  // namespace ffa::avx512bf16
 
 FFA_DECLARE_COPY(baseline)
@@ -35,45 +38,60 @@ FFA_DECLARE_COPY(avx512)
 
 namespace {
 
-enum Isa { kBaseline, kAvx2, kAvx512 };
+// In order: each has what stands before it.
+enum Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx };
+const char* const kNames[] = {"baseline", "avx2", "avx512", "avx512bf16", "amx"};
 
-Isa detect() {
 #if defined(FFA_X86_COPIES)
-  // FFA_CPU_ISA lowers the choice, for tests of the copies that this machine would not pick.
+// FFA_CPU_ISA lowers the choice, for tests of what this machine would not pick.
+int highest() {
   const char* wanted = getenv("FFA_CPU_ISA");
-  const bool no_avx512 = wanted != nullptr && strcmp(wanted, "avx512") != 0;
-  const bool no_avx2 = no_avx512 && strcmp(wanted, "avx2") != 0;
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (!no_avx512 && avx2 && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return kAvx512;
-  }
-  if (!no_avx2 && avx2) return kAvx2;
+  if (wanted == nullptr) return kAmx;
+  int named = kAmx;
+  while (named > kBaseline && strcmp(wanted, kNames[named]) != 0) --named;
+  return named;
+}
 #endif
+
+int detect() {
+#if defined(FFA_X86_COPIES)
+  const int limit = highest();
+  __builtin_cpu_init();
+  if (limit < kAvx2 || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
+    return kBaseline;
+  }
+  if (limit < kAvx512 || !__builtin_cpu_supports("avx512f") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl")) {
+    return kAvx2;
+  }
+  const int found = limit < kAvx512Bf16 ? kAvx512 : kAvx512 + ffa::avx512bf16::bf16_unit();
+  return found < limit ? found : limit;
+#else
   return kBaseline;
+#endif
 }
 
-Isa isa() {
-  static const Isa detected = detect();
-  return detected;
+// Threads that are the first at the same time find the same.
+int isa() {
+  static int known = -1;
+  int found = __atomic_load_n(&known, __ATOMIC_RELAXED);
+  if (found < 0) __atomic_store_n(&known, found = detect(), __ATOMIC_RELAXED);
+  return found;
 }
 
 }  // namespace
 
 #if defined(FFA_X86_COPIES)
 #define FFA_COPY(op) \
-  (isa() == kAvx512 ? ffa::avx512::op : isa() == kAvx2 ? ffa::avx2::op : ffa::baseline::op)
+  (isa() >= kAvx512 ? ffa::avx512::op : isa() == kAvx2 ? ffa::avx2::op : ffa::baseline::op)
 #else
 #define FFA_COPY(op) ffa::baseline::op
 #endif
 
 extern "C" {
 
-const char* ffa_cpu_isa(void) {
-  return isa() == kAvx512 ? "avx512" : isa() == kAvx2 ? "avx2" : "baseline";
-}
+const char* ffa_cpu_isa(void) { return kNames[isa()]; }
 
 int ffa_cpu_has_openmp(void) { return ffa::parallel_available(); }
 
@@ -123,9 +141,7 @@ int ffa_cpu_per_sample_backward(int64_t n, int64_t rows, int64_t d_out, int64_t 
                                        offsets, scaling, scale, dx, G, sq, threads);
 }
 
-int ffa_cpu_has_bf16_product(void) {
-  return isa() == kAvx512 && ffa::avx512bf16::has_bf16_product();
-}
+int ffa_cpu_has_bf16_product(void) { return isa() >= kAvx512Bf16; }
 
 int ffa_cpu_bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
                          const void* right, int64_t right_row, int64_t right_column,
@@ -134,7 +150,7 @@ int ffa_cpu_bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r
   if (!ffa_cpu_has_bf16_product()) return FFA_WRONG_ARCH;
   return ffa::avx512bf16::bf16_product(rows, depth, columns, r, x, right, right_row, right_column,
                                        bias, left, term, term_row, term_column, scaling, out,
-                                       threads);
+                                       threads, isa() == kAmx);
 }
 
 int ffa_cpu_fp32_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,

@@ -57,7 +57,7 @@ def supports(op: str, device: torch.device, *dtypes: torch.dtype) -> bool:
     dtype among them is float32 or float64 (one of the two, where an op multiplies matrices)."""
     floating = {dtype for dtype in dtypes if dtype.is_floating_point}
     if op in ("linear", "linear_backward") and torch.float32 in floating:
-        # A base in bf16, whose product is PyTorch's.
+        # A base in bf16 is base_product's affair.
         floating.discard(torch.bfloat16)
     mixes = op in ("clip_accumulate", "private_update", "private_step")
     return (

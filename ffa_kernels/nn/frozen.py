@@ -59,10 +59,10 @@ class _Frozen(nn.Module):
 class FrozenLinear(_Frozen):
     """y = x W^T + b in x's dtype; a `FrozenBase`, which the adapters take as it is.
 
-    From bf16 the product is made in bf16, where the device has instructions for it: x is rounded to
-    it then, and b and y as well, but by the CPU library, with which they stay in fp32. Elsewhere,
-    and from int8, it is made in x's dtype. On a CPU fp32 rows are multiplied with W as it is
-    stored; for others, and in what is traced or compiled, W is made in x's dtype and kept nowhere.
+    From bf16 the product is made in bf16, where the device has instructions for it: x, b and y are
+    rounded to it then. The CPU library rounds x alone; it serves fp32 rows in what is neither
+    traced nor compiled. Elsewhere, and from int8, the product is made in x's dtype: by the CPU
+    library from W as it is stored, otherwise from a W in x's dtype, which is kept nowhere.
 
     Args:
         stored, scale, dtype: W, (d_out, d_in), and the dtype that it had.
