@@ -1,7 +1,7 @@
 """Products whose every operand ends, or begins, at a page that may not be touched.
 
-A program of its own, `python tests/guarded_child.py bfloat16`: a step too far ends it. So reads by masked
-vector instructions are seen, which no sanitizer sees.
+A program of its own, `python tests/guarded_child.py bfloat16`: a step too far ends it. So reads by
+masked vector instructions are seen, which no sanitizer sees.
 """
 
 import ctypes
