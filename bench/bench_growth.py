@@ -30,7 +30,7 @@ def at(knob: str, value: int) -> models.Setting:
     return replace(MIDDLE, **{{"n": "n", "T": "length", "r": "r"}[knob]: value})
 
 
-@pytest.mark.parametrize("subject", [subjects.OURS, "Opacus, ghost"])
+@pytest.mark.parametrize("subject", [subjects.OURS, "Opacus, hooks", "Opacus, ghost"])
 @pytest.mark.parametrize("knob,value", [(k, v) for k, values in SWEEPS.items() for v in values])
 def bench_growth(
     race: Any, knob: str, value: int, subject: str, device: torch.device, pytestconfig: Any

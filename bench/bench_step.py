@@ -35,7 +35,8 @@ def bench_step(
     if "torch.compile" in subject and not small:
         pytest.skip("compiled where Python is what shows")
     model, floor = frozen(setting, device)
-    step = subjects.make(subject, setting, models.sharing(model), device)
+    own = models.sharing(model)
+    step = subjects.make(subject, setting, own, device)
     step(0)
     peak = measure.peak_bytes(lambda: step(0), device)
     race(
@@ -43,6 +44,7 @@ def bench_step(
         warmup=1, op="step", subject=subject, model=setting.name, private=_private(subject),
         n=setting.n, length=setting.length, r=setting.r, peak_bytes=peak,
         floor_peak_bytes=_floor_peak(setting, device), against=subjects.FLOOR,
+        model_bytes=measure.resident_bytes(own), frozen_bytes=measure.resident_bytes(model),
     )  # fmt: skip
 
 

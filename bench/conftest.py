@@ -93,6 +93,7 @@ def race(
         if benchmark.stats is None:  # --benchmark-disable
             return
         times = [t / repeats for t in benchmark.stats.stats.data]
+        info["rounds"] = len(times)
         info["seconds"], info["spread"] = measure.median_and_spread(times)
         if floor is not None:
             beside = [t / repeats for t in floors[-len(times) :]]

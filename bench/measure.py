@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
 from typing import Any
 
 import torch
@@ -85,6 +88,24 @@ def _found(library: str) -> str | None:
     return version(library) or ("its main branch" if there else None)
 
 
+def _commit() -> str | None:
+    """Of the checkout, with a + where files of it have been changed since."""
+    if which("git") is None:
+        return None
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+def resident_bytes(model: torch.nn.Module) -> int:
+    """Of parameters and buffers, one that is shared counted once."""
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in (*model.parameters(), *model.buffers())
+    }
+    return sum(storages.values())
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What the figures depend on; neither host name nor path."""
     cuda = device.type == "cuda"
@@ -93,6 +114,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "ffa_kernels": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "commit": _commit(),
         "device": torch.cuda.get_device_name(device) if cuda else cpu_model(),
         "instructions": native.describe()["cpu"]["isa"],
         "threads": torch.get_num_threads(),

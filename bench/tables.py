@@ -34,15 +34,18 @@ def stamp(result: dict[str, Any]) -> str:
     """What the figures depend on, in a line."""
     found = result["environment"]
     told = ", ".join(f"{k} {v}" for k, v in found["libraries"].items())
+    commit = f", commit {found['commit']}" if found.get("commit") else ""
     return (
         f"{found['device']} ({found['instructions']}), {found['threads']} threads, torch "
-        f"{found['torch']}, Python {found['python']}, {told}; {found['date']}.\n"
+        f"{found['torch']}, Python {found['python']}, {told}; {found['date']}{commit}.\n"
     )
 
 
 def steps(rows: Rows) -> str:
-    """Whole steps: a row a subject, a column a model; time and peak memory over the floor's."""
-    return "\n".join(part for part in (step_times(rows), step_memory(rows)) if part)
+    """Whole steps: a row a subject, a column a model; time, and memory that a step takes, over the
+    floor's; and what the model holds, where a subject makes it smaller."""
+    parts = (step_times(rows), step_memory(rows), model_memory(rows))
+    return "\n".join(part for part in parts if part)
 
 
 def step_times(rows: Rows) -> str:
@@ -52,7 +55,16 @@ def step_times(rows: Rows) -> str:
 
 def step_memory(rows: Rows) -> str:
     """Whole steps' peak memory over the floor's."""
-    return _steps(rows, "peak memory / the same", _memory)
+    return _steps(rows, "peak memory of a step's tensors / the same", _memory)
+
+
+def model_memory(rows: Rows) -> str:
+    """Parameters and buffers over the frozen model's, of subjects that have fewer bytes of them."""
+    smaller = {
+        row["subject"] for row in rows if row.get("model_bytes", 1) < row.get("frozen_bytes", 1)
+    }
+    rows = [row for row in rows if row.get("subject") in smaller and "model_bytes" in row]
+    return _steps(rows, "bytes of the model / the frozen model's", _resident)
 
 
 def _steps(rows: Rows, told: str, cell: Callable[[Row], str]) -> str:
@@ -76,8 +88,13 @@ def _memory(row: Row) -> str:
     return f"{row['peak_bytes'] / row['floor_peak_bytes']:.3f}"
 
 
+def _resident(row: Row) -> str:
+    return f"{row['model_bytes'] / row['frozen_bytes']:.3f}"
+
+
 def operations(rows: Rows) -> str:
-    """Single ops: time, what it stands beside, bytes and operations, share of the ceiling."""
+    """Single ops: time, what it stands beside, bytes and operations, and the share of the rate that
+    a copy and a large product reach: above 100% where what is moved stays in a cache."""
     rows = [row for row in rows if row["op"] not in ("step", "growth")]
     if not rows:
         return ""
@@ -96,7 +113,7 @@ def operations(rows: Rows) -> str:
             f"{row['of_ceiling']:.0%}" if modelled else "",
         ))  # fmt: skip
     head = ("op", "backend", "shape", "ms", "ratio", "to", "memory ratio", "GB/s", "GFLOP/s",
-            "of ceiling")  # fmt: skip
+            "of model")  # fmt: skip
     return table(head, lines)
 
 

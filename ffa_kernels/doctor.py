@@ -146,14 +146,22 @@ def openmp_runtimes() -> list[str]:
     return sorted(name for name in names if re.match(r"lib(gomp|iomp5|omp)[-.]", name))
 
 
+_NUMBERS = {"family": "cpu family", "model": "model"}
+
+
 def cpu_model() -> str:
-    """The processor's name, or its architecture where the system does not say."""
+    """The processor's name, with its family and model, for a name may say little; or its
+    architecture where the system does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    # Of the first processor.
+    told = {key.strip(): value.strip() for key, _, value in (s.partition(":") for s in lines[::-1])}
+    if "model name" not in told:
+        return platform.machine()
+    numbers = ", ".join(f"{k} {told[key]}" for k, key in _NUMBERS.items() if key in told)
+    return f"{told['model name']}, {numbers}" if numbers else told["model name"]
 
 
 def version(distribution: str) -> str | None:

@@ -39,7 +39,7 @@ def test_a_run_writes_rows_tables_and_plots(tmp_path):
     for row in found["rows"]:
         assert row["seconds"] > 0 and row["ratio"] > 0
     for row in steps:
-        # A training step holds at least what the frozen passes hold, and takes longer.
+        # A training step holds about what the frozen passes hold, and takes longer.
         assert row["peak_bytes"] > 0.9 * row["floor_peak_bytes"] > 0 and row["ratio"] > 0.9
     (clip,) = (row for row in found["rows"] if row["op"] == "clip_accumulate")
     assert 0 < clip["of_ceiling"] < 1.5 and clip["bytes"] > 16 * 64 * 1024 * 8 * 4
