@@ -27,6 +27,8 @@ constexpr int64_t kSegment = 960, kWhole = 1536;
 // So many products are summed before they are added to the rest: the error of a long sum is that
 // of its blocks and of their sum.
 constexpr int64_t kBlock = 192;
+// Bytes that are asked for ahead, of each column: the processor sees no stream in so many at once.
+constexpr size_t kAhead = 128;
 // Rows this many bytes apart lie in one set of L1, which holds fewer lines than a tile has rows.
 constexpr int64_t kSameSet = 4096;
 
@@ -99,7 +101,11 @@ void pack(const Matrix& m, int64_t start, int64_t columns, float factor, float* 
       for (int v = 0; v < 2; ++v) {
         const Vec scale = S::load(of_columns + v * W);
         Vec block[W];
-        for (int i = 0; i < W; ++i) block[i] = load(from + (v * W + i) * m.column + k);
+        for (int i = 0; i < W; ++i) {
+          const T* at = from + (v * W + i) * m.column + k;
+          block[i] = load(at);
+          __builtin_prefetch(at + kAhead / sizeof(T), 0, 0);
+        }
         transpose(block);
         for (int i = 0; i < W; ++i) {
           const Vec row = block[i] * scale;
