@@ -1,7 +1,7 @@
 """How the cost of a private step grows with records, tokens, rank and depth; full suite alone.
 
 One model after another differs in one size from the middle of the sweep. Beside each step stands
-the frozen model's own passes on the same batch. Opacus' ghost clipping, whose norms take products
+the frozen model's own passes on the same batch, multiplied as the step multiplies. Opacus' ghost clipping, whose norms take products
 of tokens with tokens, shows what growth with T^2 looks like.
 """
 
@@ -41,9 +41,10 @@ def bench_growth(
         pytest.skip("not installed")
     setting = at(knob, value)
     model = setting.build().to(device)
-    floor = subjects.floor(setting, models.sharing(model), device)
+    make_floor = subjects.floor_by_ours if subject == subjects.OURS else subjects.floor
+    floor = make_floor(setting, models.sharing(model), device)
     race(
         subjects.make(subject, setting, models.sharing(model), device), floor, rounds=16, warmup=2,
         op="growth", subject=subject, model=setting.name, knob=knob, value=value,
-        against=subjects.FLOOR,
+        against=subjects.FLOOR_BY_OURS if subject == subjects.OURS else subjects.FLOOR,
     )  # fmt: skip
