@@ -86,10 +86,9 @@ def bench() -> str:
     return "\n".join(part for part in parts if part)
 
 
-def zen4() -> str:
-    """Private steps, and their peers', where fp32 products are this library's."""
-    found = _read("bench-zen4.json")
-    return "\n".join((tables.stamp(found), tables.steps(found["rows"])))
+def zen5() -> str:
+    """Of another processor with bf16 instructions, older than some kernels."""
+    return _short("bench-zen5.json")
 
 
 def avx2() -> str:
@@ -100,15 +99,19 @@ def avx2() -> str:
 
 
 def amx() -> str:
-    """Of a processor with AMX: steps of larger batches, with the base in fp32 and in bf16."""
-    found = _read("bench-amx.json")
-    steps = [row for row in found["rows"] if row["op"] == "step"]
-    rows = [row for row in steps if row["subject"] in _WITH_BF16 and row["n"] >= 8]
+    """Of a processor with AMX, older than some kernels."""
+    return _short("bench-amx.json")
+
+
+_SHORT = ("ffa_kernels, private", "PEFT, B alone (not private)", "Opacus, hooks",
+          "ffa_kernels, private, bf16 base", "ffa_kernels, private, int8 base",
+          "Opacus, hooks, bf16 autocast")  # fmt: skip
+
+
+def _short(name: str) -> str:
+    found = _read(name)
+    rows = [row for row in found["rows"] if row.get("subject") in _SHORT]
     return "\n".join((tables.stamp(found), tables.step_times(rows)))
-
-
-_WITH_BF16 = ("ffa_kernels, private", "ffa_kernels, private, bf16 base",
-              "Opacus, hooks, bf16 autocast")  # fmt: skip
 
 
 def _updates(rows: tables.Rows) -> str:
@@ -138,7 +141,8 @@ def profile() -> str:
     kinds = sorted({*theirs, *ours}, key=lambda kind: -ours.get(kind, 0.0))
     rows = [(k, f"{theirs.get(k, 0.0):.1f}", f"{ours.get(k, 0.0):.1f}") for k in kinds]
     rows.append(("all", f"{sum(theirs.values()):.1f}", f"{sum(ours.values()):.1f}"))
-    return table((f"{found['model']}, one thread, ms a step", floor, name), rows)
+    made = table((f"{found['model']}, one thread, ms a step", floor, name), rows)
+    return "\n".join((tables.stamp(found), made))
 
 
 def study() -> str:
@@ -153,7 +157,7 @@ def study() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "bench": bench,
-    "zen4": zen4,
+    "zen5": zen5,
     "amx": amx,
     "avx2": avx2,
     "profile": profile,
