@@ -74,25 +74,23 @@ def floor_by_ours(s: Setting, model: nn.Module, device: torch.device) -> Step:
 def passes_needed(s: Setting, model: nn.Module, device: torch.device) -> Step:
     """The forward, and the gradient as far as the outputs of the lowest layers that have adapters:
     what every step of adapters does, whoever makes it."""
+    lowest: list[Tensor] = []
+
+    def begin_graph(layer: nn.Module, inputs: object, output: Tensor) -> None:
+        if not output.requires_grad:
+            lowest.append(output.requires_grad_())
+
     for name in s.targets(model):
-        model.get_submodule(name).register_forward_hook(_begin_graph)
+        model.get_submodule(name).register_forward_hook(begin_graph)
     batches = _batches(s, device)
 
     def step(_: int) -> object:
         tokens, labels = next(batches)
-        _begun.clear()
+        lowest.clear()
         loss = s.loss(s.logits(model, tokens), tokens, labels)
-        return torch.autograd.grad(loss, _begun)
+        return torch.autograd.grad(loss, lowest)
 
     return step
-
-
-_begun: list[Tensor] = []
-
-
-def _begin_graph(layer: nn.Module, inputs: object, output: Tensor) -> None:
-    if not output.requires_grad:
-        _begun.append(output.requires_grad_())
 
 
 def private(
