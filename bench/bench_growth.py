@@ -50,11 +50,12 @@ def bench_growth(
         pytest.skip("not installed")
     setting = at(knob, value)
     model = setting.build().to(device)
-    make_floor = subjects.floor_by_ours if subject == subjects.OURS else subjects.floor
+    ours = subject == subjects.OURS
+    make_floor = subjects.floor_by_ours if ours else subjects.floor
     floor = make_floor(setting, models.sharing(model), device)
     race(
         subjects.make(subject, setting, models.sharing(model), device), floor,
-        rounds=40 if subject == subjects.OURS else 16, warmup=2,
+        rounds=40 if ours else 16, warmup=2,
         op="growth", subject=subject, model=setting.name, knob=knob, value=value,
-        against=subjects.FLOOR_BY_OURS if subject == subjects.OURS else subjects.FLOOR,
+        against=subjects.FLOOR_BY_OURS if ours else subjects.FLOOR,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from ffa_kernels.backends import native
+from ffa_kernels.backends import cpu, native
 
 PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -43,13 +43,11 @@ class Guarded:
             if _libc.mprotect(guard, PAGE, 0):
                 raise OSError(ctypes.get_errno(), "mprotect")
         self.address = start + PAGE + (inner - size if at_end else 0)
-        self._like = values
+        self._like, self._size = values, size
         ctypes.memmove(self.address, values.data_ptr(), size)
 
     def read(self) -> torch.Tensor:
-        ctypes.memmove(
-            self._like.data_ptr(), self.address, self._like.numel() * self._like.element_size()
-        )
+        ctypes.memmove(self._like.data_ptr(), self.address, self._size)
         return self._like
 
 
@@ -75,7 +73,7 @@ def check(sizes, base, transposed, at_end, threads) -> None:
         call("bf16_product", rows, d_in, d_out, r, x_at, right_at, *steps, *last)
         x, left, term = x.to(base), (1.5 * left).to(base), term.to(base)
     else:
-        code, at = (0, None) if base == torch.float32 else (4, scales.address)
+        code, at = cpu._FACTORS[base], scales.address if base == torch.int8 else None
         call("fp32_product", rows, d_in, d_out, r, x_at, right_at, code, *steps, at, 0, *last)
         left = 1.5 * left
     factors = [(x.double(), right.double() * scale), (left.double(), term.double())]

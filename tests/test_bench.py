@@ -31,20 +31,25 @@ def run(out, only):
 
 
 def test_a_run_writes_rows_tables_and_plots(tmp_path):
-    done = run(tmp_path, "(bench_clip_accumulate and cpu) or (bench_step and MiniLM and PEFT)")
+    steps = "bench_step and MiniLM and (PEFT or bf16 and private)"
+    done = run(tmp_path, f"(bench_clip_accumulate and cpu) or ({steps})")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "bench.json").read_text())
     steps = [row for row in found["rows"] if row["op"] == "step"]
-    assert [row["subject"] for row in steps] == ["PEFT, B alone (not private)"]
+    smaller, peft = "ffa_kernels, private, bf16 base", "PEFT, B alone (not private)"
+    assert [row["subject"] for row in steps] == [peft, smaller]
     for row in found["rows"]:
-        assert row["seconds"] > 0 and row["ratio"] > 0
-    for row in steps:
+        assert row["seconds"] > 0 and row["ratio"] > 0 and row["rounds"] == 2
+    halved = [row["model_bytes"] / row["frozen_bytes"] for row in steps]
+    assert 1.0 < halved[0] < 1.1 and 0.5 < halved[1] < 0.55
+    for row in steps[:1]:
         # A training step holds about what the frozen passes hold, and takes longer.
         assert row["peak_bytes"] > 0.9 * row["floor_peak_bytes"] > 0 and row["ratio"] > 0.9
     (clip,) = (row for row in found["rows"] if row["op"] == "clip_accumulate")
     assert 0 < clip["of_ceiling"] < 1.5 and clip["bytes"] > 16 * 64 * 1024 * 8 * 4
     assert {"steps.png", "memory.png", "roofline.png"} <= {p.name for p in tmp_path.iterdir()}
     text = (tmp_path / "bench.md").read_text()
+    assert f"| {smaller} | {halved[1]:.3f} |" in text
     assert "PEFT, B alone" in text and "clip_accumulate" in text and found["suite"] == "quick"
     # What is committed names the processor, and neither host nor folder.
     assert found["environment"]["device"] and str(tmp_path) not in json.dumps(found)

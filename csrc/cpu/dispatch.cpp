@@ -65,6 +65,7 @@ int detect() {
       !__builtin_cpu_supports("avx512vl")) {
     return kAvx2;
   }
+  // Its vectors are one level above, its tiles two.
   const int found = limit < kAvx512Bf16 ? kAvx512 : kAvx512 + ffa::avx512bf16::bf16_unit();
   return found < limit ? found : limit;
 #else
