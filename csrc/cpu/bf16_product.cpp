@@ -165,14 +165,18 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// A constant, which lies in memory whole: GCC takes ldtilecfg to read eight bytes, and would not
+// store the rest of a local.
+constexpr TileConfig kTileConfig;
+static_assert(sizeof(kTileConfig) == 64, "what ldtilecfg reads");
+
 struct Tiles {
-  FFA_AMX static void begin() {
-    const TileConfig config;
-    _tile_loadconfig(&config);
-  }
+  FFA_AMX static void begin() { _tile_loadconfig(&kTileConfig); }
 
   FFA_AMX static void multiply(const Problem& p, int64_t, const bf16* rows, const bf16* columns,
                                const Sums& at) {
+    // To GCC a tile's load reads no memory: what was stored must lie there before the first.
+    __asm__ volatile("" ::: "memory");
     _tile_loadd(0, at.from, at.step * 4);
     _tile_loadd(1, at.from + 16, at.step * 4);
     _tile_loadd(2, at.from + 16 * at.step, at.step * 4);
