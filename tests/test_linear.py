@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -261,29 +262,30 @@ UGLY = [
 ]
 
 
+ROUNDING_DRAWS = 8
+
+
 @NOT_IN_TRITON
 @pytest.mark.parametrize("p", [0.0, 0.05])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape, d_in, d_out, r", UGLY)
 def test_fp32_error_is_within_twice_pytorchs_own(backend, shape, d_in, d_out, r, bias, p):
-    check_rounding(make(shape, d_in, d_out, r, bias), torch.float32, p)
+    check_rounding(lambda seed: make(shape, d_in, d_out, r, bias, seed=seed), torch.float32, p)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.05])
 @pytest.mark.parametrize("shape, d_in, d_out, r", UGLY)
 def test_bf16_error_is_within_twice_pytorchs_own(shape, d_in, d_out, r, p):
-    check_rounding(make(shape, d_in, d_out, r), torch.bfloat16, p)
+    check_rounding(lambda seed: make(shape, d_in, d_out, r, seed=seed), torch.bfloat16, p)
 
 
-def check_rounding(case: Case, dtype: torch.dtype, p: float) -> None:
-    """y, dx, dB and G against fp64 on the same rounded inputs."""
-    case = case.to(dtype)
+def check_rounding(draw: Callable[[int], Case], dtype: torch.dtype, p: float) -> None:
+    """y, dx, dB and G against fp64 on the same rounded inputs: the mean of the largest errors of some
+    draws, as in a single one of five rows PyTorch's own may be tiny by luck."""
     options = {"dropout_state": STATE, "dropout_p": p} if p else {}
-    n, (d_out, r) = case.x.shape[0], case.lora_B.shape
-    torch.manual_seed(1)
-    c = torch.randn(*case.x.shape[:-1], d_out).to(dtype)
 
-    def results(case: Case, run) -> list[Tensor]:
+    def results(case: Case, c: Tensor, run) -> list[Tensor]:
+        n, (d_out, r) = case.x.shape[0], case.lora_B.shape
         x, B = case.x.clone().requires_grad_(), case.lora_B.clone().requires_grad_()
         y = run(case, x, B, None)
         dx, dB = torch.autograd.grad((y * c.to(y.dtype)).sum(), (x, B))
@@ -298,14 +300,21 @@ def check_rounding(case: Case, dtype: torch.dtype, p: float) -> None:
     def by_pytorch(case, x, B, tap):
         return stock(case, x, B, tap, mask_of(x, p) if p else None)
 
-    exact = results(case.to(torch.float64), by_pytorch)
-    own, ours = results(case, by_pytorch), results(case, by_op)
     names = ("y", "dx", "dB", "y with tap", "dx with tap", "G")
-    for name, truth, theirs, mine in zip(names, exact, own, ours, strict=True):
-        assert mine.dtype == dtype and mine.shape == truth.shape
-        error = (mine.double() - truth).abs().max().item()
-        allowed = 2 * (theirs.double() - truth).abs().max().item() + ulp_of_largest(truth, dtype)
-        assert error <= allowed, f"{name}: {error} against {allowed}"
+    error, allowed = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    for seed in range(ROUNDING_DRAWS):
+        case = draw(seed).to(dtype)
+        torch.manual_seed(seed + 1)
+        c = torch.randn(*case.x.shape[:-1], len(case.lora_B)).to(dtype)
+        exact = results(case.to(torch.float64), c, by_pytorch)
+        own, ours = results(case, c, by_pytorch), results(case, c, by_op)
+        for name, truth, theirs, mine in zip(names, exact, own, ours, strict=True):
+            assert mine.dtype == dtype and mine.shape == truth.shape
+            twice = 2 * (theirs.double() - truth).abs().max().item() + ulp_of_largest(truth, dtype)
+            error[name] += (mine.double() - truth).abs().max().item() / ROUNDING_DRAWS
+            allowed[name] += twice / ROUNDING_DRAWS
+    for name in names:
+        assert error[name] <= allowed[name], f"{name}: {error[name]} against {allowed[name]}"
 
 
 TILES = Config(16, 32, 32, 4, 2)  # more than one of them in each direction

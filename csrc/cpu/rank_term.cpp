@@ -12,6 +12,10 @@
 namespace ffa::FFA_ISA {
 namespace {
 
+// So many products of a projection are summed before they are added to the rest: the error of a
+// long sum is that of its blocks and of their sum.
+constexpr int64_t kBlock = 48;
+
 template <class T>
 struct Product {
   int64_t rows, depth, r, ranks;  // depth below 0: left is given
@@ -25,10 +29,10 @@ struct Product {
 template <class T>
 void project(const Product<T>& p, int64_t first, int64_t rows, T* padded) {
   // Once at least: a sum of nothing is 0.
-  for (int64_t panel = 0; panel == 0 || panel < p.depth; panel += kPanel) {
-    const int64_t depth = p.depth - panel < kPanel ? p.depth - panel : kPanel;
-    product<T, false>(rows, p.x + first * p.depth + panel, p.depth, int64_t{1}, depth,
-                      p.A_t + panel * p.ranks, p.ranks, panel > 0, nullptr, padded);
+  for (int64_t k = 0; k == 0 || k < p.depth; k += kBlock) {
+    const int64_t depth = p.depth - k < kBlock ? p.depth - k : kBlock;
+    product<T, false>(rows, p.x + first * p.depth + k, p.depth, int64_t{1}, depth,
+                      p.A_t + k * p.ranks, p.ranks, k > 0, nullptr, padded);
   }
   strip(padded, rows, p.r, p.ranks, p.left + first * p.r);
 }
