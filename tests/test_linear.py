@@ -280,8 +280,8 @@ def test_bf16_error_is_within_twice_pytorchs_own(shape, d_in, d_out, r, p):
 
 
 def check_rounding(draw: Callable[[int], Case], dtype: torch.dtype, p: float) -> None:
-    """y, dx, dB and G against fp64 on the same rounded inputs: the mean of some draws' largest errors,
-    as in a single draw of five rows PyTorch's own may be tiny by luck."""
+    """y, dx, dB and G against fp64 on the same rounded inputs: the mean of the largest errors of
+    several draws, as in a single one of five rows PyTorch's own may be tiny by luck."""
     options = {"dropout_state": STATE, "dropout_p": p} if p else {}
 
     def results(case: Case, c: Tensor, run) -> list[Tensor]:
