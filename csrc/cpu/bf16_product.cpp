@@ -258,77 +258,116 @@ struct Vectors {
   }
 };
 
-template <class Unit>
-FFA_PAIRS void run_rows(const Problem& p, int64_t row, int64_t column, int64_t panels,
-                        const bf16* packed, const float* bias, bf16* block) {
-  const int64_t rows = p.rows - row < kRows ? p.rows - row : kRows;
+inline int64_t fewer(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The rows of x and left from `row` on, as many as a block has.
+FFA_PAIRS void pack_tile(const Problem& p, int64_t row, bf16* block) {
+  const int64_t rows = fewer(p.rows - row, kRows);
   pack_rows(p.x + row * p.depth, p.depth, rows, p.right.depth, 1.0f, block);
   pack_rows(p.left + row * p.term.depth, p.term.depth, rows, p.term.depth, p.scaling,
             block + p.right.blocks() * kBlock);
-  for (int64_t i = 0; i < panels; ++i, column += kColumns) {
-    const int64_t columns = p.columns - column < kColumns ? p.columns - column : kColumns;
-    const bf16* panel = packed + i * p.blocks() * kBlock;
-    float* out = p.out + row * p.columns + column;
-    // Every row of the bias' tiles is the same.
-    const float* from = p.add ? out : bias + i * kColumns;
-    if (rows == kRows && columns == kColumns) {
-      Unit::multiply(p, rows, block, panel, {from, p.add ? p.columns : 0, out, p.columns});
-      continue;
-    }
-    alignas(64) float whole[kRows * kColumns] = {};
-    for (int64_t m = 0; p.add && m < rows; ++m) {
-      memcpy(whole + m * kColumns, out + m * p.columns, static_cast<size_t>(columns) * 4);
-    }
-    Unit::multiply(p, rows, block, panel,
-                   {p.add ? whole : from, p.add ? kColumns : 0, whole, kColumns});
-    for (int64_t m = 0; m < rows; ++m) {
-      memcpy(out + m * p.columns, whole + m * kColumns, static_cast<size_t>(columns) * 4);
-    }
+}
+
+// The columns of right, term and bias from `column` on, as many as a panel has.
+void pack_panel(const Problem& p, int64_t column, bf16* panel, float* bias) {
+  const int64_t columns = fewer(p.columns - column, kColumns);
+  pack_columns<bf16>(p.right, column, columns, panel);
+  pack_columns<float>(p.term, column, columns, panel + p.right.blocks() * kBlock);
+  for (int64_t c = 0; c < kColumns; ++c) {
+    bias[c] = p.bias != nullptr && c < columns ? p.bias[column + c] : 0.0f;
   }
 }
 
 template <class Unit>
-int run(const Problem& p, int threads) {
-  const int64_t all = (p.columns + kColumns - 1) / kColumns;
-  const int64_t tiles = (p.rows + kRows - 1) / kRows;
+void multiply(const Problem& p, int64_t row, int64_t column, const bf16* block, const bf16* panel,
+              const float* bias) {
+  const int64_t rows = fewer(p.rows - row, kRows), columns = fewer(p.columns - column, kColumns);
+  float* out = p.out + row * p.columns + column;
+  // Every row of the bias' tiles is the same.
+  const float* from = p.add ? out : bias;
+  if (rows == kRows && columns == kColumns) {
+    Unit::multiply(p, rows, block, panel, {from, p.add ? p.columns : 0, out, p.columns});
+    return;
+  }
+  alignas(64) float whole[kRows * kColumns] = {};
+  for (int64_t m = 0; p.add && m < rows; ++m) {
+    memcpy(whole + m * kColumns, out + m * p.columns, static_cast<size_t>(columns) * 4);
+  }
+  Unit::multiply(p, rows, block, panel,
+                 {p.add ? whole : from, p.add ? kColumns : 0, whole, kColumns});
+  for (int64_t m = 0; m < rows; ++m) {
+    memcpy(out + m * p.columns, whole + m * kColumns, static_cast<size_t>(columns) * 4);
+  }
+}
+
+// Calls task(slot, i) for each i below `tasks` with the unit ready; no two at once have one slot.
+template <class Unit, class Task>
+void for_each(int64_t slots, int64_t tasks, Task task) {
+  int64_t next = 0;
+  parallel_for(static_cast<int>(slots), slots, [&](int64_t slot) {
+    Unit::begin();
+    for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;) task(slot, i);
+    Unit::end();
+  });
+}
+
+// All rows, packed, and panel after panel.
+template <class Unit>
+int run_panels(const Problem& p, int64_t tiles, int64_t panels, int threads) {
+  const int64_t size = p.blocks() * kBlock, slots = fewer(threads, panels);
+  const Buffer<bf16> rows(tiles * size), columns(slots * size);
+  if (!(rows.ok && columns.ok)) return FFA_NO_MEMORY;
+  parallel_for(threads, tiles, [&](int64_t t) { pack_tile(p, t * kRows, rows.data + t * size); });
+  for_each<Unit>(slots, panels, [&](int64_t slot, int64_t i) {
+    bf16* panel = columns.data + slot * size;
+    alignas(64) float bias[kColumns];
+    pack_panel(p, i * kColumns, panel, bias);
+    for (int64_t t = 0; t < tiles; ++t) {
+      multiply<Unit>(p, t * kRows, i * kColumns, rows.data + t * size, panel, bias);
+    }
+  });
+  return FFA_OK;
+}
+
+// As many panels as kPacked bytes hold, packed, and block after block of rows.
+template <class Unit>
+int run_rows(const Problem& p, int64_t tiles, int64_t all, int threads) {
   const int64_t size = p.blocks() * kBlock;
-  if (tiles == 0 || all == 0) return FFA_OK;
   const int64_t fit = kPacked / (2 * size + 1);
   const int64_t groups = fit < 1 ? all : (all + fit - 1) / fit;
   const int64_t group = (all + groups - 1) / groups;
   // Where rows are few, each task has a part of the panels.
-  const int64_t wanted = (2 * int64_t{threads} + tiles - 1) / tiles;
-  const int64_t parts = wanted < group ? wanted : group, tasks = tiles * parts;
-  const int64_t slots = threads < tasks ? threads : tasks;
-  const Buffer<bf16> packed(group * size), blocks(slots * size);
+  const int64_t parts = fewer((2 * int64_t{threads} + tiles - 1) / tiles, group);
+  const int64_t tasks = tiles * parts, slots = fewer(threads, tasks);
+  const Buffer<bf16> columns(group * size), rows(slots * size);
   const Buffer<float> bias(group * kColumns);
-  if (!(packed.ok && blocks.ok && bias.ok)) return FFA_NO_MEMORY;
+  if (!(columns.ok && rows.ok && bias.ok)) return FFA_NO_MEMORY;
   for (int64_t start = 0; start < all; start += group) {
-    const int64_t panels = all - start < group ? all - start : group;
+    const int64_t panels = fewer(all - start, group);
     parallel_for(threads, panels, [&](int64_t i) {
-      const int64_t column = (start + i) * kColumns;
-      const int64_t columns = p.columns - column < kColumns ? p.columns - column : kColumns;
-      bf16* panel = packed.data + i * size;
-      pack_columns<bf16>(p.right, column, columns, panel);
-      pack_columns<float>(p.term, column, columns, panel + p.right.blocks() * kBlock);
-      for (int64_t c = 0; c < kColumns; ++c) {
-        bias.data[i * kColumns + c] = p.bias != nullptr && c < columns ? p.bias[column + c] : 0.0f;
-      }
+      pack_panel(p, (start + i) * kColumns, columns.data + i * size, bias.data + i * kColumns);
     });
-    int64_t next = 0;
-    parallel_for(threads, slots, [&](int64_t slot) {
-      Unit::begin();
-      for (int64_t t; (t = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;) {
-        const int64_t begin = panels * (t % parts) / parts;
-        const int64_t end = panels * (t % parts + 1) / parts;
-        run_rows<Unit>(p, t / parts * kRows, (start + begin) * kColumns, end - begin,
-                       packed.data + begin * size, bias.data + begin * kColumns,
-                       blocks.data + slot * size);
+    for_each<Unit>(slots, tasks, [&](int64_t slot, int64_t task) {
+      const int64_t row = task / parts * kRows, part = task % parts;
+      bf16* block = rows.data + slot * size;
+      pack_tile(p, row, block);
+      for (int64_t i = panels * part / parts; i < panels * (part + 1) / parts; ++i) {
+        multiply<Unit>(p, row, (start + i) * kColumns, block, columns.data + i * size,
+                       bias.data + i * kColumns);
       }
-      Unit::end();
     });
   }
   return FFA_OK;
+}
+
+template <class Unit>
+int run(const Problem& p, int threads) {
+  const int64_t tiles = (p.rows + kRows - 1) / kRows, panels = (p.columns + kColumns - 1) / kColumns;
+  if (tiles == 0 || panels == 0) return FFA_OK;
+  // What is fewer is packed once.
+  const bool few = tiles <= panels && 2 * tiles * p.blocks() * kBlock <= kPacked;
+  return few ? run_panels<Unit>(p, tiles, panels, threads)
+             : run_rows<Unit>(p, tiles, panels, threads);
 }
 
 }  // namespace
