@@ -30,7 +30,7 @@ namespace ffa::FFA_ISA {
 namespace {
 
 constexpr int64_t kRows = 32, kColumns = 32, kDepth = 32;
-constexpr int64_t kPacked = 2 << 20, kSegment = 2048;
+constexpr int64_t kPacked = 2 << 20, kPart = 512 << 10, kSegment = 2048;
 // Elements of a block of two tiles: of 32 rows of x, or of 32 columns of right.
 constexpr int64_t kBlock = 1024;
 
@@ -86,9 +86,11 @@ FFA_PAIRS inline uint32_t bits(float value) {
   return static_cast<uint32_t>(_mm512_cvtsi512_si32(narrow(all, all))) & 0xffff;
 }
 
-// A block of 32 columns that lie side by side.
+// A block of 32 columns that lie side by side. The block below is asked for.
 inline void pair_rows(const bf16* from, int64_t row, bf16* to) {
   for (int64_t k = 0; k < kDepth; k += 2, from += 2 * row) {
+    __builtin_prefetch(from + kDepth * row, 0, 3);
+    __builtin_prefetch(from + (kDepth + 1) * row, 0, 3);
     for (int64_t c = 0; c < kColumns; c += 16) {
       const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + c));
       const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + row + c));
@@ -99,13 +101,13 @@ inline void pair_rows(const bf16* from, int64_t row, bf16* to) {
   }
 }
 
-// A tile of 16 columns whose elements lie side by side. Those of the block after the next are asked
-// for: the processor sees no stream in so many at once.
+// A tile of 16 columns whose elements lie side by side. Those of the 16 columns after them are
+// asked for: the processor sees no stream in so many at once.
 inline void transpose_columns(const bf16* from, int64_t column, bf16* to) {
   WordVector tile[16];
   for (int i = 0; i < 16; ++i, from += column) {
     memcpy(tile + i, from, sizeof(*tile));
-    __builtin_prefetch(from + 2 * kDepth, 0, 0);
+    __builtin_prefetch(from + 16 * column, 0, 3);
   }
   transpose(tile);
   memcpy(to, tile, sizeof(tile));
@@ -182,6 +184,11 @@ struct Tiles {
     _tile_loadd(2, at.from + 16 * at.step, at.step * 4);
     _tile_loadd(3, at.from + 16 * at.step + 16, at.step * 4);
     for (int64_t k = 0; k < p.blocks(); ++k) {
+      // Rows of out are fetched while the tiles work: the stores at the end need not wait for them.
+      for (int64_t m = 4 * k; m < 4 * k + 4 && m < kRows; ++m) {
+        __builtin_prefetch(at.out + m * at.row, 1, 3);
+        __builtin_prefetch(at.out + m * at.row + 16, 1, 3);
+      }
       _tile_loadd(4, rows + k * kBlock, 64);
       _tile_loadd(6, columns + k * kBlock, 64);
       _tile_loadd(7, columns + k * kBlock + kBlock / 2, 64);
@@ -268,35 +275,50 @@ FFA_PAIRS void pack_tile(const Problem& p, int64_t row, bf16* block) {
             block + p.right.blocks() * kBlock);
 }
 
-// The columns of right, term and bias from `column` on, as many as a panel has.
-void pack_panel(const Problem& p, int64_t column, bf16* panel, float* bias) {
+// Packed panels that lie side by side, and their bias.
+struct Panels {
+  int64_t first, count;
+  bf16* data;
+  float* bias;
+};
+
+// Panel `i` of `panels`.
+void pack_panel(const Problem& p, const Panels& panels, int64_t i) {
+  const int64_t column = (panels.first + i) * kColumns;
   const int64_t columns = fewer(p.columns - column, kColumns);
-  pack_columns<bf16>(p.right, column, columns, panel);
-  pack_columns<float>(p.term, column, columns, panel + p.right.blocks() * kBlock);
+  bf16* to = panels.data + i * p.blocks() * kBlock;
+  pack_columns<bf16>(p.right, column, columns, to);
+  pack_columns<float>(p.term, column, columns, to + p.right.blocks() * kBlock);
   for (int64_t c = 0; c < kColumns; ++c) {
-    bias[c] = p.bias != nullptr && c < columns ? p.bias[column + c] : 0.0f;
+    const bool there = p.bias != nullptr && c < columns;
+    panels.bias[i * kColumns + c] = there ? p.bias[column + c] : 0.0f;
   }
 }
 
+// Block `t` of the rows, packed, times some panels.
 template <class Unit>
-void multiply(const Problem& p, int64_t row, int64_t column, const bf16* block, const bf16* panel,
-              const float* bias) {
-  const int64_t rows = fewer(p.rows - row, kRows), columns = fewer(p.columns - column, kColumns);
-  float* out = p.out + row * p.columns + column;
-  // Every row of the bias' tiles is the same.
-  const float* from = p.add ? out : bias;
-  if (rows == kRows && columns == kColumns) {
-    Unit::multiply(p, rows, block, panel, {from, p.add ? p.columns : 0, out, p.columns});
-    return;
-  }
-  alignas(64) float whole[kRows * kColumns] = {};
-  for (int64_t m = 0; p.add && m < rows; ++m) {
-    memcpy(whole + m * kColumns, out + m * p.columns, static_cast<size_t>(columns) * 4);
-  }
-  Unit::multiply(p, rows, block, panel,
-                 {p.add ? whole : from, p.add ? kColumns : 0, whole, kColumns});
-  for (int64_t m = 0; m < rows; ++m) {
-    memcpy(out + m * p.columns, whole + m * kColumns, static_cast<size_t>(columns) * 4);
+void multiply(const Problem& p, int64_t t, const bf16* block, const Panels& panels) {
+  const int64_t row = t * kRows, rows = fewer(p.rows - row, kRows);
+  for (int64_t i = 0; i < panels.count; ++i) {
+    const int64_t column = (panels.first + i) * kColumns;
+    const int64_t columns = fewer(p.columns - column, kColumns);
+    const bf16* panel = panels.data + i * p.blocks() * kBlock;
+    float* out = p.out + row * p.columns + column;
+    // Every row of the bias' tiles is the same.
+    const float* from = p.add ? out : panels.bias + i * kColumns;
+    if (rows == kRows && columns == kColumns) {
+      Unit::multiply(p, rows, block, panel, {from, p.add ? p.columns : 0, out, p.columns});
+      continue;
+    }
+    alignas(64) float whole[kRows * kColumns] = {};
+    for (int64_t m = 0; p.add && m < rows; ++m) {
+      memcpy(whole + m * kColumns, out + m * p.columns, static_cast<size_t>(columns) * 4);
+    }
+    Unit::multiply(p, rows, block, panel,
+                   {p.add ? whole : from, p.add ? kColumns : 0, whole, kColumns});
+    for (int64_t m = 0; m < rows; ++m) {
+      memcpy(out + m * p.columns, whole + m * kColumns, static_cast<size_t>(columns) * 4);
+    }
   }
 }
 
@@ -311,20 +333,24 @@ void for_each(int64_t slots, int64_t tasks, Task task) {
   });
 }
 
-// All rows, packed, and panel after panel.
+// All rows, packed, and as many panels at a time as kPart bytes hold, of one number in each task.
 template <class Unit>
-int run_panels(const Problem& p, int64_t tiles, int64_t panels, int threads) {
-  const int64_t size = p.blocks() * kBlock, slots = fewer(threads, panels);
-  const Buffer<bf16> rows(tiles * size), columns(slots * size);
-  if (!(rows.ok && columns.ok)) return FFA_NO_MEMORY;
+int run_panels(const Problem& p, int64_t tiles, int64_t all, int threads) {
+  const int64_t size = p.blocks() * kBlock;
+  const int64_t room = kPart / (2 * size + 1), fit = (room < 1 ? 1 : room) * threads;
+  const int64_t turns = (all + fit - 1) / fit;
+  const int64_t tasks = fewer((turns < 2 ? 2 : turns) * threads, all);
+  const int64_t group = (all + tasks - 1) / tasks, slots = fewer(threads, tasks);
+  const Buffer<bf16> rows(tiles * size), columns(slots * group * size);
+  const Buffer<float> bias(slots * group * kColumns);
+  if (!(rows.ok && columns.ok && bias.ok)) return FFA_NO_MEMORY;
   parallel_for(threads, tiles, [&](int64_t t) { pack_tile(p, t * kRows, rows.data + t * size); });
-  for_each<Unit>(slots, panels, [&](int64_t slot, int64_t i) {
-    bf16* panel = columns.data + slot * size;
-    alignas(64) float bias[kColumns];
-    pack_panel(p, i * kColumns, panel, bias);
-    for (int64_t t = 0; t < tiles; ++t) {
-      multiply<Unit>(p, t * kRows, i * kColumns, rows.data + t * size, panel, bias);
-    }
+  for_each<Unit>(slots, tasks, [&](int64_t slot, int64_t task) {
+    const int64_t begin = all * task / tasks, end = all * (task + 1) / tasks;
+    const Panels panels = {begin, end - begin, columns.data + slot * group * size,
+                           bias.data + slot * group * kColumns};
+    for (int64_t i = 0; i < panels.count; ++i) pack_panel(p, panels, i);
+    for (int64_t t = 0; t < tiles; ++t) multiply<Unit>(p, t, rows.data + t * size, panels);
   });
   return FFA_OK;
 }
@@ -343,18 +369,16 @@ int run_rows(const Problem& p, int64_t tiles, int64_t all, int threads) {
   const Buffer<float> bias(group * kColumns);
   if (!(columns.ok && rows.ok && bias.ok)) return FFA_NO_MEMORY;
   for (int64_t start = 0; start < all; start += group) {
-    const int64_t panels = fewer(all - start, group);
-    parallel_for(threads, panels, [&](int64_t i) {
-      pack_panel(p, (start + i) * kColumns, columns.data + i * size, bias.data + i * kColumns);
-    });
+    const Panels panels = {start, fewer(all - start, group), columns.data, bias.data};
+    parallel_for(threads, panels.count, [&](int64_t i) { pack_panel(p, panels, i); });
     for_each<Unit>(slots, tasks, [&](int64_t slot, int64_t task) {
-      const int64_t row = task / parts * kRows, part = task % parts;
+      const int64_t t = task / parts, part = task % parts;
+      const int64_t begin = panels.count * part / parts, end = panels.count * (part + 1) / parts;
       bf16* block = rows.data + slot * size;
-      pack_tile(p, row, block);
-      for (int64_t i = panels * part / parts; i < panels * (part + 1) / parts; ++i) {
-        multiply<Unit>(p, row, (start + i) * kColumns, block, columns.data + i * size,
-                       bias.data + i * kColumns);
-      }
+      pack_tile(p, t * kRows, block);
+      multiply<Unit>(
+          p, t, block,
+          {start + begin, end - begin, panels.data + begin * size, panels.bias + begin * kColumns});
     });
   }
   return FFA_OK;
@@ -362,7 +386,8 @@ int run_rows(const Problem& p, int64_t tiles, int64_t all, int threads) {
 
 template <class Unit>
 int run(const Problem& p, int threads) {
-  const int64_t tiles = (p.rows + kRows - 1) / kRows, panels = (p.columns + kColumns - 1) / kColumns;
+  const int64_t tiles = (p.rows + kRows - 1) / kRows,
+                panels = (p.columns + kColumns - 1) / kColumns;
   if (tiles == 0 || panels == 0) return FFA_OK;
   // What is fewer is packed once.
   const bool few = tiles <= panels && 2 * tiles * p.blocks() * kBlock <= kPacked;
