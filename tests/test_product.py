@@ -202,6 +202,22 @@ def test_the_configuration_of_tiles_lies_in_the_library_whole():
     assert palette + row_bytes + bytes(16) + rows + bytes(8) in library
 
 
+@pytest.mark.parametrize(
+    "pairs, told, faster",
+    [
+        (False, {"cpu_name": "AMD", "amx_bf16": False}, False),
+        (True, {"cpu_name": "AMD", "amx_bf16": False}, True),
+        (True, {"cpu_name": "Intel Xeon", "amx_bf16": True}, True),
+        (True, {"cpu_name": "Intel Xeon", "amx_bf16": False}, False),
+        (True, {}, True),
+    ],
+)
+def test_bf16_is_multiplied_as_floats_where_that_is_faster(pairs, told, faster, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: pairs, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
+    assert compose.bf16_is_faster() == faster
+
+
 @needs_library
 @pytest.mark.parametrize("base_dtype", ["bf16", "int8"])
 def test_a_smaller_base_is_multiplied_as_it_is_stored(base_dtype, no_bf16, monkeypatch):

@@ -96,8 +96,19 @@ USUAL_TOKENS = 192
 # Whether the CPU library's product, which takes the rank-r term into its sums, is the one for fp32.
 # Read once: a compiler that traces a layer can not ask the library.
 FUSES_FP32 = native.prefers_fp32_product()
-# Private to PyTorch: where a version lacks it, W is widened for each product.
-_BF16_PRODUCTS = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+def bf16_is_faster() -> bool:
+    """Whether PyTorch's products of bf16 take less time here than those of fp32. Intel's vectors of
+    pairs take twice as long, its tiles do not; a processor without a name is taken for another's.
+    """
+    pairs: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    told = getattr(torch.cpu, "get_capabilities", dict)()
+    tiles = told.get("amx_bf16", False)
+    return pairs and (tiles or "Intel" not in told.get("cpu_name", ""))
+
+
+_BF16_PRODUCTS = bf16_is_faster()
 
 
 def can_merge(weight: Tensor | None, like: Tensor, dropout: bool) -> bool:
@@ -173,7 +184,7 @@ def plain_product(
 
 
 def widens_bf16() -> bool:
-    """Whether this processor has no instructions for bf16."""
+    """Whether this processor has no instructions for bf16, or none that are worth it."""
     return not _BF16_PRODUCTS
 
 
