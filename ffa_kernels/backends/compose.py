@@ -103,7 +103,7 @@ def bf16_is_faster() -> bool:
     pairs take twice as long, its tiles do not; a processor without a name is taken for another's.
     """
     pairs: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    told = getattr(torch.cpu, "get_capabilities", dict)()
+    told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     tiles = told.get("amx_bf16", False)
     return pairs and (tiles or "Intel" not in told.get("cpu_name", ""))
 
