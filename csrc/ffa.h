@@ -11,7 +11,7 @@
 
 #include <stdint.h>
 
-#define FFA_ABI_VERSION 6
+#define FFA_ABI_VERSION 7
 
 #ifdef __cplusplus
 extern "C" {
@@ -90,17 +90,19 @@ int ffa_cpu_per_sample_backward(int64_t n, int64_t rows, int64_t d_out, int64_t 
 int ffa_cpu_has_bf16_product(void);
 
 /* out (rows, columns) = x right + scaling left term + bias, each of x (rows, depth), right (depth,
- * columns), scaling left (rows, r) and term (r, columns) rounded to bf16. right is BF16, all else
- * F32; bias (columns,) or null. Element (k, c) of right is right_row k + right_column c elements
- * from its start, and term likewise; x, left and out are contiguous. A row of out has the same bits
- * whatever the other rows are. Subnormal numbers count as 0. */
+ * columns), scaling left (rows, r) and term (r, columns) rounded to bf16. right is of right_dtype,
+ * BF16 without a scale, or I8; it is multiplied with scale, if that is not null, before it is
+ * rounded: (columns,), or (depth,) where scales_rows is not 0. All else is F32; bias (columns,) or
+ * null. Element (k, c) of right is right_row k + right_column c elements from its start, and term
+ * likewise; x, left and out are contiguous. A row of out has the same bits whatever the other rows
+ * are. Subnormal numbers count as 0. */
 int ffa_cpu_bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
-                         const void* right, int64_t right_row, int64_t right_column,
-                         const void* bias, const void* left, const void* term, int64_t term_row,
-                         int64_t term_column, double scaling, void* out, int threads);
+                         const void* right, int right_dtype, int64_t right_row,
+                         int64_t right_column, const void* scale, int scales_rows, const void* bias,
+                         const void* left, const void* term, int64_t term_row, int64_t term_column,
+                         double scaling, void* out, int threads);
 
-/* The same, and nothing rounded but the sums. right is of right_dtype, F32, BF16 or I8, and times
- * scale if that is not null: (columns,), or (depth,) where scales_rows is not 0. */
+/* The same, and nothing rounded but the sums; right may be F32, and of any type has a scale. */
 int ffa_cpu_fp32_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
                          const void* right, int right_dtype, int64_t right_row,
                          int64_t right_column, const void* scale, int scales_rows, const void* bias,

@@ -69,14 +69,12 @@ def check(sizes, base, transposed, at_end, threads) -> None:
     x_at, right_at, bias_at, left_at, term_at = (operand.address for operand in operands)
     last = (bias_at, left_at, term_at, *term_steps, 1.5, out.address, threads)
     call = native.load("cpu").call
-    if base == torch.bfloat16:
-        call("bf16_product", rows, d_in, d_out, r, x_at, right_at, *steps, *last)
-        x, left, term = x.to(base), (1.5 * left).to(base), term.to(base)
-    else:
-        code, at = cpu._FACTORS[base], scales.address if base == torch.int8 else None
-        call("fp32_product", rows, d_in, d_out, r, x_at, right_at, code, *steps, at, 0, *last)
-        left = 1.5 * left
-    factors = [(x.double(), right.double() * scale), (left.double(), term.double())]
+    code, at = cpu._FACTORS[base], scales.address if base == torch.int8 else None
+    rounds = base != torch.float32 and native.has_bf16_product()
+    op, narrow = ("bf16_product", torch.bfloat16) if rounds else ("fp32_product", torch.float32)
+    call(op, rows, d_in, d_out, r, x_at, right_at, code, *steps, at, 0, *last)
+    x, right, left, term = (t.to(narrow) for t in (x, right * scale, 1.5 * left, term))
+    factors = [(x.double(), right.double()), (left.double(), term.double())]
     wanted = sum(a @ b for a, b in factors) + bias
     most = sum(a.abs() @ b.abs() for a, b in factors) + bias.abs()
     error = (out.read() - wanted).abs()

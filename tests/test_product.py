@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -153,11 +154,13 @@ def test_it_is_as_near_as_pytorchs_product(base, d_in):
     assert own < 1.1 * theirs
 
 
+@pytest.mark.parametrize("isa", ["avx512", "amx"])
 @pytest.mark.parametrize("base", [*BASES, pytest.param(torch.int8, marks=needs_library)])
-def test_guard_pages_beside_every_operand_are_not_touched(base):
+def test_guard_pages_beside_every_operand_are_not_touched(base, isa):
     name = str(base).removeprefix("torch.")
     command = [sys.executable, str(Path(__file__).with_name("guarded_child.py")), name]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"FFA_CPU_ISA": isa}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and int(done.stdout) > 100, (done.returncode, done.stderr[-2000:])
 
 
@@ -168,6 +171,26 @@ def no_bf16(monkeypatch):
     monkeypatch.setattr(compose, "widens_bf16", lambda: True)
 
 
+def eighths(weight, of_columns):
+    """W in int8 and its scales, of its rows or of its columns."""
+    shape = (1, weight.shape[1]) if of_columns else (len(weight), 1)
+    return (weight * 40).clamp(-127, 127).to(torch.int8), torch.rand(shape) + 0.1
+
+
+@needs_bf16
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("of_columns", [False, True])
+def test_int8_is_multiplied_as_its_floats_are_in_bf16(of_columns, sizes, transposed):
+    x, weight, bias, left, term = make(*sizes, torch.float32)
+    stored, scale = eighths(weight, of_columns)
+    rounded = (stored * scale).bfloat16()
+    if transposed:
+        stored, rounded = (W.t().contiguous().t() for W in (stored, rounded))
+    found = cpu.product(x, stored, bias, left, term, 1.5, scale=scale)
+    assert torch.equal(found, cpu.product(x, rounded, bias, left, term, 1.5))
+
+
 @needs_library
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("sizes", SIZES)
@@ -176,8 +199,7 @@ def test_a_narrower_matrix_is_multiplied_as_its_floats_are(kind, sizes, transpos
     x, weight, bias, left, term = make(*sizes, torch.float32)
     scale, stored = None, weight.bfloat16()
     if kind != "bf16":
-        shape = (len(weight), 1) if kind == "int8" else (1, weight.shape[1])
-        scale, stored = torch.rand(shape) + 0.1, (weight * 40).clamp(-127, 127).to(torch.int8)
+        stored, scale = eighths(weight, kind != "int8")
     floats = stored.float() if scale is None else stored * scale
     if transposed:
         stored, floats = (W.t().contiguous().t() for W in (stored, floats))
@@ -403,10 +425,10 @@ def test_an_int8_base_of_one_row_or_column(sizes):
     ffa.convert(layer, 1, target_modules=["1"], base_dtype="int8")
     frozen = layer[0]
     x = torch.randn(5, sizes[0], requires_grad=True)
-    W = frozen.dequantized()
-    assert_close(frozen(x), F.linear(x, W, frozen.bias))
-    g = torch.randn(5, sizes[1])
-    assert_close(torch.autograd.grad(frozen(x), x, g)[0], g @ W)
+    W, g = frozen.dequantized(), torch.randn(5, sizes[1])
+    near = {"rtol": 1e-2, "atol": 2e-2} if native.has_bf16_product() else {}
+    assert_close(frozen(x), F.linear(x, W, frozen.bias), **near)
+    assert_close(torch.autograd.grad(frozen(x), x, g)[0], g @ W, **near)
 
 
 @needs_library

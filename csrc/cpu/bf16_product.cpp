@@ -38,7 +38,10 @@ typedef uint16_t bf16;
 
 struct Matrix {
   const void* data;
+  int dtype;
   int64_t depth, row, column;  // of right or term: its rows, and steps between rows and columns
+  const float* scale;          // of its rows or of its columns; or null
+  bool scales_rows;
 
   int64_t blocks() const { return (depth + kDepth - 1) / kDepth; }
 };
@@ -80,20 +83,50 @@ FFA_PAIRS void pack_rows(const float* x, int64_t row, int64_t rows, int64_t dept
   }
 }
 
-inline uint32_t bits(bf16 value) { return value; }
-FFA_PAIRS inline uint32_t bits(float value) {
-  const __m512 all = _mm512_set1_ps(value);
+// What 32 columns and 32 rows of right are multiplied with.
+struct Scales {
+  alignas(64) float rows[kDepth], columns[kColumns];
+};
+
+inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
+inline __m512 load(const int8_t* p) {
+  return _mm512_cvtepi32_ps(
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
+// 16 and 32 numbers that lie side by side, times `scale`, rounded. bf16 ones have no scale.
+template <class T>
+FFA_PAIRS inline __m256i sixteen(const T* p, __m512 scale) {
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_mul_ps(load(p), scale)));
+}
+inline __m256i sixteen(const bf16* p, __m512) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+template <class T>
+FFA_PAIRS inline __m512i thirty_two(const T* p, __m512 low, __m512 high) {
+  return narrow(_mm512_mul_ps(load(p), low), _mm512_mul_ps(load(p + 16), high));
+}
+inline __m512i thirty_two(const bf16* p, __m512, __m512) { return _mm512_loadu_si512(p); }
+
+inline uint32_t bits(bf16 value, float) { return value; }
+template <class T>
+FFA_PAIRS inline uint32_t bits(T value, float scale) {
+  const __m512 all = _mm512_set1_ps(static_cast<float>(value) * scale);
   return static_cast<uint32_t>(_mm512_cvtsi512_si32(narrow(all, all))) & 0xffff;
 }
 
 // A block of 32 columns that lie side by side. The block below is asked for.
-inline void pair_rows(const bf16* from, int64_t row, bf16* to) {
+template <class T>
+FFA_PAIRS void pair_rows(const T* from, int64_t row, const Scales& scales, bf16* to) {
   for (int64_t k = 0; k < kDepth; k += 2, from += 2 * row) {
     __builtin_prefetch(from + kDepth * row, 0, 3);
     __builtin_prefetch(from + (kDepth + 1) * row, 0, 3);
+    const __m512 of_row = _mm512_set1_ps(scales.rows[k]);
+    const __m512 of_next = _mm512_set1_ps(scales.rows[k + 1]);
     for (int64_t c = 0; c < kColumns; c += 16) {
-      const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + c));
-      const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + row + c));
+      const __m512 of_columns = _mm512_load_ps(scales.columns + c);
+      const __m256i low = sixteen(from + c, _mm512_mul_ps(of_row, of_columns));
+      const __m256i high = sixteen(from + row + c, _mm512_mul_ps(of_next, of_columns));
       _mm512_store_si512(to + c / 16 * (kBlock / 2) + k * 16,
                          _mm512_or_si512(_mm512_cvtepu16_epi32(low),
                                          _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)));
@@ -101,13 +134,18 @@ inline void pair_rows(const bf16* from, int64_t row, bf16* to) {
   }
 }
 
-// A tile of 16 columns whose elements lie side by side. Those of the 16 columns after them are
-// asked for: the processor sees no stream in so many at once.
-inline void transpose_columns(const bf16* from, int64_t column, bf16* to) {
+// A tile of 16 columns whose elements lie side by side. Those of the block after the next are asked
+// for: the processor sees no stream in so many at once.
+template <class T>
+FFA_PAIRS void transpose_columns(const T* from, int64_t column, const float* of_rows,
+                                 const float* of_columns, bf16* to) {
   WordVector tile[16];
+  const __m512 low = _mm512_load_ps(of_rows), high = _mm512_load_ps(of_rows + 16);
   for (int i = 0; i < 16; ++i, from += column) {
-    memcpy(tile + i, from, sizeof(*tile));
-    __builtin_prefetch(from + 16 * column, 0, 3);
+    const __m512 scale = _mm512_set1_ps(of_columns[i]);
+    const __m512i words = thirty_two(from, _mm512_mul_ps(low, scale), _mm512_mul_ps(high, scale));
+    memcpy(tile + i, &words, sizeof(*tile));
+    __builtin_prefetch(from + 2 * kDepth, 0, 3);
   }
   transpose(tile);
   memcpy(to, tile, sizeof(tile));
@@ -115,13 +153,13 @@ inline void transpose_columns(const bf16* from, int64_t column, bf16* to) {
 
 // Any block, with zeros beside it.
 template <class T>
-FFA_PAIRS void pack_block(const Matrix& m, const T* from, int64_t depth, int64_t columns,
-                          bf16* to) {
+void pack_block(const Matrix& m, const T* from, int64_t depth, int64_t columns,
+                const Scales& scales, bf16* to) {
   for (int64_t c = 0; c < kColumns; ++c) {
     for (int64_t k = 0; k < kDepth; ++k) {
       const bool there = k < depth && c < columns;
       to[c / 16 * (kBlock / 2) + k / 2 * kDepth + c % 16 * 2 + k % 2] =
-          there ? bits(from[k * m.row + c * m.column]) : 0;
+          there ? bits(from[k * m.row + c * m.column], scales.rows[k] * scales.columns[c]) : 0;
     }
   }
 }
@@ -130,27 +168,34 @@ FFA_PAIRS void pack_block(const Matrix& m, const T* from, int64_t depth, int64_t
 template <class T>
 void pack_columns(const Matrix& m, int64_t start, int64_t columns, bf16* to) {
   const T* from = static_cast<const T*>(m.data) + start * m.column;
-  int64_t packed = 0;
-  if constexpr (sizeof(T) == sizeof(bf16)) {
-    const int64_t whole = columns == kColumns ? m.depth / kDepth : 0;
-    if (m.column == 1) {
-      packed = whole;
-      for (int64_t k = 0; k < whole; ++k)
-        pair_rows(from + k * kDepth * m.row, m.row, to + k * kBlock);
-    } else if (m.row == 1) {
-      packed = whole;
-      for (int64_t c = 0; c < kColumns; c += 16) {
-        for (int64_t k = 0; k < whole; ++k) {
-          transpose_columns(from + c * m.column + k * kDepth, m.column,
-                            to + k * kBlock + c / 16 * (kBlock / 2));
-        }
-      }
+  Scales scales;
+  for (int64_t i = 0; i < kColumns; ++i) {
+    const bool scaled = m.scale != nullptr && !m.scales_rows && i < columns;
+    scales.rows[i] = 1.0f;
+    scales.columns[i] = scaled ? m.scale[start + i] : 1.0f;
+  }
+  for (int64_t k = 0; k < m.blocks(); ++k, to += kBlock) {
+    const int64_t first = k * kDepth, depth = m.depth - first;
+    const T* at = from + first * m.row;
+    for (int64_t i = 0; m.scale != nullptr && m.scales_rows && i < kDepth; ++i) {
+      scales.rows[i] = i < depth ? m.scale[first + i] : 1.0f;
+    }
+    if (depth < kDepth || columns < kColumns || (m.row != 1 && m.column != 1)) {
+      pack_block(m, at, depth, columns, scales, to);
+    } else if (m.column == 1) {
+      pair_rows(at, m.row, scales, to);
+    } else {
+      transpose_columns(at, m.column, scales.rows, scales.columns, to);
+      transpose_columns(at + 16 * m.column, m.column, scales.rows, scales.columns + 16,
+                        to + kBlock / 2);
     }
   }
-  for (int64_t k = packed; k < m.blocks(); ++k) {
-    const int64_t above = k * kDepth;
-    pack_block(m, from + above * m.row, m.depth - above, columns, to + k * kBlock);
-  }
+}
+
+void pack_any(const Matrix& m, int64_t start, int64_t columns, bf16* to) {
+  if (m.dtype == FFA_BF16) return pack_columns<bf16>(m, start, columns, to);
+  if (m.dtype == FFA_I8) return pack_columns<int8_t>(m, start, columns, to);
+  pack_columns<float>(m, start, columns, to);
 }
 
 // 32 x 32 of out, from a block of rows and a panel, added to what has rows `step` apart.
@@ -287,8 +332,8 @@ void pack_panel(const Problem& p, const Panels& panels, int64_t i) {
   const int64_t column = (panels.first + i) * kColumns;
   const int64_t columns = fewer(p.columns - column, kColumns);
   bf16* to = panels.data + i * p.blocks() * kBlock;
-  pack_columns<bf16>(p.right, column, columns, to);
-  pack_columns<float>(p.term, column, columns, to + p.right.blocks() * kBlock);
+  pack_any(p.right, column, columns, to);
+  pack_any(p.term, column, columns, to + p.right.blocks() * kBlock);
   for (int64_t c = 0; c < kColumns; ++c) {
     const bool there = p.bias != nullptr && c < columns;
     panels.bias[i * kColumns + c] = there ? p.bias[column + c] : 0.0f;
@@ -409,10 +454,13 @@ int bf16_unit() {
 }
 
 int bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
-                 const void* right, int64_t right_row, int64_t right_column, const void* bias,
-                 const void* left, const void* term, int64_t term_row, int64_t term_column,
-                 double scaling, void* out, int threads, bool tiles) {
+                 const void* right, int right_dtype, int64_t right_row, int64_t right_column,
+                 const void* scale, int scales_rows, const void* bias, const void* left,
+                 const void* term, int64_t term_row, int64_t term_column, double scaling, void* out,
+                 int threads, bool tiles) {
   if (rows < 0 || depth < 0 || columns < 0 || r < 0) return FFA_BAD_SIZE;
+  if (right_dtype != FFA_I8 && (right_dtype != FFA_BF16 || scale != nullptr)) return FFA_BAD_DTYPE;
+  const int64_t bytes = right_dtype == FFA_BF16 ? 2 : 1;
   Problem p = {};
   p.rows = rows;
   p.columns = columns;
@@ -426,9 +474,15 @@ int bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const 
   do {
     const int64_t end = depth - start > kSegment ? start + kSegment : depth;
     p.x = static_cast<const float*>(x) + start;
-    p.right = {static_cast<const bf16*>(right) + start * right_row, end - start, right_row,
-               right_column};
-    p.term = {term, end == depth ? r : 0, term_row, term_column};
+    const float* of = static_cast<const float*>(scale);
+    p.right = {static_cast<const char*>(right) + start * right_row * bytes,
+               right_dtype,
+               end - start,
+               right_row,
+               right_column,
+               of != nullptr && scales_rows != 0 ? of + start : of,
+               scales_rows != 0};
+    p.term = {term, FFA_F32, end == depth ? r : 0, term_row, term_column, nullptr, false};
     if (const int status = tiles ? run<Tiles>(p, threads) : run<Vectors>(p, threads)) {
       return status;
     }
@@ -440,9 +494,9 @@ int bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const 
 #else
 int bf16_unit() { return 0; }
 
-int bf16_product(int64_t, int64_t, int64_t, int64_t, const void*, const void*, int64_t, int64_t,
-                 const void*, const void*, const void*, int64_t, int64_t, double, void*, int,
-                 bool) {
+int bf16_product(int64_t, int64_t, int64_t, int64_t, const void*, const void*, int, int64_t,
+                 int64_t, const void*, int, const void*, const void*, const void*, int64_t, int64_t,
+                 double, void*, int, bool) {
   return FFA_WRONG_ARCH;
 }
 #endif

@@ -25,9 +25,10 @@
 namespace ffa::avx512bf16 {
 int bf16_unit();
 int bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
-                 const void* right, int64_t right_row, int64_t right_column, const void* bias,
-                 const void* left, const void* term, int64_t term_row, int64_t term_column,
-                 double scaling, void* out, int threads, bool tiles);
+                 const void* right, int right_dtype, int64_t right_row, int64_t right_column,
+                 const void* scale, int scales_rows, const void* bias, const void* left,
+                 const void* term, int64_t term_row, int64_t term_column, double scaling, void* out,
+                 int threads, bool tiles);
 }  // namespace ffa::avx512bf16
 
 FFA_DECLARE_COPY(baseline)
@@ -148,13 +149,14 @@ int ffa_cpu_per_sample_backward(int64_t n, int64_t rows, int64_t d_out, int64_t 
 int ffa_cpu_has_bf16_product(void) { return isa() >= kAvx512Bf16; }
 
 int ffa_cpu_bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
-                         const void* right, int64_t right_row, int64_t right_column,
-                         const void* bias, const void* left, const void* term, int64_t term_row,
-                         int64_t term_column, double scaling, void* out, int threads) {
+                         const void* right, int right_dtype, int64_t right_row,
+                         int64_t right_column, const void* scale, int scales_rows, const void* bias,
+                         const void* left, const void* term, int64_t term_row, int64_t term_column,
+                         double scaling, void* out, int threads) {
   if (!ffa_cpu_has_bf16_product()) return FFA_WRONG_ARCH;
-  return ffa::avx512bf16::bf16_product(rows, depth, columns, r, x, right, right_row, right_column,
-                                       bias, left, term, term_row, term_column, scaling, out,
-                                       threads, isa() == kAmx);
+  return ffa::avx512bf16::bf16_product(rows, depth, columns, r, x, right, right_dtype, right_row,
+                                       right_column, scale, scales_rows, bias, left, term, term_row,
+                                       term_column, scaling, out, threads, isa() == kAmx);
 }
 
 int ffa_cpu_fp32_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,

@@ -195,7 +195,7 @@ def product(
     scale: Tensor | None = None,
 ) -> Tensor:
     """x W^T + b + s left term (..., d_out) in fp32, for W in fp32, bf16 or int8; with instructions
-    for bf16, from x, W, s left and term rounded to that.
+    for bf16, and W not in fp32, from x, W, s left and term rounded to bf16.
 
     W is (d_out, d_in), times `scale` if that is given, (d_out, 1) or (1, d_in). A row has the same
     bits whatever the other rows are; W is packed a part at a time. Where x is rounded subnormal
@@ -208,21 +208,17 @@ def product(
     if left is None or term is None:
         left, term = x.new_empty(rows, 0), x.new_empty(0, len(weight))
     left = left.contiguous()
-    strides = (weight.stride(1), weight.stride(0))
-    sizes = (rows, x.shape[-1], len(weight), len(term), x.data_ptr(), weight.data_ptr())
-    others = (
+    scale = None if scale is None else scale.contiguous()
+    # Of the launcher's matrix, which is W^T.
+    scales_rows = scale is not None and scale.shape != (len(weight), 1)
+    rounds = weight.dtype != torch.float32 and native.has_bf16_product()
+    native.load("cpu").call(
+        *("bf16_product" if rounds else "fp32_product", rows, x.shape[-1], len(weight), len(term)),
+        *(x.data_ptr(), weight.data_ptr(), _FACTORS[weight.dtype], *weight.stride()[::-1]),
+        *(None if scale is None else scale.data_ptr(), scales_rows),
         *(None if bias is None else bias.data_ptr(), left.data_ptr(), term.data_ptr()),
         *(*term.stride(), scaling, y.data_ptr(), _threads()),
     )
-    call = native.load("cpu").call
-    if weight.dtype == torch.bfloat16 and native.has_bf16_product():
-        call("bf16_product", *sizes, *strides, *others)
-    else:
-        scale = None if scale is None else scale.contiguous()
-        # Of the launcher's matrix, which is W^T.
-        scales_rows = scale is not None and scale.shape != (len(weight), 1)
-        scaled = (None if scale is None else scale.data_ptr(), scales_rows)
-        call("fp32_product", *sizes, _FACTORS[weight.dtype], *strides, *scaled, *others)
     return y
 
 

@@ -22,13 +22,19 @@ from ffa_kernels.errors import FFAError
 if TYPE_CHECKING:
     from torch import Tensor
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 DIRECTORY = Path(__file__).resolve().parent.parent / "_lib"
 
 _POINTERS = POINTER(c_void_p)
 _LONGS = POINTER(c_int64)
 _INTS = POINTER(c_int)
 _DOUBLES = POINTER(c_double)
+
+_PRODUCT = (
+    *(c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int, c_int64, c_int64),
+    *(c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64),
+    *(c_double, c_void_p, c_int),
+)
 
 # One row per launcher of csrc/ffa.h, arguments in its order; tensors are passed by address.
 _CPU_LAUNCHERS: dict[str, tuple[Any, ...]] = {
@@ -51,15 +57,8 @@ _CPU_LAUNCHERS: dict[str, tuple[Any, ...]] = {
         *(c_int64, c_int64, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_void_p),
         *(c_void_p, c_void_p, c_double, c_double, c_void_p, c_void_p, c_void_p, c_int),
     ),
-    "bf16_product": (
-        *(c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p),
-        *(c_void_p, c_void_p, c_int64, c_int64, c_double, c_void_p, c_int),
-    ),
-    "fp32_product": (
-        *(c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int, c_int64, c_int64),
-        *(c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64),
-        *(c_double, c_void_p, c_int),
-    ),
+    "bf16_product": _PRODUCT,
+    "fp32_product": _PRODUCT,
     "clip_accumulate": (
         *(c_int64, c_int64, _LONGS, _INTS, _POINTERS, _POINTERS, _POINTERS),
         *(c_int64, _DOUBLES, c_void_p, c_void_p, c_void_p, c_int),
