@@ -59,10 +59,10 @@ class _Frozen(nn.Module):
 class FrozenLinear(_Frozen):
     """y = x W^T + b in x's dtype; a `FrozenBase`, which the adapters take as it is.
 
-    From bf16 the product is made in bf16, where the device has instructions for it: x, b and y are
-    rounded to it then. The CPU library rounds x alone; it serves fp32 rows in what is neither
-    traced nor compiled. Elsewhere, and from int8, the product is made in x's dtype: by the CPU
-    library from W as it is stored, otherwise from a W in x's dtype, which is kept nowhere.
+    The CPU library serves fp32 rows in what is neither traced nor compiled, from W as it is stored.
+    With instructions for bf16 it rounds x to that, and an int8 W times its scale; without, nothing.
+    Elsewhere a bf16 W is multiplied in bf16, where the device has instructions for it: x, b and y
+    are rounded then; and an int8 W in x's dtype, from a W that is kept nowhere.
 
     Args:
         stored, scale, dtype: W, (d_out, d_in), and the dtype that it had.
