@@ -99,8 +99,9 @@ def avx2() -> str:
 
 
 def amx() -> str:
-    """Of a processor with AMX, older than some kernels."""
-    return _short("bench-amx.json")
+    """Of a processor with AMX: steps alone."""
+    found = _read("bench-amx.json")
+    return "\n".join((tables.stamp(found), tables.step_times(found["rows"])))
 
 
 _SHORT = ("ffa_kernels, private", "PEFT, B alone (not private)", "Opacus, hooks",
