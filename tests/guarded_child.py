@@ -16,7 +16,8 @@ PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
-# (rows, d_in, d_out, r): below, at and beyond a tile, a panel, a vector, and a segment.
+# (rows, d_in, d_out, r): below, at and beyond a tile, a panel, a vector, and a segment; rows fewer
+# than columns, and more.
 SIZES = [
     (1, 1, 1, 1),
     (2, 3, 15, 2),
@@ -27,6 +28,7 @@ SIZES = [
     (45, 95, 100, 8),
     (13, 2051, 40, 5),
     (64, 100, 3000, 16),
+    (100, 95, 40, 8),
 ]
 
 

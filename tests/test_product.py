@@ -31,8 +31,8 @@ BASES = [
     pytest.param(torch.bfloat16, marks=needs_bf16),
 ]
 
-# (rows, d_in, d_out, r): within a tile and beyond, odd, several groups of panels, segments and
-# blocks of a sum, rows whose copies lie in one set of the cache.
+# (rows, d_in, d_out, r): within a tile and beyond, odd, several groups of panels for few rows and
+# for many, segments and blocks of a sum, rows whose copies lie in one set of the cache.
 SIZES = [
     (1, 1, 1, 1),
     (5, 123, 123, 3),
@@ -40,6 +40,7 @@ SIZES = [
     (64, 64, 96, 32),
     (70, 2051, 33, 33),
     (40, 600, 3300, 16),
+    (1060, 2000, 1030, 3),
     (12, 193, 64, 5),
     (27, 1024, 70, 8),
     (13, 4096, 40, 0),
