@@ -86,7 +86,9 @@ def convert(
             a classification head say.
         base_dtype: of the frozen matrices of every nn.Linear, Conv1D and nn.Embedding: "bf16",
             or "int8", with a scale for each row. What shares a weight with something trained
-            keeps its own, as do norms and biases, A, B and activations. None: nothing changes.
+            keeps its own, as do norms and biases, A, B and activations; for a product with either
+            they are rounded to bf16 where that has instructions (`FrozenLinear`). None: nothing
+            changes.
 
     Returns:
         `model`, of which only the lora_B and the parameters of `modules_to_save` are trained.
