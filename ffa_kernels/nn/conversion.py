@@ -86,8 +86,8 @@ def convert(
             a classification head say.
         base_dtype: of the frozen matrices of every nn.Linear, Conv1D and nn.Embedding: "bf16",
             or "int8", with a scale for each row. What shares a weight with something trained
-            keeps its own, as do norms and biases, A, B and activations; for a product with either
-            they are rounded to bf16 where that has instructions (`FrozenLinear`). None: nothing
+            keeps its own, as do norms and biases, A, B and activations. What is multiplied with
+            either is rounded to bf16 where that has instructions (`FrozenLinear`). None: nothing
             changes.
 
     Returns:
