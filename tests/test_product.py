@@ -155,7 +155,7 @@ def test_it_is_as_near_as_pytorchs_product(base, d_in):
     assert own < 1.1 * theirs
 
 
-@pytest.mark.parametrize("isa", ["avx512", "amx"])
+@pytest.mark.parametrize("isa", ["avx512", "avx512bf16", "amx"])
 @pytest.mark.parametrize("base", [*BASES, pytest.param(torch.int8, marks=needs_library)])
 def test_guard_pages_beside_every_operand_are_not_touched(base, isa):
     name = str(base).removeprefix("torch.")
@@ -172,7 +172,7 @@ def no_bf16(monkeypatch):
     monkeypatch.setattr(compose, "widens_bf16", lambda: True)
 
 
-def eighths(weight, of_columns):
+def in_int8(weight, of_columns):
     """W in int8 and its scales, of its rows or of its columns."""
     shape = (1, weight.shape[1]) if of_columns else (len(weight), 1)
     return (weight * 40).clamp(-127, 127).to(torch.int8), torch.rand(shape) + 0.1
@@ -184,7 +184,7 @@ def eighths(weight, of_columns):
 @pytest.mark.parametrize("of_columns", [False, True])
 def test_int8_is_multiplied_as_its_floats_are_in_bf16(of_columns, sizes, transposed):
     x, weight, bias, left, term = make(*sizes, torch.float32)
-    stored, scale = eighths(weight, of_columns)
+    stored, scale = in_int8(weight, of_columns)
     rounded = (stored * scale).bfloat16()
     if transposed:
         stored, rounded = (W.t().contiguous().t() for W in (stored, rounded))
@@ -200,7 +200,7 @@ def test_a_narrower_matrix_is_multiplied_as_its_floats_are(kind, sizes, transpos
     x, weight, bias, left, term = make(*sizes, torch.float32)
     scale, stored = None, weight.bfloat16()
     if kind != "bf16":
-        stored, scale = eighths(weight, kind != "int8")
+        stored, scale = in_int8(weight, kind != "int8")
     floats = stored.float() if scale is None else stored * scale
     if transposed:
         stored, floats = (W.t().contiguous().t() for W in (stored, floats))
@@ -212,6 +212,12 @@ def test_a_narrower_matrix_is_multiplied_as_its_floats_are(kind, sizes, transpos
     size = exact(*(t.double().abs() for t in (x, floats, bias, left, term)), 1.5)
     for result in (found, theirs):
         assert ((result - wanted).abs() <= 1e-6 * size).all()
+
+
+@needs_bf16
+def test_a_scale_beside_bf16_is_refused():
+    with pytest.raises(native.NativeError, match="bf16_product"):
+        cpu.product(torch.ones(1, 2), torch.ones(3, 2).bfloat16(), None, scale=torch.ones(3, 1))
 
 
 @needs_library

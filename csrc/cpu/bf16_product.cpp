@@ -1,15 +1,16 @@
-// Products with a bf16 matrix by the processor's instructions for them, AMX tiles or vectors of
-// pairs, in fp32 from end to end but for what is multiplied.
+// Products with a bf16 or int8 matrix by the processor's instructions for bf16, AMX tiles or
+// vectors of pairs, in fp32 from end to end but for what is multiplied.
 //
 //   out = x right + scaling left term + bias
 //
-// A task rounds kRows rows of x and left to bf16, block after block, and multiplies them with
-// panels of kColumns columns of right and term, packed: as many panels as kPacked bytes hold, and
-// kSegment numbers of the inner dimension at a time. An element of out is summed in one
-// order, whatever the other rows are.
-#include "../ffa.h"
+// Blocks of kRows rows of x and left are multiplied with panels of kColumns columns of right and
+// term, both rounded to bf16 and packed, kSegment numbers of the inner dimension at a time. Where
+// rows are fewer, all of them are packed first, and a task takes as many panels as kPart bytes hold
+// past them; otherwise as many panels as kPacked bytes hold, and a task takes blocks of rows past
+// them. An element of out is summed in one order, whatever the other rows are.
 #include "buffer.h"
 #include "parallel.h"
+#include "product.h"
 #include "simd.h"
 #include "transpose.h"
 
@@ -34,29 +35,8 @@ constexpr int64_t kPacked = 2 << 20, kPart = 512 << 10, kSegment = 2048;
 // Elements of a block of two tiles: of 32 rows of x, or of 32 columns of right.
 constexpr int64_t kBlock = 1024;
 
-typedef uint16_t bf16;
-
-struct Matrix {
-  const void* data;
-  int dtype;
-  int64_t depth, row, column;  // of right or term: its rows, and steps between rows and columns
-  const float* scale;          // of its rows or of its columns; or null
-  bool scales_rows;
-
-  int64_t blocks() const { return (depth + kDepth - 1) / kDepth; }
-};
-
-// out += x right + scaling left term, for a segment of x and right; or with the bias for out.
-struct Problem {
-  int64_t rows, columns, depth;  // `depth` lies between rows of x
-  const float *x, *left, *bias;
-  Matrix right, term;
-  float scaling;
-  bool add;
-  float* out;
-
-  int64_t blocks() const { return right.blocks() + term.blocks(); }
-};
+inline int64_t blocks(const Matrix& m) { return (m.depth + kDepth - 1) / kDepth; }
+inline int64_t blocks(const Problem& p) { return blocks(p.right) + blocks(p.term); }
 
 FFA_PAIRS inline __m512i narrow(__m512 low, __m512 high) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
@@ -174,7 +154,7 @@ void pack_columns(const Matrix& m, int64_t start, int64_t columns, bf16* to) {
     scales.rows[i] = 1.0f;
     scales.columns[i] = scaled ? m.scale[start + i] : 1.0f;
   }
-  for (int64_t k = 0; k < m.blocks(); ++k, to += kBlock) {
+  for (int64_t k = 0; k < blocks(m); ++k, to += kBlock) {
     const int64_t first = k * kDepth, depth = m.depth - first;
     const T* at = from + first * m.row;
     for (int64_t i = 0; m.scale != nullptr && m.scales_rows && i < kDepth; ++i) {
@@ -228,7 +208,7 @@ struct Tiles {
     _tile_loadd(1, at.from + 16, at.step * 4);
     _tile_loadd(2, at.from + 16 * at.step, at.step * 4);
     _tile_loadd(3, at.from + 16 * at.step + 16, at.step * 4);
-    for (int64_t k = 0; k < p.blocks(); ++k) {
+    for (int64_t k = 0; k < blocks(p); ++k) {
       // Rows of out are fetched while the tiles work: the stores at the end need not wait for them.
       for (int64_t m = 4 * k; m < 4 * k + 4 && m < kRows; ++m) {
         __builtin_prefetch(at.out + m * at.row, 1, 3);
@@ -282,7 +262,7 @@ struct Vectors {
     }
     // An odd number at the end has a zero beside it.
     add<M>((p.right.depth + 1) / 2, rows, columns, sum);
-    const int64_t after = p.right.blocks() * kBlock;
+    const int64_t after = blocks(p.right) * kBlock;
     add<M>((p.term.depth + 1) / 2, rows + after, columns + after, sum);
     for (int m = 0; m < M; ++m) {
       for (int v = 0; v < 2; ++v) _mm512_storeu_ps(at.out + m * at.row + 16 * v, sum[m][v]);
@@ -317,7 +297,7 @@ FFA_PAIRS void pack_tile(const Problem& p, int64_t row, bf16* block) {
   const int64_t rows = fewer(p.rows - row, kRows);
   pack_rows(p.x + row * p.depth, p.depth, rows, p.right.depth, 1.0f, block);
   pack_rows(p.left + row * p.term.depth, p.term.depth, rows, p.term.depth, p.scaling,
-            block + p.right.blocks() * kBlock);
+            block + blocks(p.right) * kBlock);
 }
 
 // Packed panels that lie side by side, and their bias.
@@ -331,9 +311,9 @@ struct Panels {
 void pack_panel(const Problem& p, const Panels& panels, int64_t i) {
   const int64_t column = (panels.first + i) * kColumns;
   const int64_t columns = fewer(p.columns - column, kColumns);
-  bf16* to = panels.data + i * p.blocks() * kBlock;
+  bf16* to = panels.data + i * blocks(p) * kBlock;
   pack_any(p.right, column, columns, to);
-  pack_any(p.term, column, columns, to + p.right.blocks() * kBlock);
+  pack_any(p.term, column, columns, to + blocks(p.right) * kBlock);
   for (int64_t c = 0; c < kColumns; ++c) {
     const bool there = p.bias != nullptr && c < columns;
     panels.bias[i * kColumns + c] = there ? p.bias[column + c] : 0.0f;
@@ -347,7 +327,7 @@ void multiply(const Problem& p, int64_t t, const bf16* block, const Panels& pane
   for (int64_t i = 0; i < panels.count; ++i) {
     const int64_t column = (panels.first + i) * kColumns;
     const int64_t columns = fewer(p.columns - column, kColumns);
-    const bf16* panel = panels.data + i * p.blocks() * kBlock;
+    const bf16* panel = panels.data + i * blocks(p) * kBlock;
     float* out = p.out + row * p.columns + column;
     // Every row of the bias' tiles is the same.
     const float* from = p.add ? out : panels.bias + i * kColumns;
@@ -378,10 +358,10 @@ void for_each(int64_t slots, int64_t tasks, Task task) {
   });
 }
 
-// All rows, packed, and as many panels at a time as kPart bytes hold, of one number in each task.
+// All rows packed first. Tasks have as many panels, each thread as many tasks.
 template <class Unit>
 int run_panels(const Problem& p, int64_t tiles, int64_t all, int threads) {
-  const int64_t size = p.blocks() * kBlock;
+  const int64_t size = blocks(p) * kBlock;
   const int64_t room = kPart / (2 * size + 1), fit = (room < 1 ? 1 : room) * threads;
   const int64_t turns = (all + fit - 1) / fit;
   const int64_t tasks = fewer((turns < 2 ? 2 : turns) * threads, all);
@@ -400,14 +380,14 @@ int run_panels(const Problem& p, int64_t tiles, int64_t all, int threads) {
   return FFA_OK;
 }
 
-// As many panels as kPacked bytes hold, packed, and block after block of rows.
+// Panels packed first, a group at a time.
 template <class Unit>
 int run_rows(const Problem& p, int64_t tiles, int64_t all, int threads) {
-  const int64_t size = p.blocks() * kBlock;
+  const int64_t size = blocks(p) * kBlock;
   const int64_t fit = kPacked / (2 * size + 1);
   const int64_t groups = fit < 1 ? all : (all + fit - 1) / fit;
   const int64_t group = (all + groups - 1) / groups;
-  // Where rows are few, each task has a part of the panels.
+  // Where threads are many, each task has a part of the panels.
   const int64_t parts = fewer((2 * int64_t{threads} + tiles - 1) / tiles, group);
   const int64_t tasks = tiles * parts, slots = fewer(threads, tasks);
   const Buffer<bf16> columns(group * size), rows(slots * size);
@@ -435,7 +415,7 @@ int run(const Problem& p, int threads) {
                 panels = (p.columns + kColumns - 1) / kColumns;
   if (tiles == 0 || panels == 0) return FFA_OK;
   // What is fewer is packed once.
-  const bool few = tiles <= panels && 2 * tiles * p.blocks() * kBlock <= kPacked;
+  const bool few = tiles <= panels && 2 * tiles * blocks(p) * kBlock <= kPacked;
   return few ? run_panels<Unit>(p, tiles, panels, threads)
              : run_rows<Unit>(p, tiles, panels, threads);
 }
@@ -460,36 +440,13 @@ int bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const 
                  int threads, bool tiles) {
   if (rows < 0 || depth < 0 || columns < 0 || r < 0) return FFA_BAD_SIZE;
   if (right_dtype != FFA_I8 && (right_dtype != FFA_BF16 || scale != nullptr)) return FFA_BAD_DTYPE;
-  const int64_t bytes = right_dtype == FFA_BF16 ? 2 : 1;
-  Problem p = {};
-  p.rows = rows;
-  p.columns = columns;
-  p.depth = depth;
-  p.bias = static_cast<const float*>(bias);
-  p.left = static_cast<const float*>(left);
-  p.scaling = static_cast<float>(scaling);
-  p.out = static_cast<float*>(out);
   if (threads < 1) threads = 1;
-  int64_t start = 0;
-  do {
-    const int64_t end = depth - start > kSegment ? start + kSegment : depth;
-    p.x = static_cast<const float*>(x) + start;
-    const float* of = static_cast<const float*>(scale);
-    p.right = {static_cast<const char*>(right) + start * right_row * bytes,
-               right_dtype,
-               end - start,
-               right_row,
-               right_column,
-               of != nullptr && scales_rows != 0 ? of + start : of,
-               scales_rows != 0};
-    p.term = {term, FFA_F32, end == depth ? r : 0, term_row, term_column, nullptr, false};
-    if (const int status = tiles ? run<Tiles>(p, threads) : run<Vectors>(p, threads)) {
-      return status;
-    }
-    p.add = true;
-    start = end;
-  } while (start < depth);
-  return FFA_OK;
+  const Problem p =
+      problem_of(rows, depth, columns, r, x, right, right_dtype, right_row, right_column, scale,
+                 scales_rows, bias, left, term, term_row, term_column, scaling, out);
+  return run_segments(p, kSegment, kSegment, [&](const Problem& segment) {
+    return tiles ? run<Tiles>(segment, threads) : run<Vectors>(segment, threads);
+  });
 }
 #else
 int bf16_unit() { return 0; }

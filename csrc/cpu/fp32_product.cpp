@@ -5,9 +5,9 @@
 // A task has a few panels of kColumns columns of right and term, packed into its L2, and takes the
 // rows of x past them, kRows at a time, as they lie in memory. Lanes are columns. An element of out
 // is summed in one order, whatever the other rows are.
-#include "../ffa.h"
 #include "buffer.h"
 #include "parallel.h"
+#include "product.h"
 #include "tiles.h"
 #include "transpose.h"
 
@@ -32,27 +32,7 @@ constexpr size_t kAhead = 128;
 // Rows this many bytes apart lie in one set of L1, which holds fewer lines than a tile has rows.
 constexpr int64_t kSameSet = 4096;
 
-struct Matrix {
-  const void* data;
-  int dtype;
-  int64_t depth, row, column;  // its rows, and steps between rows and columns
-  const float* scale;          // of its rows or of its columns; or null
-  bool scales_rows;
-};
-
-struct Problem {
-  int64_t rows, columns, depth;  // `depth` lies between rows of x
-  const float *x, *left, *bias;
-  Matrix right, term;
-  float scaling;
-  bool add;  // to out, in place of the bias
-  float* out;
-
-  int64_t summed() const { return right.depth + term.depth; }
-};
-
-// The bits of a bf16 number.
-typedef uint16_t bf16;
+inline int64_t summed(const Problem& p) { return p.right.depth + p.term.depth; }
 
 inline Vec load(const float* p) { return S::load(p); }
 inline Vec load(const bf16* p) {
@@ -198,7 +178,7 @@ void run_panels(const Problem& p, int64_t first, int64_t rows, const float* x, i
   for (int64_t i = 0; i < panels; ++i) {
     const int64_t column = start + i * kColumns;
     const int64_t columns = p.columns - column < kColumns ? p.columns - column : kColumns;
-    const float* panel = packed + i * p.summed() * kColumns;
+    const float* panel = packed + i * summed(p) * kColumns;
     float* out = p.out + first * p.columns + column;
     alignas(64) float bias[kColumns] = {};
     if (p.bias != nullptr) memcpy(bias, p.bias + column, static_cast<size_t>(columns) * 4);
@@ -220,11 +200,11 @@ void run_panels(const Problem& p, int64_t first, int64_t rows, const float* x, i
 }
 
 int run(const Problem& p, int threads) {
-  const int64_t all = (p.columns + kColumns - 1) / kColumns, size = p.summed() * kColumns;
+  const int64_t all = (p.columns + kColumns - 1) / kColumns, size = summed(p) * kColumns;
   const int64_t tiles = (p.rows + kRows - 1) / kRows;
   if (tiles == 0 || all == 0) return FFA_OK;
   const double work =
-      2.0 * static_cast<double>(p.rows) * static_cast<double>(p.columns * (p.summed() + 1));
+      2.0 * static_cast<double>(p.rows) * static_cast<double>(p.columns * (summed(p) + 1));
   if (threads < 1 || work < 1e6) threads = 1;
   // As many panels as kPacked bytes hold, in tasks of one size, as many for each thread.
   const int64_t room = kPacked / (4 * size + 1), fit = (room < 1 ? 1 : room) * threads;
@@ -270,37 +250,14 @@ int fp32_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const 
                  const void* term, int64_t term_row, int64_t term_column, double scaling, void* out,
                  int threads) {
   if (rows < 0 || depth < 0 || columns < 0 || r < 0) return FFA_BAD_SIZE;
-  const int64_t bytes = right_dtype == FFA_F32    ? 4
-                        : right_dtype == FFA_BF16 ? 2
-                        : right_dtype == FFA_I8   ? 1
-                                                  : 0;
-  if (bytes == 0) return FFA_BAD_DTYPE;
-  Problem p = {};
-  p.rows = rows;
-  p.columns = columns;
-  p.depth = depth;
-  p.bias = static_cast<const float*>(bias);
-  p.left = static_cast<const float*>(left);
-  p.scaling = static_cast<float>(scaling);
-  p.out = static_cast<float*>(out);
-  int64_t start = 0;
-  do {
-    const int64_t end = depth - start > kWhole ? start + kSegment : depth;
-    const float* of = static_cast<const float*>(scale);
-    p.x = static_cast<const float*>(x) + start;
-    p.right = {static_cast<const char*>(right) + start * right_row * bytes,
-               right_dtype,
-               end - start,
-               right_row,
-               right_column,
-               of != nullptr && scales_rows != 0 ? of + start : of,
-               scales_rows != 0};
-    p.term = {term, FFA_F32, end == depth ? r : 0, term_row, term_column, nullptr, false};
-    if (const int status = run(p, threads)) return status;
-    p.add = true;
-    start = end;
-  } while (start < depth);
-  return FFA_OK;
+  if (right_dtype != FFA_F32 && right_dtype != FFA_BF16 && right_dtype != FFA_I8) {
+    return FFA_BAD_DTYPE;
+  }
+  const Problem p =
+      problem_of(rows, depth, columns, r, x, right, right_dtype, right_row, right_column, scale,
+                 scales_rows, bias, left, term, term_row, term_column, scaling, out);
+  return run_segments(p, kSegment, kWhole,
+                      [&](const Problem& segment) { return run(segment, threads); });
 }
 
 }  // namespace ffa::FFA_ISA
