@@ -718,8 +718,12 @@ def test_compiled_module_equals_eager_with_dropout(private):
         ((2, 3, 2), True, True, 0.05),
     ],
 )
-def test_opcheck(backend, shape, bias, tapped, p):
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_opcheck(backend, shape, bias, tapped, p, kind):
     case = make(shape, bias=bias, dtype=torch.float32)
+    base = {}
+    if kind:
+        case.weight, base["weight_scale"], _ = smaller(case.weight, kind)
     tap = torch.zeros(shape[0], 11, 3, requires_grad=True) if tapped else None
     norm_tap = torch.zeros(2, shape[0], dtype=torch.float64, requires_grad=True) if tapped else None
     torch.library.opcheck(
@@ -738,15 +742,23 @@ def test_opcheck(backend, shape, bias, tapped, p):
             p,
             tapped,
         ),
+        base,
     )
 
 
+@pytest.mark.parametrize("kind", [None, "int8"])
 @pytest.mark.parametrize("p", [0.0, 0.05])
-def test_opcheck_of_backward(backend, p):
+def test_opcheck_of_backward(backend, p, kind):
     case = make((4, 3), dtype=torch.float32)
+    base = {}
+    if kind:
+        case.weight, base["weight_scale"], _ = smaller(case.weight, kind)
     g, u = torch.randn(4, 3, 11), torch.randn(4, 3, 3)
     arguments = (g, u, case.weight, case.lora_A, case.lora_B, STATE if p else None, 0.5, p)
-    torch.library.opcheck(torch.ops.ffa.linear_backward.default, arguments)
+    torch.library.opcheck(torch.ops.ffa.linear_backward.default, arguments, base)
+
+
+BYTES, SCALE = torch.ones(11, 13, dtype=torch.int8), torch.ones(11, 1)
 
 
 @pytest.mark.parametrize(
@@ -773,6 +785,12 @@ def test_opcheck_of_backward(backend, p):
         ),
         ({"tap": torch.zeros(4, 11, 3).long()}, "tap is torch.int64 .*accepted: a float type"),
         ({"weight": None}, "without a weight, .*accepted: .*None"),
+        ({"weight": BYTES}, r"weight is torch.int8 .*accepted: .*int8 beside a weight_scale"),
+        ({"weight_scale": SCALE}, r"weight_scale is .*accepted: None, or .*beside an int8 weight"),
+        ({"weight": None, "bias": None, "weight_scale": SCALE}, "weight_scale is .*an int8 weight"),
+        ({"weight": BYTES, "weight_scale": SCALE[:1]}, r"weight_scale is .*\(1, 1\); .*\(11, 1\)"),
+        ({"weight": BYTES, "weight_scale": SCALE.int()}, "weight_scale is torch.int32 "),
+        ({"weight": BYTES.int(), "weight_scale": SCALE}, r"weight_scale is .*an int8 weight"),
         ({"dropout_state": STATE[:4]}, r"dropout_state is torch.int64 \(4,\); accepted"),
         ({"dropout_state": STATE, "dropout_p": 1.0}, "dropout_p is 1.0; accepted: 0 <= p < 1"),
         ({"dropout_state": STATE, "dropout_p": -0.1}, "dropout_p is -0.1; accepted"),
@@ -787,32 +805,45 @@ def test_errors_name_the_argument(change, message):
 
 
 @NOT_IN_TRITON
-@pytest.mark.parametrize("name", ["weight", "bias", "lora_A", "lora_B", "dropout_state"])
+@pytest.mark.parametrize(
+    "name", ["weight", "bias", "lora_A", "lora_B", "dropout_state", "weight_scale"]
+)
 def test_a_tensor_on_another_device_is_refused_by_its_name(backend, name):
     case = make()
     fields = ("x", "weight", "bias", "lora_A", "lora_B")
     given = {field: getattr(case, field) for field in fields}
     given |= {"dropout_state": STATE, "dropout_p": 0.5}
+    if name == "weight_scale":
+        given |= {"weight": BYTES, "weight_scale": SCALE}
     with pytest.raises(ConfigError, match=f"linear: {name} is on meta; accepted: .*, as x"):
         ops.linear(**given | {name: given[name].to("meta")})
 
 
 @pytest.mark.parametrize("change", [torch.Tensor.half, lambda t: t.to("meta")])
-@pytest.mark.parametrize("kept", range(5), ids=["h", "weight", "lora_A", "lora_B", "dropout_state"])
+@pytest.mark.parametrize(
+    "kept", ["h", "weight", "lora_A", "lora_B", "dropout_state", "weight_scale"]
+)
 def test_what_hooks_give_back_as_something_else_is_refused(compiled, kept, change):
     """The kernels take addresses: what lies there must be what was kept."""
     # Few rows: nothing is merged, and each tensor's address is taken.
     case = make((2, 6), dtype=torch.float32)
-    dropout = {"dropout_state": STATE, "dropout_p": 0.5} if kept == 4 else {}
+    options = {}
+    if kept == "weight_scale":
+        change = torch.Tensor.int if change is torch.Tensor.half else change
+        case.weight, options["weight_scale"], _ = smaller(case.weight, "int8")
+    elif kept == "dropout_state":
+        options = {"dropout_state": STATE, "dropout_p": 0.5}
+    # None is not packed: the last two are each the fifth of what is.
+    place = ["h", "weight", "lora_A", "lora_B", kept].index(kept)
     given = []
 
     def unpack(t):
         given.append(t)
-        return change(t) if len(given) == kept + 1 else t
+        return change(t) if len(given) == place + 1 else t
 
     tap = torch.zeros(len(case.x), *case.lora_B.shape, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
-        y = case.op(case.x.requires_grad_(), tap=tap, **dropout)
+        y = case.op(case.x.requires_grad_(), tap=tap, **options)
     with pytest.raises((ConfigError, RuntimeError), match=r"accepted|dtype|device"):
         y.sum().backward()
 
@@ -835,18 +866,44 @@ def test_a_traced_layer_keeps_its_adapter(backend, grad):
         torch.testing.assert_close(traced(x), layer(x))
 
 
-def test_a_bf16_weight_beside_fp32(backend):
-    if backend == "triton":
-        pytest.skip("Triton's kernels have one dtype: the next backend serves")
+def smaller(weight: Tensor, kind: str) -> tuple[Tensor, Tensor | None, Tensor]:
+    """A base in bf16 or int8, its scale, and the floats that it stands for, in fp64."""
+    if kind == "bf16":
+        return weight.bfloat16(), None, weight.bfloat16().double()
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    stored = (weight / scale).round().to(torch.int8)
+    return stored, scale, stored.double() * scale
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_a_base_in_fewer_bits_beside_fp32(backend, kind, p):
     case = make(shape=(3, 4), d_in=40, d_out=24, dtype=torch.float32)
-    case.weight = case.weight.bfloat16()
-    x = case.x.requires_grad_()
-    y = case.op(x)
+    case.weight, scale, exact_W = smaller(case.weight, kind)
+    x, tap = case.x.requires_grad_(), torch.zeros(3, 24, 3, requires_grad=True)
+    options = {"dropout_state": STATE, "dropout_p": p} if p else {}
+    y = case.op(x, tap=tap, weight_scale=scale, **options)
     g = torch.randn_like(y)
-    (dx,) = torch.autograd.grad(y, x, g)
-    term = case.scaling * case.lora_B @ case.lora_A
-    merged = (case.weight.float() + term).double()
+    dx, G = torch.autograd.grad(y, (x, tap), g)
+    exact = replace(case.to(torch.float64), weight=exact_W)
+    wide, exact_tap = exact.x.detach().requires_grad_(), tap.detach().double().requires_grad_()
+    exact_y = stock(exact, wide, tap=exact_tap, mask=mask_of(wide, p) if p else None)
+    exact_dx, exact_G = torch.autograd.grad(exact_y, (wide, exact_tap), g.double())
     assert y.dtype == dx.dtype == torch.float32
     # x and g are rounded to bf16 where the product is made in it: 2^-9 of each number.
-    for found, exact in ((y, x.double() @ merged.t() + case.bias), (dx, g.double() @ merged)):
-        assert (found - exact).abs().max() <= 2.0**-6 * exact.abs().max()
+    for found, wanted in ((y, exact_y), (dx, exact_dx), (G, exact_G)):
+        assert (found - wanted).abs().max() <= 2.0**-6 * wanted.abs().max()
+    # Nothing of a record's gradient is made in fewer bits than fp32.
+    torch.testing.assert_close(G.double(), exact_G, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float64])
+def test_an_int8_base_beside_activations_of_any_dtype(dtype, scale_dtype):
+    case = make(dtype=dtype)
+    stored, scale, exact_W = smaller(make().weight, "int8")
+    y = replace(case, weight=stored).op(weight_scale=scale.to(scale_dtype))
+    wanted = stock(replace(case, weight=exact_W).to(torch.float64))
+    assert y.dtype == dtype
+    tolerance = {torch.float64: 1e-6, torch.bfloat16: 0.05}[dtype]
+    torch.testing.assert_close(y.double(), wanted, rtol=tolerance, atol=tolerance)

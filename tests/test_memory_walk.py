@@ -47,10 +47,10 @@ class Tiny(nn.Module):
         return self.head(self.second(z))
 
 
-def model_of(head=False, r=R):
+def model_of(head=False, r=R, base_dtype=None):
     return ffa.convert(
         Tiny(head), r=r, target_modules=["first", "second"], init="kaiming",
-        modules_to_save=["head"] if head else [],
+        modules_to_save=["head"] if head else [], base_dtype=base_dtype,
     )  # fmt: skip
 
 
@@ -202,3 +202,16 @@ def test_a_walk_counts_what_a_real_step_does(
         real = real_peak(model, n, tokens, clipping)
     assert abs(walked.peak - real) <= SMALL, (walked, real)
     assert real > 20 * SMALL
+
+
+@pytest.mark.parametrize("tokens", [1, 256])
+@pytest.mark.parametrize("base_dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+def test_so_it_does_beside_a_smaller_base(kernels, base_dtype, tokens, request):
+    if kernels == "cpu":
+        request.getfixturevalue("compiled")
+    with use_backend(kernels):
+        model = model_of(base_dtype=base_dtype)
+        walked = walk(model, example(tokens), 16, loss_of)
+        real = real_peak(model, 16, tokens, "flat")
+    assert abs(walked.peak - real) <= SMALL, (walked, real)

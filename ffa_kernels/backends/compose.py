@@ -183,6 +183,11 @@ def plain_product(
     return F.linear(rows.to(weight.dtype), weight, narrow).to(rows.dtype)
 
 
+def plain_backward(g: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """g W in g's dtype, as `plain_product` makes x W^T; scale (d_out, 1)."""
+    return plain_product(g, weight.t(), None, None if scale is None else scale.t())
+
+
 def widens_bf16() -> bool:
     """Whether this processor has no instructions for bf16, or none that are worth it."""
     return not _BF16_PRODUCTS

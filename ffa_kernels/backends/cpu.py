@@ -24,10 +24,11 @@ from ffa_kernels.backends.compose import (
     by_way_of_G,
     can_merge,
     merged_weight,
+    plain_backward,
     plain_product,
     scaled_product,
 )
-from ffa_kernels.backends.dispatch import OPS
+from ffa_kernels.backends.dispatch import OPS, computed_in
 
 # enum ffa_dtype and enum ffa_optimizer of csrc/ffa.h
 _DTYPES = {torch.float32: 0, torch.float64: 1}
@@ -55,10 +56,7 @@ os.register_at_fork(after_in_child=_after_fork)
 def supports(op: str, device: torch.device, *dtypes: torch.dtype) -> bool:
     """Whether `op` runs here for tensors of these dtypes: the library loads and every floating
     dtype among them is float32 or float64 (one of the two, where an op multiplies matrices)."""
-    floating = {dtype for dtype in dtypes if dtype.is_floating_point}
-    if op in ("linear", "linear_backward") and torch.float32 in floating:
-        # A base in bf16 is base_product's affair.
-        floating.discard(torch.bfloat16)
+    floating = computed_in(op, dtypes)
     mixes = op in ("clip_accumulate", "private_update", "private_step")
     return (
         op in OPS
@@ -288,6 +286,7 @@ def linear(
     dropout_p: float,
     mean_loss: bool,
     merge: bool = False,
+    weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y = x W^T + b + s h B^T (..., d_out) and h = dropout(x) A^T (..., r); x is (..., d_in)."""
     if merge and can_merge(weight, x, dropout_state is not None):
@@ -296,7 +295,7 @@ def linear(
         # Last: the large product hides the time in which x comes into the cache.
         return y, F.linear(x, lora_A)
     lead, r = x.shape[:-1], lora_A.shape[0]
-    fused = weight is not None and has_product(x, weight)
+    fused = weight is not None and has_product(x, weight, None, weight_scale)
     if not fused and dropout_state is None and weight is not None and weight.dtype == x.dtype:
         # The term's launch makes h as well.
         x, lora_A = x.contiguous(), lora_A.contiguous()
@@ -314,9 +313,9 @@ def linear(
     if weight is None:
         y = scaled_product(h, lora_B.t(), scaling)
     elif fused:
-        y = product(x, weight, bias, h, lora_B.t(), scaling)
+        y = product(x, weight, bias, h, lora_B.t(), scaling, weight_scale)
     else:
-        y = plain_product(rows, weight, bias).contiguous()
+        y = plain_product(rows, weight, bias, weight_scale).contiguous()
         _term("linear", h, lora_B, scaling, len(rows))(y)
     return y.view(*lead, lora_B.shape[0]), h.view(*lead, r)
 
@@ -330,10 +329,12 @@ def linear_backward(
     dropout_state: Tensor | None,
     scaling: float,
     dropout_p: float,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """dx = g W + s dropout^T(u A) (..., d_in); g is (..., d_out), u (..., r)."""
     columns = lora_A.shape[1]
-    fused = weight is not None and has_product(g, weight.t())
+    scale = None if weight_scale is None else weight_scale.t()
+    fused = weight is not None and has_product(g, weight.t(), None, scale)
     plain = weight is not None and dropout_state is None and weight.dtype == g.dtype
     if plain and u is not None and not fused:
         assert weight is not None
@@ -352,16 +353,17 @@ def linear_backward(
         if weight is None:
             dx = scaled_product(u_rows, lora_A, scaling)
         elif fused:
-            return product(g, weight.t(), None, u_rows, lora_A, scaling)
+            return product(g, weight.t(), None, u_rows, lora_A, scaling, scale)
         else:
-            dx, u_rows = plain_product(g_rows, weight.t()).contiguous(), u_rows.contiguous()
+            dx = plain_backward(g_rows, weight, weight_scale).contiguous()
+            u_rows = u_rows.contiguous()
             _term("linear_backward", u_rows, lora_A.t(), scaling, len(g_rows))(dx)
     else:
         library, state = native.load("cpu"), dropout_state.contiguous()
         if weight is None:
             dx = g.new_zeros(len(g_rows), columns)
         else:
-            dx = base_product(g_rows, weight.t())
+            dx = base_product(g_rows, weight.t(), None, scale)
         for start, end in _dropout_chunks(*dx.shape):
             adapter = u_rows[start:end] @ lora_A
             library.call(

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ffa_kernels.backends import native
-from ffa_kernels.backends.compose import by_way_of_G, by_way_of_u, plain_product
-from ffa_kernels.backends.dispatch import OPS
+from ffa_kernels.backends.compose import by_way_of_G, by_way_of_u, plain_backward, plain_product
+from ffa_kernels.backends.dispatch import OPS, computed_in
 from ffa_kernels.backends.grid import known_squares
 from ffa_kernels.errors import ConfigError
 
@@ -63,7 +63,7 @@ def supports(op: str, device: torch.device, *dtypes: torch.dtype) -> bool:
 
     Warns once for a device that the library was not compiled for.
     """
-    floating = {dtype for dtype in dtypes if dtype.is_floating_point}
+    floating = computed_in(op, dtypes)
     served = set(_DTYPES) - ({torch.float64} if op in _MATRIX_OPS else set())
     return (
         op in OPS
@@ -182,19 +182,23 @@ def linear(
     dropout_p: float,
     mean_loss: bool,
     merge: bool = False,
+    weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y = x W^T + b + s h B^T (..., d_out) and h = dropout(x) A^T (..., r); x is (..., d_in).
 
     The products with W and A are torch's; s h B^T is added in one read and write of y.
     """
-    _together("linear", x.device, weight, bias, lora_A, lora_B, dropout_state)
+    _together("linear", x.device, weight, weight_scale, bias, lora_A, lora_B, dropout_state)
     lead, rows = x.shape[:-1], x.flatten(0, -2)
     if dropout_state is None:
         h = rows @ lora_A.t()
     else:
         h = _dropped_product(rows, lora_A, dropout_state, dropout_p)
     d_out = lora_B.shape[0]
-    y = x.new_zeros((len(rows), d_out)) if weight is None else plain_product(rows, weight, bias)
+    if weight is None:
+        y = x.new_zeros((len(rows), d_out))
+    else:
+        y = plain_product(rows, weight, bias, weight_scale)
     _add_rank_term(y, h, lora_B.t(), scaling, None, 0.0)
     return y.view(*lead, d_out), h.view(*lead, lora_A.shape[0])
 
@@ -208,12 +212,16 @@ def linear_backward(
     dropout_state: Tensor | None,
     scaling: float,
     dropout_p: float,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """dx = g W + s dropout^T(u A) (..., d_in); g is (..., d_out), u (..., r)."""
     u = g @ lora_B if u is None else u
-    _together("linear_backward", g.device, u, weight, lora_A, dropout_state)
+    _together("linear_backward", g.device, u, weight, weight_scale, lora_A, dropout_state)
     rows, d_in = g.flatten(0, -2), lora_A.shape[1]
-    dx = g.new_zeros((len(rows), d_in)) if weight is None else plain_product(rows, weight.t())
+    if weight is None:
+        dx = g.new_zeros((len(rows), d_in))
+    else:
+        dx = plain_backward(rows, weight, weight_scale)
     u_rows = u.flatten(0, -2).contiguous()
     _add_rank_term(dx, u_rows, lora_A, scaling, dropout_state, dropout_p)
     return dx.view(*g.shape[:-1], d_in)

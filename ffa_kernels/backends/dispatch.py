@@ -73,6 +73,15 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.clear()
 
 
+def computed_in(op: str, dtypes: tuple[torch.dtype, ...]) -> set[torch.dtype]:
+    """The floating dtypes that a kernel of `op` computes in, of those of its tensors."""
+    floating = {dtype for dtype in dtypes if dtype.is_floating_point}
+    if op in ("linear", "linear_backward") and torch.float32 in floating:
+        # A base in bf16 beside it is multiplied as `compose.plain_product` says.
+        floating.discard(torch.bfloat16)
+    return floating
+
+
 def backend_for(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
     """The name of the backend that serves `op` for tensors of these dtypes on this device.
 

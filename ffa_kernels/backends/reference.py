@@ -15,6 +15,7 @@ from ffa_kernels.backends.compose import (
     by_way_of_G,
     by_way_of_sums,
     by_way_of_u,
+    plain_backward,
     plain_product,
     scaled_product,
 )
@@ -114,6 +115,7 @@ def linear(
     dropout_p: float,
     mean_loss: bool,
     merge: bool = False,
+    weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y = x W^T + b + s h B^T and h = dropout(x) A^T; see `ffa_kernels.ops.linear`."""
     dropped = x if dropout_state is None else x * dropout_scale(dropout_state, x, dropout_p)
@@ -121,7 +123,7 @@ def linear(
     if weight is None:
         y = scaled_product(_rows(h), lora_B.t(), scaling)
         return y.view(*x.shape[:-1], lora_B.shape[0]), h
-    y = plain_product(x, weight, bias)
+    y = plain_product(x, weight, bias, weight_scale)
     _rows(y).addmm_(_rows(h), lora_B.t(), alpha=scaling)
     return y, h
 
@@ -135,6 +137,7 @@ def linear_backward(
     dropout_state: Tensor | None,
     scaling: float,
     dropout_p: float,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """dx = g W + s dropout^T(u A); see `ffa_kernels.ops.linear`."""
     u = g @ lora_B if u is None else u
@@ -143,7 +146,7 @@ def linear_backward(
         if dropout_state is not None:
             dx.mul_(dropout_scale(dropout_state, dx, dropout_p))
         return dx
-    dx = plain_product(g, weight.t())
+    dx = plain_backward(g, weight, weight_scale)
     if dropout_state is None:
         _rows(dx).addmm_(_rows(u), lora_A, alpha=scaling)
         return dx

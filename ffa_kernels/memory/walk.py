@@ -180,9 +180,10 @@ def _served(device: str, func: Any, args: tuple[Any, ...]) -> Any:
         )
         return by_way_of_u(per_record, input_gradient)(*args)
     held: list[Tensor] = []
-    dropout_state = {"linear": 7, "linear_backward": 5}.get(name)
-    if backend == "cpu" and dropout_state is not None and args[dropout_state] is None:
-        if torch.bfloat16 in floating and cpu.multiplies(torch.bfloat16):
+    weight, dropout_state = {"linear": (1, 7), "linear_backward": (2, 5)}.get(name, (0, 0))
+    if backend == "cpu" and dropout_state and args[dropout_state] is None:
+        smaller = args[weight] is not None and args[weight].dtype != args[0].dtype
+        if smaller and args[0].dtype == torch.float32 and cpu.multiplies(args[weight].dtype):
             # One kernel, which allocates what it gives.
             return func(*args)
         # PyTorch's own operators then, and what they hold between them.

@@ -1,8 +1,8 @@
 """What every adapted layer has in common: the forward, and what the engine asks of it.
 
 An adapter is y = base(x) + s dropout(x) A^T B^T with base and A frozen. Where its frozen weight is
-a plain matrix, one op makes all of it; where another module makes the base product, that runs as it
-is and the op adds its term.
+a matrix of numbers, int8 with a scale for each row among them, one op makes all of it; where another
+module makes the base product, that runs as it is and the op adds its term.
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ class Adapter(nn.Module):
     def frozen_weight(self) -> Tensor | None:
         """W, (d_out, d_in), or None where `base_forward` makes the base product."""
         raise NotImplementedError
+
+    def frozen_scale(self) -> Tensor | None:
+        """What a `frozen_weight` in int8 is multiplied with, (d_out, 1); None for one in floats."""
+        return None
 
     def frozen_bias(self) -> Tensor | None:
         """b, (d_out,), beside a `frozen_weight`."""
@@ -144,14 +148,14 @@ class Adapter(nn.Module):
                 # its norm there. Counted as two calls, the norm is taken from what is in the tap.
                 norm_tap = norm_tap * 2
             cu_seqlens, mean_loss, records = taps.cu_seqlens, taps.mean_loss, taps.records
-        weight, A = self.frozen_weight(), self.frozen_A()
+        weight, scale, A = self.frozen_weight(), self.frozen_scale(), self.frozen_A()
         bias = None if weight is None else self.frozen_bias()
         base = self.base_forward(x) if weight is None else None
         if cast is not None:
             # x may have that dtype already, from the layer before.
             x = x.to(dtype)
             # Frozen: cast anew each time, and kept until backward, as PyTorch keeps its own.
-            weight = None if weight is None else weight.to(dtype)
+            weight = weight if weight is None or scale is not None else weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         y = ops.linear(
             x,
@@ -167,6 +171,7 @@ class Adapter(nn.Module):
             dropout_p=self.adapter_dropout(),
             mean_loss=mean_loss,
             records=records,
+            weight_scale=scale,
         )
         return y if base is None else base + y.to(base.dtype)
 

@@ -64,7 +64,10 @@ class _TakenOver(Adapter):
         if is_conv1d(base):
             transposed: Tensor = base.weight.t()
             return transposed
-        return base.weight if is_plain_linear(base) else multiplied(base)
+        return base.weight if is_plain_linear(base) else multiplied(base)[0]
+
+    def frozen_scale(self) -> Tensor | None:
+        return multiplied(self.base_layer)[1]
 
     def frozen_bias(self) -> Tensor | None:
         base: Any = self.base_layer

@@ -1,7 +1,7 @@
 """FFAWrapped: an adapter around a layer that keeps its weight in a form of its own.
 
 The layer's own forward makes the base product, and autograd its input gradient; the op adds
-s dropout(x) A^T B^T. What such a layer must have is the protocol `FrozenBase`; bitsandbytes'
+s dropout(x) A^T B^T, and makes all of it where the layer is a `FrozenLinear`. What such a layer must have is the protocol `FrozenBase`; bitsandbytes'
 Linear4bit and Linear8bitLt and torchao's weight-only tensors are known here and need not.
 """
 
@@ -169,11 +169,10 @@ def _dequantized_int8(layer: Any, weight: Any) -> Tensor:
     return made * (scales.view(-1, 1) / 127.0)
 
 
-def multiplied(layer: Any) -> Tensor | None:
-    """The weight of a layer that a product takes as it is, (d_out, d_in); None for all others."""
-    if isinstance(layer, FrozenLinear) and layer.scale is None:
-        return layer.stored
-    return None
+def multiplied(layer: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The weight (d_out, d_in) that the op takes as it is stored, and its scale (d_out, 1) if it
+    has one; None for a layer that makes its product itself."""
+    return (layer.stored, layer.scale) if isinstance(layer, FrozenLinear) else (None, None)
 
 
 def plain_linear(weight: Tensor, base_layer: Any, training: bool) -> nn.Linear:
@@ -237,7 +236,10 @@ class FFAWrapped(OwnAdapter):
         return self.base_layer.bias
 
     def frozen_weight(self) -> Tensor | None:
-        return multiplied(self.base_layer)
+        return multiplied(self.base_layer)[0]
+
+    def frozen_scale(self) -> Tensor | None:
+        return multiplied(self.base_layer)[1]
 
     def frozen_bias(self) -> Tensor | None:
         bias: Tensor | None = None if self.frozen_weight() is None else self.bias

@@ -30,9 +30,21 @@ def _shape(t: Tensor | None) -> tuple[int, ...] | None:
     return None if t is None else tuple(t.shape)
 
 
-def _fits(weight: Tensor, dtype: torch.dtype) -> bool:
+def _fits(weight: Tensor, weight_scale: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether a base of this type goes with activations of `dtype`."""
+    if weight_scale is not None:
+        return weight.dtype == torch.int8
     return weight.dtype == dtype or (weight.dtype == torch.bfloat16 and dtype == torch.float32)
+
+
+def _scales(weight_scale: Tensor, weight: Tensor | None) -> bool:
+    """Whether it is what an int8 weight is multiplied with."""
+    return (
+        weight is not None
+        and weight.dtype == torch.int8
+        and weight_scale.dtype.is_floating_point
+        and weight_scale.shape == (weight.shape[0], 1)
+    )
 
 
 def _check(
@@ -49,6 +61,7 @@ def _check(
     dropout_p: float,
     mean_loss: bool,
     merge: bool = False,
+    weight_scale: Tensor | None = None,
 ) -> None:
     # Plain ifs on what was read once: this runs before each small product.
     dtype, shape, shape_A, shape_B = x.dtype, x.shape, lora_A.shape, lora_B.shape
@@ -60,10 +73,10 @@ def _check(
             )
         d_out, d_in = shape_B[0], shape_A[1]
     else:
-        if weight.dim() != 2 or not weight.is_floating_point():
+        if weight.dim() != 2 or not (weight.is_floating_point() or weight_scale is not None):
             raise ConfigError(
                 f"linear: weight is {weight.dtype} {tuple(weight.shape)}; accepted: a float type, "
-                "(d_out, d_in)"
+                "or int8 beside a weight_scale, (d_out, d_in)"
             )
         d_out, d_in = weight.shape
     if len(shape) < 2 or shape[-1] != d_in or not dtype.is_floating_point:
@@ -71,7 +84,12 @@ def _check(
             f"linear: x is {dtype} {tuple(shape)}; accepted: a float type, (n, ..., {d_in}), "
             "the weight's d_in"
         )
-    if weight is not None and weight.dtype != dtype and not _fits(weight, dtype):
+    if weight_scale is not None and not _scales(weight_scale, weight):
+        raise ConfigError(
+            f"linear: weight_scale is {weight_scale.dtype} {tuple(weight_scale.shape)}; accepted: "
+            f"None, or a float type ({d_out}, 1) beside an int8 weight"
+        )
+    if weight is not None and weight.dtype != dtype and not _fits(weight, weight_scale, dtype):
         base = (dtype, torch.bfloat16) if dtype == torch.float32 else (dtype,)
         raise ConfigError(
             f"linear: weight is {weight.dtype}; accepted: {' or '.join(map(str, base))}, for "
@@ -91,10 +109,11 @@ def _check(
             if t is not None and t.dtype != dtype:
                 raise ConfigError(f"linear: {name} is {t.dtype}; accepted: {dtype}, the dtype of x")
     device = x.device
-    for t in (weight, bias, lora_A, lora_B, dropout_state):
+    for t in (weight, weight_scale, bias, lora_A, lora_B, dropout_state):
         if t is not None and t.device != device:
             # A kernel is given addresses, and none says where it leads.
             named = {"weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B}
+            named["weight_scale"] = weight_scale
             name = next((name for name, other in named.items() if other is t), "dropout_state")
             raise ConfigError(f"linear: {name} is on {t.device}; accepted: {device}, as x")
     if cu_seqlens is None:
@@ -135,10 +154,11 @@ def _fake(
     dropout_p: float,
     mean_loss: bool,
     merge: bool = False,
+    weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check(
         *(x, weight, bias, lora_A, lora_B, tap, norm_tap, dropout_state, cu_seqlens),
-        *(scaling, dropout_p, mean_loss, merge),
+        *(scaling, dropout_p, mean_loss, merge, weight_scale),
     )
     leading = x.shape[:-1]
     return x.new_empty(*leading, lora_B.shape[0]), x.new_empty(*leading, lora_A.shape[0])
@@ -152,7 +172,8 @@ def _by_base(x: Tensor, weight: Tensor | None, *_: object) -> tuple[Tensor, ...]
 _op = define(
     "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? tap,"
     " Tensor? norm_tap, Tensor? dropout_state, Tensor? cu_seqlens, float scaling,"
-    " float dropout_p, bool mean_loss, bool merge=False) -> (Tensor, Tensor)",
+    " float dropout_p, bool mean_loss, bool merge=False, Tensor? weight_scale=None)"
+    " -> (Tensor, Tensor)",
     _check,
     _by_base,
     _fake,
@@ -166,27 +187,34 @@ def _backward_check(
     lora_A: Tensor,
     lora_B: Tensor,
     dropout_state: Tensor | None,
-    *_: object,
+    scaling: float,
+    dropout_p: float,
+    weight_scale: Tensor | None = None,
 ) -> None:
     # Dtypes and devices too: what autograd keeps may come back as something else, by way of hooks.
     shape, dtype, device, (r, d_in) = g.shape, g.dtype, g.device, lora_A.shape
     d_out = shape[-1]
     if (
         (u is not None and (u.shape != (*shape[:-1], r) or u.dtype != dtype))
-        or (weight is not None and (weight.shape != (d_out, d_in) or not _fits(weight, dtype)))
+        or (weight is not None and weight.shape != (d_out, d_in))
+        or (weight is not None and not _fits(weight, weight_scale, dtype))
+        or (weight_scale is not None and not _scales(weight_scale, weight))
         or lora_B.shape != (d_out, r)
         or lora_A.dtype != dtype
         or lora_B.dtype != dtype
-        or any(t is not None and t.device != device for t in (u, weight, lora_A, lora_B))
-        or (dropout_state is not None and dropout_state.device != device)
+        or any(
+            t is not None and t.device != device
+            for t in (u, weight, lora_A, lora_B, dropout_state, weight_scale)
+        )
     ):
-        given = (g, u, weight, lora_A, lora_B, dropout_state)
+        given = (g, u, weight, lora_A, lora_B, dropout_state, weight_scale)
         told = ["None" if t is None else f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in given]
         raise ConfigError(
-            "linear_backward: g, u, weight, lora_A, lora_B and dropout_state are "
+            "linear_backward: g, u, weight, lora_A, lora_B, dropout_state and weight_scale are "
             f"{', '.join(told)}; accepted: (n, ..., d_out), (n, ..., r) or None, (d_out, d_in) or "
-            "None, (r, d_in), (d_out, r), all of one dtype but a bf16 weight beside fp32, and "
-            "int64 (5,) or None, on one device"
+            "None, (r, d_in), (d_out, r), all of one dtype but a bf16 weight beside fp32 and an "
+            "int8 one beside a weight_scale, int64 (5,) or None, and (d_out, 1) or None, on one "
+            "device"
         )
     if dropout_state is not None:
         check_rng_state("linear_backward", "dropout_state", dropout_state)
@@ -201,6 +229,7 @@ def _backward_fake(
     dropout_state: Tensor | None,
     scaling: float,
     dropout_p: float,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     return g.new_empty(*g.shape[:-1], lora_A.shape[1])
 
@@ -209,7 +238,7 @@ def _backward_fake(
 # `merge`; else it makes u.
 _backward_op = define(
     "linear_backward(Tensor g, Tensor? u, Tensor? weight, Tensor lora_A, Tensor lora_B,"
-    " Tensor? dropout_state, float scaling, float dropout_p) -> Tensor",
+    " Tensor? dropout_state, float scaling, float dropout_p, Tensor? weight_scale=None) -> Tensor",
     _backward_check,
     lambda g, u, weight, *_: _by_base(g, weight),
     _backward_fake,
@@ -229,14 +258,16 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         # What is in a tuple autograd does not look at: beside a tap, that includes B.
         weight, bias, lora_A, lora_B, dropout_state, cu_seqlens, *settings = frozen
+        *known, weight_scale = settings
         y: Tensor
         y, h = run(
             *(x, weight, bias, lora_A, lora_B, tap, norm_tap, dropout_state, cu_seqlens, *settings)
         )
         ctx.set_materialize_grads(False)
         # Not x: backward needs it for nothing, and it is d_in / r times the size of h.
-        ctx.save_for_backward(h, weight, lora_A, lora_B, dropout_state, cu_seqlens)
-        ctx.settings = (tap is not None, *settings)
+        kept = (h, weight, lora_A, lora_B, dropout_state, cu_seqlens)
+        ctx.save_for_backward(*kept, weight_scale)
+        ctx.settings = (tap is not None, *known)
         # A view is not changed in place, as an activation may do.
         return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
@@ -266,12 +297,12 @@ def _plain(weight: Tensor | None, g: Tensor, dropout_state: Tensor | None) -> bo
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     # Read once: a checkpoint's tensors are gone then.
     saved = ctx.saved_tensors
-    h, weight, lora_A, lora_B, dropout_state, cu_seqlens = saved
+    h, weight, lora_A, lora_B, dropout_state, cu_seqlens, weight_scale = saved
     _, wants_x, wants_B, _, wants_norm, _ = ctx.needs_input_grad
     grad_x = u = tap_grad = norm_tap_grad = grad_B = None
     tapped, scaling, dropout_p, mean_loss, merge = ctx.settings
     makes_u = wants_x and not merge
-    fixed = (weight, lora_A, lora_B, dropout_state, scaling, dropout_p)
+    fixed = (weight, lora_A, lora_B, dropout_state, scaling, dropout_p, weight_scale)
     ops: tuple[Any, ...] = (_backward_op, per_sample_grad_op, per_sample_backward_op)
     if values_alone((g, *saved)):
         ops = tuple(op.implementation for op in ops)
@@ -319,8 +350,9 @@ def _differentiated(x: Tensor, lora_B: Tensor, tap: Tensor | None, norm_tap: Ten
 
 
 def _differentiable(*inputs: Any) -> Any:
-    # The dispatcher leaves out a last argument that is its default.
-    x, weight, bias, lora_A, lora_B, tap, norm_tap, *settings = (*inputs, False)[:13]
+    # The dispatcher leaves out last arguments that are their defaults.
+    inputs = (*inputs, *(False, None)[len(inputs) - 12 :])
+    x, weight, bias, lora_A, lora_B, tap, norm_tap, *settings = inputs
     if _differentiated(x, lora_B, tap, norm_tap):
         trained_B = lora_B if tap is None else None
         frozen = (weight, bias, lora_A, lora_B, *settings)
@@ -363,6 +395,7 @@ def linear(
     dropout_p: float = 0.0,
     mean_loss: bool = False,
     records: int = 0,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + b + s h B^T with h = dropout(x) A^T; saves h alone for backward.
 
@@ -371,9 +404,9 @@ def linear(
 
     Args:
         x: (n, ..., d_in); the first dimension is the record when `tap` is given.
-        weight: (d_out, d_in), frozen, of x's dtype, or bf16 beside an fp32 x; None where another
-            module makes the base product (a quantised layer, say): y is then s h B^T and dx is
-            s dropout^T(u A).
+        weight: (d_out, d_in), frozen, of x's dtype, or bf16 beside an fp32 x, or int8 beside a
+            `weight_scale`; None where another module makes the base product (a quantised layer,
+            say): y is then s h B^T and dx is s dropout^T(u A).
         bias: (d_out,), frozen, or None.
         lora_A: (r, d_in), frozen.
         lora_B: (d_out, r), trained.
@@ -393,6 +426,7 @@ def linear(
         records: how many a batch is expected to have. A backend that has two ways to round chooses
             by that and not by x's size, so that no record's gradient depends on how many others
             there are. 0: nobody minds.
+        weight_scale: (d_out, 1) of any float type, frozen: W is that times an int8 `weight`.
 
     Returns:
         y: (n, ..., d_out) of x's dtype.
@@ -400,13 +434,16 @@ def linear(
     Raises:
         ConfigError: shapes or dtypes that do not fit together.
     """
-    tensors = (x, weight, bias, lora_A, lora_B, tap, norm_tap, dropout_state, cu_seqlens)
+    tensors = (
+        *(x, weight, bias, lora_A, lora_B, tap, norm_tap, dropout_state, cu_seqlens),
+        weight_scale,
+    )
     if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
         raise NotImplementedError(
             "linear: no derivative in forward mode (dual numbers); accepted: backward()"
         )
     merge = merging_pays(x, weight, dropout_state is not None, records)
-    settings = (dropout_state, cu_seqlens, scaling, dropout_p, mean_loss, merge)
+    settings = (dropout_state, cu_seqlens, scaling, dropout_p, mean_loss, merge, weight_scale)
     y: Tensor
     if not values_alone(tensors):
         # Beside a tap out of the graph: a hook on B has no summed gradient to see.

@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from ffa_kernels.backends.dispatch import TRITON_CAPABILITY
+from ffa_kernels.backends.dispatch import TRITON_CAPABILITY, computed_in
 
 _MATRIX_OPS = (
     *("linear", "linear_backward", "per_sample_grad", "per_sample_backward", "per_sample_clip"),
@@ -45,7 +45,7 @@ def supports(op: str, device: torch.device, *dtypes: torch.dtype) -> bool:
             return False
     elif device.type != "cpu" or not interpreted():
         return False
-    floating = {dtype for dtype in dtypes if dtype.is_floating_point}
+    floating = computed_in(op, dtypes)
     if op in _MATRIX_OPS:
         return len(floating) == 1 and floating <= set(_DTYPES)
     return floating <= {*_DTYPES, torch.float64}

@@ -17,12 +17,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ffa_kernels.backends.compose import scaled_product
+from ffa_kernels.backends.compose import plain_backward, plain_product, scaled_product
 from ffa_kernels.backends.triton import choices
 from ffa_kernels.backends.triton.aot import Build, jit
 from ffa_kernels.backends.triton.choices import Choice, Config
@@ -651,13 +650,14 @@ def linear(
     dropout_p: float,
     mean_loss: bool,
     merge: bool = False,
+    weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y = x W^T + b + s h B^T and h = dropout(x) A^T; see `ffa_kernels.ops.linear`."""
     leading, rows = x.shape[:-1], _rows(x)
     d_out, r = lora_B.shape
     dropout = dropout_state is not None
     way, config = choices.DEFAULT
-    if weight is not None:
+    if weight is not None and weight.dtype == x.dtype:
         way, config = _choice("linear", rows, rows.shape[1], d_out, r, scaling, dropout)
         bias = None if bias is None else bias.contiguous()
     if weight is not None and way == "fused":
@@ -674,7 +674,8 @@ def linear(
         if weight is None:
             y = scaled_product(h, lora_B.t(), scaling)
         else:
-            y = F.linear(rows, weight, bias).addmm_(h, lora_B.t(), alpha=scaling)
+            y = plain_product(rows, weight, bias, weight_scale)
+            y.addmm_(h, lora_B.t(), alpha=scaling)
     return y.view(*leading, d_out), h.view(*leading, r)
 
 
@@ -687,6 +688,7 @@ def linear_backward(
     dropout_state: Tensor | None,
     scaling: float,
     dropout_p: float,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """dx = g W + s dropout^T(u A); see `ffa_kernels.ops.linear`."""
     rows = _rows(g)
@@ -694,7 +696,7 @@ def linear_backward(
     d_out, (r, d_in) = g.shape[-1], lora_A.shape
     dropout = dropout_state is not None
     way, config = choices.DEFAULT
-    if weight is not None:
+    if weight is not None and weight.dtype == g.dtype:
         way, config = _choice("linear_backward", rows, d_in, d_out, r, scaling, dropout)
     if weight is not None and way == "split":
         dx = _matmul(
@@ -705,7 +707,7 @@ def linear_backward(
         )
     else:
         if weight is not None:
-            dx = rows @ weight
+            dx = plain_backward(rows, weight, weight_scale)
         else:
             dx = rows.new_zeros(len(rows), d_in) if dropout else rows.new_empty(len(rows), d_in)
         if dropout_state is None:
