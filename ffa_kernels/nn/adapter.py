@@ -1,7 +1,7 @@
 """What every adapted layer has in common: the forward, and what the engine asks of it.
 
 An adapter is y = base(x) + s dropout(x) A^T B^T with base and A frozen. Where its frozen weight is
-a matrix of numbers, int8 with a scale for each row among them, one op makes all of it; where another
+a matrix of floats, or of int8 with a scale for each row, one op makes all of it; where another
 module makes the base product, that runs as it is and the op adds its term.
 """
 

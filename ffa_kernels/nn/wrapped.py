@@ -1,8 +1,9 @@
 """FFAWrapped: an adapter around a layer that keeps its weight in a form of its own.
 
 The layer's own forward makes the base product, and autograd its input gradient; the op adds
-s dropout(x) A^T B^T, and makes all of it where the layer is a `FrozenLinear`. What such a layer must have is the protocol `FrozenBase`; bitsandbytes'
-Linear4bit and Linear8bitLt and torchao's weight-only tensors are known here and need not.
+s dropout(x) A^T B^T, and makes all of it where the layer is a `FrozenLinear`. What such a layer
+must have is the protocol `FrozenBase`; bitsandbytes' Linear4bit and Linear8bitLt and torchao's
+weight-only tensors are known here and need not.
 """
 
 from __future__ import annotations
