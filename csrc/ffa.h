@@ -11,7 +11,7 @@
 
 #include <stdint.h>
 
-#define FFA_ABI_VERSION 7
+#define FFA_ABI_VERSION 8
 
 #ifdef __cplusplus
 extern "C" {
@@ -62,13 +62,13 @@ int ffa_cpu_dropout_add(const int64_t* dropout_state, double p, double scaling, 
                         int threads);
 
 /* With depth 0 or more, first left (rows, r) = x lora_A^T: x (rows, depth), lora_A (r, depth).
- * Below 0, left is given, and x and lora_A are not read. Then out (rows, columns) += scaling left
- * right^T: element (c, k) of right stands at c column_stride + k rank_stride. One dtype, F32 or
- * F64. */
+ * Below 0, left is given, and x and lora_A are not read. Then out (rows, columns) = bias + scaling
+ * left right^T, or += scaling left right^T where adds is not 0: element (c, k) of right stands at c
+ * column_stride + k rank_stride; bias (columns,) or null. One dtype, F32 or F64. */
 int ffa_cpu_rank_term(int64_t rows, int64_t columns, int64_t r, int dtype, const void* x,
                       int64_t depth, const void* lora_A, void* left, const void* right,
-                      int64_t column_stride, int64_t rank_stride, double scaling, void* out,
-                      int threads);
+                      int64_t column_stride, int64_t rank_stride, double scaling, int adds,
+                      const void* bias, void* out, int threads);
 
 /* g (rows, d_out), h (rows, r), lora_B (d_out, r) or null; u (rows, r) = g B (not written without
  * lora_B), G (n, d_out, r) = scale g_i^T h_i, sq (2, n) in float64: |G_i|^2, and below it ones, as

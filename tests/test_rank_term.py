@@ -11,11 +11,12 @@ DTYPES = {torch.float32: 0, torch.float64: 1}
 pytestmark = pytest.mark.skipif(not native.available("cpu"), reason="no compiled CPU library")
 
 
-def rank_term(x, lora_A, left, right, scaling, out, threads=2):
+def rank_term(x, lora_A, left, right, scaling, out, threads=2, adds=True, bias=None):
     made = (None, -1, None) if x is None else (x.data_ptr(), x.shape[1], lora_A.data_ptr())
     native.load("cpu").call(
         *("rank_term", *out.shape, left.shape[1], DTYPES[out.dtype], *made, left.data_ptr()),
-        *(right.data_ptr(), *right.stride(), scaling, out.data_ptr(), threads),
+        *(right.data_ptr(), *right.stride(), scaling, adds),
+        *(None if bias is None else bias.data_ptr(), out.data_ptr(), threads),
     )
 
 
@@ -31,10 +32,10 @@ def close(found, wanted):
     assert_close(found.double(), wanted, atol=tolerance * largest, rtol=0)
 
 
-# Rows about a block of 32, depths about a panel of 192, columns and ranks about whole vectors.
+# Rows about a block of 32 or 128, depths about 48 whole vectors, columns and ranks about one.
 SHAPES = [
     *((1, 1, 1, 1), (3, 7, 5, 2), (31, 191, 33, 8), (32, 192, 64, 16), (33, 193, 63, 15)),
-    *((70, 400, 17, 20), (64, 10, 130, 3), (5, 16, 16, 40)),
+    *((70, 400, 17, 20), (64, 10, 130, 3), (5, 16, 16, 40), (131, 769, 40, 9), (300, 33, 48, 4)),
     *((0, 4, 4, 2), (4, 0, 4, 2), (4, 4, 0, 2), (4, 4, 4, 0)),
 ]
 
@@ -64,10 +65,23 @@ def test_a_term_alone_takes_either_layout(shape, dtype):
     _, _, right, out = problem(*shape, dtype)
     left = torch.randn(rows, r, dtype=dtype)
     wanted = out.double() - 1.5 * left.double() @ right.double().T
-    for laid_out in (right, right.T.contiguous().T):
+    apart = torch.zeros(2 * len(right), 2 * r, dtype=dtype)[::2, ::2].copy_(right)
+    for laid_out in (right, right.T.contiguous().T, apart):
         found = out.clone()
         rank_term(None, None, left, laid_out, -1.5, found)
         close(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_or_it_begins_with_the_bias_whatever_is_there(shape, dtype):
+    rows, _, columns, r = shape
+    x, A, B, y = problem(*shape, dtype)
+    term = 0.75 * (x.double() @ A.double().T) @ B.double().T
+    for bias in (None, torch.randn(columns, dtype=dtype)):
+        h, out = torch.empty(rows, r, dtype=dtype), torch.full_like(y, float("nan"))
+        rank_term(x, A, h, B, 0.75, out, adds=False, bias=bias)
+        close(out, term if bias is None else term + bias.double())
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
@@ -101,7 +115,8 @@ def test_refusals():
     x, A, B, y = problem(4, 4, 4, 2, torch.float32)
     h = torch.empty(4, 2)
     call = native.load("cpu").call
-    places = (x.data_ptr(), 4, A.data_ptr(), h.data_ptr(), B.data_ptr(), 2, 1, 1.0, y.data_ptr(), 1)
+    places = (x.data_ptr(), 4, A.data_ptr(), h.data_ptr(), B.data_ptr(), 2, 1, 1.0, 0, None,
+              y.data_ptr(), 1)  # fmt: skip
     for sizes in ((-1, 4, 2, 0), (4, -1, 2, 0), (4, 4, -1, 0)):
         with pytest.raises(native.NativeError, match="size"):
             call("rank_term", *sizes, *places)

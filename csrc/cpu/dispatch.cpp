@@ -124,10 +124,10 @@ int ffa_cpu_dropout_add(const int64_t* dropout_state, double p, double scaling, 
 
 int ffa_cpu_rank_term(int64_t rows, int64_t columns, int64_t r, int dtype, const void* x,
                       int64_t depth, const void* lora_A, void* left, const void* right,
-                      int64_t column_stride, int64_t rank_stride, double scaling, void* out,
-                      int threads) {
+                      int64_t column_stride, int64_t rank_stride, double scaling, int adds,
+                      const void* bias, void* out, int threads) {
   return FFA_COPY(rank_term)(rows, columns, r, dtype, x, depth, lora_A, left, right, column_stride,
-                             rank_stride, scaling, out, threads);
+                             rank_stride, scaling, adds, bias, out, threads);
 }
 
 int ffa_cpu_per_sample_grad(int64_t n, int64_t rows, int64_t d_out, int64_t r, int dtype,

@@ -38,12 +38,13 @@ struct Problem {
 // Rows begin to end - 1 of dx, from u (rows, ranks).
 template <class T>
 void add_to_dx(const Problem<T>& p, const T* u, int64_t begin, int64_t end) {
-  const RankTerm<T> term = {p.d_in, p.r, u, p.ranks, p.A, p.d_in, p.term_scaling, p.dx};
-  add_term(term, begin, end);
+  const RankTerm<T> term = {p.d_in,         p.r,  u,       p.ranks, p.A, p.d_in,
+                            p.term_scaling, true, nullptr, p.dx};
+  write_term(term, begin, end);
 }
 
 // One span and one panel: its columns of G, its part of u (added to u if `add`), its |G|^2.
-template <class T>
+template <class T, int kBytes>
 double run_panel(const Problem<T>& p, int64_t span, int64_t panel, bool add, T* u, T* acc) {
   const int64_t begin = p.starts[span], end = p.starts[span + 1];
   const int64_t i = span - p.first_record;
@@ -56,13 +57,13 @@ double run_panel(const Problem<T>& p, int64_t span, int64_t panel, bool add, T* 
     const T* g = p.g + t * p.d_out + first;
     if (u != nullptr) {
       T* to = u + (t - begin) * p.ranks;
-      product<T, false>(tokens, g, p.d_out, int64_t{1}, columns, p.B + first * p.ranks, p.ranks,
-                        add, nullptr, to);
+      product<T, kBytes, false>(tokens, g, p.d_out, int64_t{1}, columns, p.B + first * p.ranks,
+                                p.ranks, add, nullptr, to);
     }
     if (record) {
       const int64_t next = t + kTokens < end ? kTokens * p.d_out : (begin - t) * p.d_out + kPanel;
-      product<T, true>(columns, g, int64_t{1}, p.d_out, tokens, p.h + t * p.ranks, p.ranks, true,
-                       g + next, acc);
+      product<T, kBytes, true>(columns, g, int64_t{1}, p.d_out, tokens, p.h + t * p.ranks, p.ranks,
+                               true, g + next, acc);
     }
   }
   if (!record) return 0.0;
@@ -73,9 +74,9 @@ double run_panel(const Problem<T>& p, int64_t span, int64_t panel, bool add, T* 
   return sum_squares(G, columns * p.r);
 }
 
-template <class T>
+template <class T, int kBytes>
 int run(Problem<T> p, double* sq, int threads) {
-  constexpr int W = Simd<T>::W;
+  constexpr int W = Simd<T, kBytes>::W;
   p.ranks = (p.r + W - 1) / W * W;
   p.panels = p.d_out > 0 ? (p.d_out + kPanel - 1) / kPanel : 1;
   const bool padded = p.ranks != p.r, wants_u = p.B != nullptr;
@@ -122,11 +123,12 @@ int run(Problem<T> p, double* sq, int threads) {
     if (split) {
       const int64_t span = task / p.panels, panel = task % p.panels;
       T* to = wants_u ? of_panels + panel * u_size + p.starts[span] * p.ranks : nullptr;
-      squares[task] = run_panel(p, span, panel, false, to, mine);
+      squares[task] = run_panel<T, kBytes>(p, span, panel, false, to, mine);
     } else {
       T* to = wants_u ? u + p.starts[task] * p.ranks : nullptr;
       for (int64_t panel = 0; panel < p.panels; ++panel) {
-        squares[task * p.panels + panel] = run_panel(p, task, panel, panel > 0, to, mine);
+        squares[task * p.panels + panel] =
+            run_panel<T, kBytes>(p, task, panel, panel > 0, to, mine);
       }
       if (wants_dx) add_to_dx(p, u, p.starts[task], p.starts[task + 1]);
     }
@@ -185,7 +187,10 @@ int run(const Inputs& of, const int64_t* starts, int threads) {
   p.A = static_cast<const T*>(of.lora_A);
   p.term_scaling = static_cast<T>(of.scaling);
   p.dx = static_cast<T*>(of.dx);
-  return run(p, of.sq, threads);
+  // Half a vector where that holds all ranks: nothing is padded then.
+  constexpr int kHalf = kVectorBytes / 2;
+  return of.r * static_cast<int64_t>(sizeof(T)) <= kHalf ? run<T, kHalf>(p, of.sq, threads)
+                                                         : run<T, kVectorBytes>(p, of.sq, threads);
 }
 
 int run(const Inputs& of, int dtype, int threads) {

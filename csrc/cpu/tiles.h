@@ -1,5 +1,5 @@
 // Products with a rank-r side, summed in registers: tall ones with few columns, whose lanes are
-// ranks, and the rank-r term added to a wide one, whose lanes are columns.
+// ranks, and the rank-r term of a wide one, whose lanes are columns.
 #pragma once
 
 #include <stdint.h>
@@ -18,10 +18,10 @@ constexpr int kSums = kVectorBytes == 64 ? 24 : 12;
 // for its address.
 constexpr int kApart[2] = {8, kVectorBytes == 64 ? 8 : 6};
 
-template <class T>
+template <class T, int kBytes = kVectorBytes>
 struct Simd {
-  static constexpr int W = kVectorBytes / sizeof(T);
-  typedef T Vec __attribute__((vector_size(kVectorBytes)));
+  static constexpr int W = kBytes / sizeof(T);
+  typedef T Vec __attribute__((vector_size(kBytes)));
 
   static FFA_HD Vec load(const T* p) {
     Vec v;
@@ -35,10 +35,10 @@ struct Simd {
 // of g are `row` apart and its summed elements `step`; right and out have `ranks` columns. What
 // stands at `ahead` as g does here, and is read next, is asked for meanwhile: the processor sees no
 // stream in rows so far apart. Null for nothing, and nothing is read from it.
-template <class T, int M, int V>
+template <class T, int kBytes, int M, int V>
 FFA_HD void tile(const T* g, int64_t row, int64_t step, int64_t count, const T* right,
                  int64_t ranks, bool add, const T* ahead, T* out) {
-  using S = Simd<T>;
+  using S = Simd<T, kBytes>;
   typename S::Vec sum[M][V] = {};
   for (int64_t i = 0; i < count; ++i) {
     if (ahead != nullptr) {
@@ -64,40 +64,41 @@ FFA_HD void tile(const T* g, int64_t row, int64_t step, int64_t count, const T* 
 }
 
 // The same for `rows` rows, as many as a tile has or fewer at a time.
-template <class T, int M, int V>
+template <class T, int kBytes, int M, int V>
 FFA_HD void tiles(int64_t rows, const T* g, int64_t row, int64_t step, int64_t count,
                   const T* right, int64_t ranks, bool add, const T* ahead, T* out) {
   int64_t m = 0;
   for (; m + M <= rows; m += M) {
-    tile<T, M, V>(g + m * row, row, step, count, right, ranks, add,
-                  ahead == nullptr ? nullptr : ahead + m, out + m * ranks);
+    tile<T, kBytes, M, V>(g + m * row, row, step, count, right, ranks, add,
+                          ahead == nullptr ? nullptr : ahead + m, out + m * ranks);
   }
   if constexpr (M > 1) {
     if (m < rows) {
-      tiles<T, (M > 3 ? M / 2 : 1), V>(rows - m, g + m * row, row, step, count, right, ranks, add,
-                                       nullptr, out + m * ranks);
+      tiles<T, kBytes, (M > 3 ? M / 2 : 1), V>(rows - m, g + m * row, row, step, count, right,
+                                               ranks, add, nullptr, out + m * ranks);
     }
   }
 }
 
-// The same for all ranks. kAdjacent: `row` is 1.
-template <class T, bool kAdjacent>
+// The same for all ranks, in vectors of kBytes. kAdjacent: `row` is 1.
+template <class T, int kBytes, bool kAdjacent>
 FFA_HD void product(int64_t rows, const T* g, int64_t row, int64_t step, int64_t count,
                     const T* right, int64_t ranks, bool add, const T* ahead, T* out) {
-  constexpr int W = Simd<T>::W;
+  constexpr int W = Simd<T, kBytes>::W;
   constexpr int kOne = kAdjacent ? kSums : kApart[0], kTwo = kAdjacent ? kSums / 2 : kApart[1];
   if (kAdjacent) row = 1;
   int64_t k = 0;
   for (; k + 2 * W <= ranks; k += 2 * W) {
-    tiles<T, kTwo, 2>(rows, g, row, step, count, right + k, ranks, add, ahead, out + k);
+    tiles<T, kBytes, kTwo, 2>(rows, g, row, step, count, right + k, ranks, add, ahead, out + k);
     ahead = nullptr;
   }
   if (k < ranks)
-    tiles<T, kOne, 1>(rows, g, row, step, count, right + k, ranks, add, ahead, out + k);
+    tiles<T, kBytes, kOne, 1>(rows, g, row, step, count, right + k, ranks, add, ahead, out + k);
 }
 
-// out (rows, columns) += scaling left right, for left (rows, r) with rows `left_row` apart and
-// right (r, columns) with rows `right_row` apart; columns are lanes.
+// out (rows, columns) += scaling left right, or bias + that, for left (rows, r) with rows
+// `left_row` apart and right (r, columns) with rows `right_row` apart; bias (columns,), or null for
+// none. Columns are lanes.
 template <class T>
 struct RankTerm {
   int64_t columns, r;
@@ -106,12 +107,14 @@ struct RankTerm {
   const T* right;
   int64_t right_row;
   T scaling;
+  bool adds;
+  const T* bias;
   T* out;
 };
 
 // M rows of out and V vectors of its columns.
 template <class T, int M, int V>
-FFA_HD void add_tile(const RankTerm<T>& p, int64_t row, int64_t column) {
+FFA_HD void term_tile(const RankTerm<T>& p, int64_t row, int64_t column) {
   using S = Simd<T>;
   typename S::Vec sum[M][V] = {};
   const T* left = p.left + row * p.left_row;
@@ -130,36 +133,40 @@ FFA_HD void add_tile(const RankTerm<T>& p, int64_t row, int64_t column) {
   for (int m = 0; m < M; ++m) {
     for (int v = 0; v < V; ++v) {
       T* at = p.out + (row + m) * p.columns + column + v * S::W;
-      S::store(at, S::load(at) + p.scaling * sum[m][v]);
+      const T* to = p.adds ? at : p.bias != nullptr ? p.bias + column + v * S::W : nullptr;
+      const typename S::Vec made = p.scaling * sum[m][v];
+      S::store(at, to != nullptr ? S::load(to) + made : made);
     }
   }
 }
 
 // M rows of out.
 template <class T, int M>
-void add_rows(const RankTerm<T>& p, int64_t row) {
+void term_rows(const RankTerm<T>& p, int64_t row) {
   constexpr int W = Simd<T>::W;
   int64_t column = 0;
-  for (; column + 2 * W <= p.columns; column += 2 * W) add_tile<T, M, 2>(p, row, column);
-  for (; column + W <= p.columns; column += W) add_tile<T, M, 1>(p, row, column);
+  for (; column + 2 * W <= p.columns; column += 2 * W) term_tile<T, M, 2>(p, row, column);
+  for (; column + W <= p.columns; column += W) term_tile<T, M, 1>(p, row, column);
   for (; column < p.columns; ++column) {
     for (int m = 0; m < M; ++m) {
       T sum = 0;
       for (int64_t k = 0; k < p.r; ++k) {
         sum += p.left[(row + m) * p.left_row + k] * p.right[k * p.right_row + column];
       }
-      p.out[(row + m) * p.columns + column] += p.scaling * sum;
+      T* at = p.out + (row + m) * p.columns + column;
+      const T* to = p.adds ? at : p.bias != nullptr ? p.bias + column : nullptr;
+      *at = to != nullptr ? *to + p.scaling * sum : p.scaling * sum;
     }
   }
 }
 
 // Rows from `begin` to `end` - 1. A row has the same bits wherever it stands.
 template <class T>
-void add_term(const RankTerm<T>& p, int64_t begin, int64_t end) {
+void write_term(const RankTerm<T>& p, int64_t begin, int64_t end) {
   constexpr int kRows = 4;
   int64_t row = begin;
-  for (; row + kRows <= end; row += kRows) add_rows<T, kRows>(p, row);
-  for (; row < end; ++row) add_rows<T, 1>(p, row);
+  for (; row + kRows <= end; row += kRows) term_rows<T, kRows>(p, row);
+  for (; row < end; ++row) term_rows<T, 1>(p, row);
 }
 
 // rows x r to rows x ranks, zeros beside them; and back.

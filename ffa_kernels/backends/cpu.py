@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from ffa_kernels.backends.compose import (
     merged_weight,
     plain_backward,
     plain_product,
-    scaled_product,
 )
 from ffa_kernels.backends.dispatch import OPS, computed_in
 
@@ -132,12 +131,13 @@ def has_product(
 ) -> bool:
     """Whether `product` is the one to take for these: not where more is asked for than values, nor
     for what has none at its address, nor for what PyTorch's would refuse."""
+    # First what is cheap to ask, and often the end of it.
     return (
-        not torch.compiler.is_compiling()
+        x.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+        and multiplies(weight.dtype)
         and torch._C._get_tracing_state() is None
         and _is_plain(x)
-        and x.dtype == torch.float32
-        and multiplies(weight.dtype)
         and _is_plain(weight)
         and weight.dim() == 2
         and x.shape[-1:] == weight.shape[1:]
@@ -220,15 +220,13 @@ def product(
     return y
 
 
-def _projected(rows: Tensor, lora_A: Tensor) -> Tensor:
-    """x A^T (rows, r)."""
-    rows, lora_A = rows.contiguous(), lora_A.contiguous()
-    h = rows.new_empty(len(rows), len(lora_A))
+def _project(x: Tensor, lora_A: Tensor, h: Tensor) -> None:
+    """h = x A^T, all contiguous."""
     native.load("cpu").call(
-        *("rank_term", len(rows), 0, len(lora_A), _dtype_code(rows.dtype), rows.data_ptr()),
-        *(rows.shape[1], lora_A.data_ptr(), h.data_ptr(), None, 1, 1, 0.0, None, _threads()),
+        *("rank_term", math.prod(x.shape[:-1]), 0, len(lora_A), _dtype_code(x.dtype)),
+        *(x.data_ptr(), x.shape[-1], lora_A.data_ptr(), h.data_ptr(), None, 1, 1, 0.0),
+        *(False, None, None, _threads()),
     )
-    return h
 
 
 def _check_product(op: str, out: Tensor, dtype: torch.dtype, rows: int, columns: int) -> None:
@@ -240,36 +238,33 @@ def _check_product(op: str, out: Tensor, dtype: torch.dtype, rows: int, columns:
         )
 
 
-def _term(
-    op: str,
+def _rank_term(
     left: Tensor,
     right: Tensor,
     scaling: float,
-    rows: int,
+    out: Tensor,
+    adds: bool = False,
+    bias: Tensor | None = None,
     x: Tensor | None = None,
     lora_A: Tensor | None = None,
-) -> Callable[[Tensor], None]:
-    """A function of out (rows, columns), contiguous, that adds s left right^T to it.
-
-    With x (rows, d_in) and A, contiguous, left (rows, r) is made first: x A^T. What can be done
-    before the large product is done here: after it nothing is in the cache any more.
+) -> None:
+    """out (..., columns) = b + s left right^T, or += s left right^T, for left (..., r) and right
+    (columns, r). With x (..., d_in) and A, left is made first: x A^T. All but right are contiguous.
     """
-    if isinstance(left, FakeTensor):
+    if isinstance(out, FakeTensor):
         # The planner's walk asks for sizes alone.
-        return lambda out: None
-    columns, r = right.shape
-    call, code = native.load("cpu").call, _dtype_code(left.dtype)
-    made: tuple[int | None, ...] = (None, -1, None)
+        return
+    rows, (columns, r) = math.prod(left.shape[:-1]), right.shape
+    if adds:
+        _check_product("linear", out, left.dtype, rows, columns)
+    made: tuple[Any, ...] = (None, -1, None)
     if x is not None and lora_A is not None:
         made = (x.data_ptr(), x.shape[-1], lora_A.data_ptr())
-    places = (left.data_ptr(), right.data_ptr(), *right.stride(), scaling)
-    threads = _threads()
-
-    def add(out: Tensor) -> None:
-        _check_product(op, out, left.dtype, rows, columns)
-        call("rank_term", rows, columns, r, code, *made, *places, out.data_ptr(), threads)
-
-    return add
+    native.load("cpu").call(
+        *("rank_term", rows, columns, r, _dtype_code(out.dtype), *made, left.data_ptr()),
+        *(right.data_ptr(), *right.stride(), scaling, adds),
+        *(None if bias is None else bias.data_ptr(), out.data_ptr(), _threads()),
+    )
 
 
 def linear(
@@ -294,30 +289,28 @@ def linear(
         y = F.linear(x, merged_weight(weight, lora_A, lora_B, scaling), bias)
         # Last: the large product hides the time in which x comes into the cache.
         return y, F.linear(x, lora_A)
-    lead, r = x.shape[:-1], lora_A.shape[0]
-    fused = weight is not None and has_product(x, weight, None, weight_scale)
-    if not fused and dropout_state is None and weight is not None and weight.dtype == x.dtype:
-        # The term's launch makes h as well.
-        x, lora_A = x.contiguous(), lora_A.contiguous()
-        h = x.new_empty((*lead, r))
-        add_term = _term("linear", h, lora_B, scaling, math.prod(lead), x, lora_A)
-        y = F.linear(x, weight, bias).contiguous()
-        add_term(y)
+    x, lora_A = x.contiguous(), lora_A.contiguous()
+    lead, (d_out, r) = x.shape[:-1], lora_B.shape
+    h = x.new_empty((*lead, r))
+    projected: tuple[Tensor | None, Tensor | None] = (x, lora_A)
+    if dropout_state is not None:
+        projected = (None, None)
+        rows = x.view(math.prod(lead), x.shape[-1])
+        _dropped_product(rows, lora_A, dropout_state, dropout_p, h.view(len(rows), r))
+    if weight is not None and has_product(x, weight, None, weight_scale):
+        if dropout_state is None:
+            _project(x, lora_A, h)
+        return product(x, weight, bias, h, lora_B.t(), scaling, weight_scale), h
+    if weight is not None and weight.dtype != x.dtype:
+        y = plain_product(x, weight, bias, weight_scale)
+        _rank_term(h, lora_B, scaling, y, True, None, *projected)
         return y, h
-    rows = x.reshape(math.prod(lead), x.shape[-1])
-    if dropout_state is None:
-        h = _projected(rows, lora_A) if fused else F.linear(rows, lora_A)
-    else:
-        h = x.new_empty((len(rows), r))
-        _dropped_product(rows, lora_A, dropout_state, dropout_p, h)
-    if weight is None:
-        y = scaled_product(h, lora_B.t(), scaling)
-    elif fused:
-        y = product(x, weight, bias, h, lora_B.t(), scaling, weight_scale)
-    else:
-        y = plain_product(rows, weight, bias, weight_scale).contiguous()
-        _term("linear", h, lora_B, scaling, len(rows))(y)
-    return y.view(*lead, lora_B.shape[0]), h.view(*lead, r)
+    y, bias = x.new_empty((*lead, d_out)), None if bias is None else bias.contiguous()
+    _rank_term(h, lora_B, scaling, y, False, bias, *projected)
+    if weight is not None:
+        # BLAS adds to what is there, as it does to a bias: no pass of its own for either.
+        y.flatten(0, -2).addmm_(x.flatten(0, -2), weight.t())
+    return y, h
 
 
 def linear_backward(
@@ -332,46 +325,35 @@ def linear_backward(
     weight_scale: Tensor | None = None,
 ) -> Tensor:
     """dx = g W + s dropout^T(u A) (..., d_in); g is (..., d_out), u (..., r)."""
-    columns = lora_A.shape[1]
-    scale = None if weight_scale is None else weight_scale.t()
-    fused = weight is not None and has_product(g, weight.t(), None, scale)
-    plain = weight is not None and dropout_state is None and weight.dtype == g.dtype
-    if plain and u is not None and not fused:
-        assert weight is not None
-        u = u.contiguous()
-        add_term = _term("linear_backward", u, lora_A.t(), scaling, math.prod(g.shape[:-1]))
-        dx = torch.matmul(g, weight).contiguous()
-        add_term(dx)
-        return dx
-    g_rows = g.flatten(0, -2)
     if u is None and can_merge(weight, g, dropout_state is not None):
         assert weight is not None
-        merged = merged_weight(weight, lora_A, lora_B, scaling)
-        return (g_rows @ merged).view(*g.shape[:-1], columns)
-    u_rows = g_rows @ lora_B if u is None else u.flatten(0, -2)
+        return torch.matmul(g, merged_weight(weight, lora_A, lora_B, scaling))
+    u = torch.matmul(g, lora_B) if u is None else u
+    lead, columns = g.shape[:-1], lora_A.shape[1]
+    scale = None if weight_scale is None else weight_scale.t()
     if dropout_state is None:
+        if weight is not None and has_product(g, weight.t(), None, scale):
+            return product(g, weight.t(), None, u, lora_A, scaling, scale)
         if weight is None:
-            dx = scaled_product(u_rows, lora_A, scaling)
-        elif fused:
-            return product(g, weight.t(), None, u_rows, lora_A, scaling, scale)
+            dx = g.new_empty((*lead, columns))
         else:
-            dx = plain_backward(g_rows, weight, weight_scale).contiguous()
-            u_rows = u_rows.contiguous()
-            _term("linear_backward", u_rows, lora_A.t(), scaling, len(g_rows))(dx)
+            dx = plain_backward(g, weight, weight_scale).contiguous()
+        _rank_term(u.contiguous(), lora_A.t(), scaling, dx, weight is not None)
+        return dx
+    library, state = native.load("cpu"), dropout_state.contiguous()
+    g_rows, u_rows = g.flatten(0, -2), u.flatten(0, -2)
+    if weight is None:
+        dx = g.new_zeros(len(g_rows), columns)
     else:
-        library, state = native.load("cpu"), dropout_state.contiguous()
-        if weight is None:
-            dx = g.new_zeros(len(g_rows), columns)
-        else:
-            dx = base_product(g_rows, weight.t(), None, scale)
-        for start, end in _dropout_chunks(*dx.shape):
-            adapter = u_rows[start:end] @ lora_A
-            library.call(
-                *("dropout_add", state.data_ptr(), dropout_p, scaling, start, end - start),
-                *(columns, _dtype_code(dx.dtype), adapter.data_ptr()),
-                *(dx.data_ptr() + start * columns * dx.element_size(), _threads()),
-            )
-    return dx.view(*g.shape[:-1], columns)
+        dx = base_product(g_rows, weight.t(), None, scale)
+    for start, end in _dropout_chunks(*dx.shape):
+        adapter = u_rows[start:end] @ lora_A
+        library.call(
+            *("dropout_add", state.data_ptr(), dropout_p, scaling, start, end - start),
+            *(columns, _dtype_code(dx.dtype), adapter.data_ptr()),
+            *(dx.data_ptr() + start * columns * dx.element_size(), _threads()),
+        )
+    return dx.view(*lead, columns)
 
 
 def per_sample_grad(

@@ -22,7 +22,7 @@ from ffa_kernels.errors import FFAError
 if TYPE_CHECKING:
     from torch import Tensor
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 DIRECTORY = Path(__file__).resolve().parent.parent / "_lib"
 
 _POINTERS = POINTER(c_void_p)
@@ -47,7 +47,7 @@ _CPU_LAUNCHERS: dict[str, tuple[Any, ...]] = {
     ),
     "rank_term": (
         *(c_int64, c_int64, c_int64, c_int, c_void_p, c_int64, c_void_p, c_void_p),
-        *(c_void_p, c_int64, c_int64, c_double, c_void_p, c_int),
+        *(c_void_p, c_int64, c_int64, c_double, c_int, c_void_p, c_void_p, c_int),
     ),
     "per_sample_grad": (
         *(c_int64, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_void_p),

@@ -302,16 +302,16 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = u = tap_grad = norm_tap_grad = grad_B = None
     tapped, scaling, dropout_p, mean_loss, merge = ctx.settings
     makes_u = wants_x and not merge
-    fixed = (weight, lora_A, lora_B, dropout_state, scaling, dropout_p, weight_scale)
-    ops: tuple[Any, ...] = (_backward_op, per_sample_grad_op, per_sample_backward_op)
-    if values_alone((g, *saved)):
-        ops = tuple(op.implementation for op in ops)
-    input_gradient, per_record, at_once = ops
+    direct = values_alone((g, *saved))
     if makes_u and tapped and _plain(weight, g, dropout_state):
-        grad_x, tap_grad, norm_tap_grad = at_once(
+        op = per_sample_backward_op
+        grad_x, tap_grad, norm_tap_grad = (op.implementation if direct else op)(
             g, h, weight, lora_A, lora_B, cu_seqlens, scaling, mean_loss
         )
     else:
+        fixed = (weight, lora_A, lora_B, dropout_state, scaling, dropout_p, weight_scale)
+        ops: tuple[Any, ...] = (_backward_op, per_sample_grad_op)
+        input_gradient, per_record = (op.implementation for op in ops) if direct else ops
         # First, where it can be: this large product hides the time in which g comes into the cache.
         if wants_x and not makes_u:
             grad_x = input_gradient(g, None, *fixed)
