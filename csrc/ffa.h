@@ -64,7 +64,8 @@ int ffa_cpu_dropout_add(const int64_t* dropout_state, double p, double scaling, 
 /* With depth 0 or more, first left (rows, r) = x lora_A^T: x (rows, depth), lora_A (r, depth).
  * Below 0, left is given, and x and lora_A are not read. Then out (rows, columns) = bias + scaling
  * left right^T, or += scaling left right^T where adds is not 0: element (c, k) of right stands at c
- * column_stride + k rank_stride; bias (columns,) or null. One dtype, F32 or F64. */
+ * column_stride + k rank_stride; bias (columns,) or null, and not read where it adds. With columns
+ * 0 neither right nor out is. One dtype, F32 or F64. */
 int ffa_cpu_rank_term(int64_t rows, int64_t columns, int64_t r, int dtype, const void* x,
                       int64_t depth, const void* lora_A, void* left, const void* right,
                       int64_t column_stride, int64_t rank_stride, double scaling, int adds,

@@ -2,10 +2,10 @@
 //
 //   left = x A^T      out = bias + scaling left right^T, or added to what is there
 //
-// Tasks are blocks of rows, and read x, A and right as they are given: what one core packed for the
-// other would take longer on its way there than a task does. Columns are the lanes of out; those of
-// left are parts of its sums, one vector for each element. A row's bits do not depend on the
-// others.
+// Tasks are blocks of rows. Each reads x and A as they are given, and packs for itself what it
+// needs of right: what one core packed for the other would take longer on its way there than a task
+// does. Columns are the lanes of out; those of left are parts of its sums, one vector for each
+// element. A row's bits do not depend on the others.
 #include "../ffa.h"
 #include "buffer.h"
 #include "parallel.h"
@@ -18,7 +18,10 @@ namespace {
 // So many products are summed in a lane before they are added to the rest: the error of a long sum
 // is that of its blocks and of their sum.
 constexpr int64_t kBlock = 48;
+// Of a task: the rest of the rows is for whoever is free.
 constexpr int64_t kMostRows = 128;
+// Of right, packed at a time.
+constexpr int64_t kColumns = 512;
 
 template <class T>
 struct Product {
@@ -70,6 +73,9 @@ void dots(const Product<T>& p, int64_t row, int64_t rows, int64_t rank, int64_t 
   const T *x[M], *A[K];
   for (int m = 0; m < M; ++m) x[m] = p.x + (row + (m < rows ? m : 0)) * p.depth + first;
   for (int k = 0; k < K; ++k) A[k] = p.A + (rank + (k < ranks ? k : 0)) * p.depth + first;
+  // What is read next is asked for: the processor sees no stream in pieces of rows.
+  const T* ahead[M];
+  for (int m = 0; m < M; ++m) ahead[m] = m + M < rows ? x[m] + M * p.depth : x[m];
   Vec sum[W] = {};
   const auto add = [&](const auto& load, int64_t i) {
     Vec of_rank[K];
@@ -78,6 +84,7 @@ void dots(const Product<T>& p, int64_t row, int64_t rows, int64_t rank, int64_t 
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       const Vec of_row = load(x[m] + i);
+      __builtin_prefetch(ahead[m] + i, 0, 3);
 #pragma GCC unroll 16
       for (int k = 0; k < K; ++k) sum[m * K + k] += of_row * of_rank[k];
     }
@@ -104,57 +111,85 @@ void dots(const Product<T>& p, int64_t row, int64_t rows, int64_t rank, int64_t 
   }
 }
 
+// Rows `begin` to `end` - 1, for at most K ranks: no more than there are rounded up to a power
+// of 2.
 template <class T, int K>
-void dots(const Product<T>& p, int64_t begin, int64_t end, int64_t rank, int64_t ranks) {
-  constexpr int W = Simd<T>::W;
+void dots(const Product<T>& p, int64_t begin, int64_t end, int64_t rank, int64_t ranks,
+          int64_t first, int64_t count) {
   if constexpr (K > 1) {
-    if (ranks <= K / 2) return dots<T, K / 2>(p, begin, end, rank, ranks);
+    if (ranks <= K / 2) return dots<T, K / 2>(p, begin, end, rank, ranks, first, count);
   }
-  constexpr int64_t kDepth = kBlock * W;
-  for (int64_t row = begin; row < end; row += W / K) {
-    // Once at least: a sum of nothing is 0.
-    for (int64_t first = 0; first == 0 || first < p.depth; first += kDepth) {
-      const int64_t count = p.depth - first < kDepth ? p.depth - first : kDepth;
-      dots<T, W / K, K>(p, row, end - row, rank, ranks, first, count);
+  constexpr int M = Simd<T>::W / K;
+  for (int64_t row = begin; row < end; row += M) {
+    dots<T, M, K>(p, row, end - row, rank, ranks, first, count);
+  }
+}
+
+// The rows of left from `begin` to `end` - 1. A panel of A lies in L1 meanwhile.
+template <class T>
+void project(const Product<T>& p, int64_t begin, int64_t end) {
+  constexpr int W = Simd<T>::W, K = W / 2;
+  constexpr int64_t kDepth = kBlock * W < 384 ? kBlock * W : 384;
+  // Once at least: a sum of nothing is 0.
+  for (int64_t first = 0; first == 0 || first < p.depth; first += kDepth) {
+    const int64_t count = p.depth - first < kDepth ? p.depth - first : kDepth;
+    for (int64_t rank = 0; rank < p.r; rank += K) {
+      dots<T, K>(p, begin, end, rank, p.r - rank < K ? p.r - rank : K, first, count);
     }
   }
 }
 
-// The rows of left from `begin` to `end` - 1.
+// Whether ranks are the lanes, of A packed as (depth, ranks): x is read once then, and not once for
+// each panel of A. A choice by the number of rows would make their bits depend on it.
+inline bool many_ranks(int64_t r, int64_t depth) { return r > 16 || (r > 8 && depth > 1024); }
+
 template <class T>
-void project(const Product<T>& p, int64_t begin, int64_t end) {
-  constexpr int W = Simd<T>::W;
-  for (int64_t rank = 0; rank < p.r; rank += W) {
-    dots<T, W>(p, begin, end, rank, p.r - rank < W ? p.r - rank : W);
+void pack_ranks(const Product<T>& p, int64_t ranks, T* to) {
+  for (int64_t i = 0; i < p.depth; ++i) {
+    for (int64_t k = 0; k < ranks; ++k) to[i * ranks + k] = k < p.r ? p.A[k * p.depth + i] : T(0);
   }
 }
 
-// right as (r, columns).
+// The rows of left from `begin` to `end` - 1, by way of `padded`, (kTokens, ranks).
 template <class T>
-void pack(const Product<T>& p, T* to) {
+void project_many(const Product<T>& p, int64_t begin, int64_t end, const T* A_t, int64_t ranks,
+                  T* padded) {
+  for (int64_t row = begin; row < end; row += kTokens) {
+    const int64_t rows = end - row < kTokens ? end - row : kTokens;
+    for (int64_t k = 0; k == 0 || k < p.depth; k += kBlock) {
+      const int64_t depth = p.depth - k < kBlock ? p.depth - k : kBlock;
+      product<T, kVectorBytes, false>(rows, p.x + row * p.depth + k, p.depth, int64_t{1}, depth,
+                                      A_t + k * ranks, ranks, k > 0, nullptr, padded);
+    }
+    strip(padded, rows, p.r, ranks, p.left + row * p.r);
+  }
+}
+
+// `columns` columns of right from `start` on, as (r, columns).
+template <class T>
+void pack(const Product<T>& p, int64_t start, int64_t columns, T* to) {
   using S = Simd<T>;
   constexpr int W = S::W;
-  const int64_t columns = p.term.columns;
-  const T* from = p.term.right;
+  const T* from = p.term.right + start * p.column_stride;
   int64_t column = 0;
   if constexpr (sizeof(T) == 4) {
     for (; p.term.right_row == 1 && column + W <= columns; column += W) {
       for (int64_t k = 0; k < p.r; k += W) {
         const int64_t ranks = p.r - k < W ? p.r - k : W;
+        const size_t bytes = static_cast<size_t>(ranks) * sizeof(T);
         typename S::Vec block[W] = {};
         const T* at = from + column * p.column_stride + k;
-        if (ranks == W) {
-          for (int c = 0; c < W; ++c) block[c] = S::load(at + c * p.column_stride);
-        } else if (ranks == W / 2) {
-          for (int c = 0; c < W; ++c)
-            memcpy(&block[c], at + c * p.column_stride, W / 2 * sizeof(T));
-        } else {
-          const size_t bytes = static_cast<size_t>(ranks) * sizeof(T);
-          for (int c = 0; c < W; ++c) memcpy(&block[c], at + c * p.column_stride, bytes);
+        for (int c = 0; c < W; ++c, at += p.column_stride) {
+          if (ranks == W / 2) {
+            memcpy(&block[c], at, sizeof(block[c]) / 2);
+          } else {
+            memcpy(&block[c], at, bytes);
+          }
         }
         transpose(block);
-        for (int64_t of = 0; of < ranks; ++of)
+        for (int64_t of = 0; of < ranks; ++of) {
           S::store(to + (k + of) * columns + column, block[of]);
+        }
       }
     }
   }
@@ -167,31 +202,45 @@ void pack(const Product<T>& p, T* to) {
 
 template <class T>
 int run(const Product<T>& p, int threads) {
-  const int64_t columns = p.term.columns;
-  const bool projects = p.depth >= 0 && p.r > 0, packs = p.column_stride != 1 && columns > 0;
+  const bool projects = p.depth >= 0 && p.r > 0, packs = p.column_stride != 1 && p.r > 0;
+  const int64_t all = p.term.columns, panel = packs && all > kColumns ? kColumns : all;
   const double work = 2.0 * static_cast<double>(p.rows) * static_cast<double>(p.r) *
-                      static_cast<double>(columns + (p.depth > 0 ? p.depth : 0));
+                      static_cast<double>(all + (p.depth > 0 ? p.depth : 0));
   if (work < 1e6) threads = 1;
-  // Each task packs for itself: few and long ones, of whole tiles.
+  // Long tasks, of whole tiles.
   const int64_t of_each = threads > 1 ? (p.rows + threads - 1) / threads : p.rows;
   int64_t block = (of_each + 3) / 4 * 4;
   block = block < kTokens ? kTokens : block > kMostRows ? kMostRows : block;
+  constexpr int W = Simd<T>::W;
+  const bool many = projects && many_ranks(p.r, p.depth);
+  const int64_t ranks = many ? (p.r + W - 1) / W * W : 0;
+  const Buffer<T> A_t(ranks * p.depth);
+  if (!A_t.ok) return FFA_NO_MEMORY;
+  if (many) pack_ranks(p, ranks, A_t.data);
   int status = FFA_OK;
   parallel_for(threads, (p.rows + block - 1) / block, [&](int64_t task) {
     const int64_t begin = task * block, end = begin + block < p.rows ? begin + block : p.rows;
-    const Buffer<T> packed(packs ? p.r * columns : 0);
-    if (!packed.ok) {
+    const Buffer<T> packed(packs ? p.r * panel : 0), padded(ranks * kTokens);
+    if (!(packed.ok && padded.ok)) {
       __atomic_store_n(&status, FFA_NO_MEMORY, __ATOMIC_RELAXED);
       return;
     }
-    if (projects) project(p, begin, end);
-    RankTerm<T> term = p.term;
-    if (packs) {
-      pack(p, packed.data);
-      term.right = packed.data;
-      term.right_row = columns;
+    if (many) {
+      project_many(p, begin, end, A_t.data, ranks, padded.data);
+    } else if (projects) {
+      project(p, begin, end);
     }
-    write_term(term, begin, end);
+    if (!packs) return write_term(p.term, begin, end);
+    for (int64_t start = 0; start < all; start += panel) {
+      RankTerm<T> term = p.term;
+      term.columns = all - start < panel ? all - start : panel;
+      pack(p, start, term.columns, packed.data);
+      term.right = packed.data;
+      term.right_row = term.columns;
+      if (term.bias != nullptr) term.bias += start;
+      term.out += start;
+      write_term(term, begin, end);
+    }
   });
   return status;
 }
@@ -222,7 +271,8 @@ int rank_term(int64_t rows, int64_t columns, int64_t r, int dtype, const void* x
               static_cast<T>(scaling),
               adds != 0,
               static_cast<const T*>(bias),
-              static_cast<T*>(out)};
+              static_cast<T*>(out),
+              columns};
     return run(p, threads);
   };
   if (dtype == FFA_F32) return of(0.0f);

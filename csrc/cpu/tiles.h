@@ -96,9 +96,9 @@ FFA_HD void product(int64_t rows, const T* g, int64_t row, int64_t step, int64_t
     tiles<T, kBytes, kOne, 1>(rows, g, row, step, count, right + k, ranks, add, ahead, out + k);
 }
 
-// out (rows, columns) += scaling left right, or bias + that, for left (rows, r) with rows
-// `left_row` apart and right (r, columns) with rows `right_row` apart; bias (columns,), or null for
-// none. Columns are lanes.
+// out (rows, columns) += scaling left right, or = bias + that, for left (rows, r), right (r,
+// columns) and out, whose rows lie `left_row`, `right_row` and `out_row` apart; bias (columns,), or
+// null for none. Columns are lanes.
 template <class T>
 struct RankTerm {
   int64_t columns, r;
@@ -110,6 +110,7 @@ struct RankTerm {
   bool adds;
   const T* bias;
   T* out;
+  int64_t out_row;
 };
 
 // M rows of out and V vectors of its columns.
@@ -132,7 +133,7 @@ FFA_HD void term_tile(const RankTerm<T>& p, int64_t row, int64_t column) {
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
     for (int v = 0; v < V; ++v) {
-      T* at = p.out + (row + m) * p.columns + column + v * S::W;
+      T* at = p.out + (row + m) * p.out_row + column + v * S::W;
       const T* to = p.adds ? at : p.bias != nullptr ? p.bias + column + v * S::W : nullptr;
       const typename S::Vec made = p.scaling * sum[m][v];
       S::store(at, to != nullptr ? S::load(to) + made : made);
@@ -153,7 +154,7 @@ void term_rows(const RankTerm<T>& p, int64_t row) {
       for (int64_t k = 0; k < p.r; ++k) {
         sum += p.left[(row + m) * p.left_row + k] * p.right[k * p.right_row + column];
       }
-      T* at = p.out + (row + m) * p.columns + column;
+      T* at = p.out + (row + m) * p.out_row + column;
       const T* to = p.adds ? at : p.bias != nullptr ? p.bias + column : nullptr;
       *at = to != nullptr ? *to + p.scaling * sum : p.scaling * sum;
     }

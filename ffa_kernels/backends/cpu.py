@@ -54,7 +54,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def supports(op: str, device: torch.device, *dtypes: torch.dtype) -> bool:
     """Whether `op` runs here for tensors of these dtypes: the library loads and every floating
-    dtype among them is float32 or float64 (one of the two, where an op multiplies matrices)."""
+    dtype that it computes in is float32 or float64 (one of the two, where an op multiplies)."""
     floating = computed_in(op, dtypes)
     mixes = op in ("clip_accumulate", "private_update", "private_step")
     return (
@@ -173,6 +173,14 @@ def _is_plain(t: Tensor) -> bool:
     return type(t) in _PLAIN and _dispatch_keys(t) in _PLAIN_KEYS
 
 
+def _dense(t: Tensor) -> Tensor:
+    """t, contiguous, with its values at its address: a lazily negated one has others there, and a
+    tensor of zeros may have none."""
+    if not _is_plain(t) and not isinstance(t, FakeTensor):
+        t = t.clone().resolve_neg()
+    return t.contiguous()
+
+
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether fp32 rows are multiplied here with a matrix of this type: PyTorch makes floats of
     narrower ones first, but where the processor has instructions for them."""
@@ -233,12 +241,13 @@ def _check_product(op: str, out: Tensor, dtype: torch.dtype, rows: int, columns:
     """What a launcher adds to is of this form: its address is all that it is told."""
     if out.dtype != dtype or out.numel() != rows * columns:
         raise RuntimeError(
-            f"{op}: the base product came out as {out.dtype} {tuple(out.shape)}; accepted: "
-            f"{dtype}, {rows} x {columns}"
+            f"{op}: a product came out as {out.dtype} {tuple(out.shape)}; accepted: {dtype}, "
+            f"{rows} x {columns}"
         )
 
 
 def _rank_term(
+    op: str,
     left: Tensor,
     right: Tensor,
     scaling: float,
@@ -255,8 +264,7 @@ def _rank_term(
         # The planner's walk asks for sizes alone.
         return
     rows, (columns, r) = math.prod(left.shape[:-1]), right.shape
-    if adds:
-        _check_product("linear", out, left.dtype, rows, columns)
+    _check_product(op, out, left.dtype, rows, columns)
     made: tuple[Any, ...] = (None, -1, None)
     if x is not None and lora_A is not None:
         made = (x.data_ptr(), x.shape[-1], lora_A.data_ptr())
@@ -289,7 +297,7 @@ def linear(
         y = F.linear(x, merged_weight(weight, lora_A, lora_B, scaling), bias)
         # Last: the large product hides the time in which x comes into the cache.
         return y, F.linear(x, lora_A)
-    x, lora_A = x.contiguous(), lora_A.contiguous()
+    x, lora_A, lora_B = _dense(x), _dense(lora_A), _dense(lora_B)
     lead, (d_out, r) = x.shape[:-1], lora_B.shape
     h = x.new_empty((*lead, r))
     projected: tuple[Tensor | None, Tensor | None] = (x, lora_A)
@@ -302,11 +310,11 @@ def linear(
             _project(x, lora_A, h)
         return product(x, weight, bias, h, lora_B.t(), scaling, weight_scale), h
     if weight is not None and weight.dtype != x.dtype:
-        y = plain_product(x, weight, bias, weight_scale)
-        _rank_term(h, lora_B, scaling, y, True, None, *projected)
+        y = plain_product(x, weight, bias, weight_scale).contiguous()
+        _rank_term("linear", h, lora_B, scaling, y, True, None, *projected)
         return y, h
-    y, bias = x.new_empty((*lead, d_out)), None if bias is None else bias.contiguous()
-    _rank_term(h, lora_B, scaling, y, False, bias, *projected)
+    y, bias = x.new_empty((*lead, d_out)), None if bias is None else _dense(bias)
+    _rank_term("linear", h, lora_B, scaling, y, False, bias, *projected)
     if weight is not None:
         # BLAS adds to what is there, as it does to a bias: no pass of its own for either.
         y.flatten(0, -2).addmm_(x.flatten(0, -2), weight.t())
@@ -328,7 +336,7 @@ def linear_backward(
     if u is None and can_merge(weight, g, dropout_state is not None):
         assert weight is not None
         return torch.matmul(g, merged_weight(weight, lora_A, lora_B, scaling))
-    u = torch.matmul(g, lora_B) if u is None else u
+    u, lora_A = torch.matmul(g, lora_B) if u is None else u, _dense(lora_A)
     lead, columns = g.shape[:-1], lora_A.shape[1]
     scale = None if weight_scale is None else weight_scale.t()
     if dropout_state is None:
@@ -338,7 +346,7 @@ def linear_backward(
             dx = g.new_empty((*lead, columns))
         else:
             dx = plain_backward(g, weight, weight_scale).contiguous()
-        _rank_term(u.contiguous(), lora_A.t(), scaling, dx, weight is not None)
+        _rank_term("linear_backward", _dense(u), lora_A.t(), scaling, dx, weight is not None)
         return dx
     library, state = native.load("cpu"), dropout_state.contiguous()
     g_rows, u_rows = g.flatten(0, -2), u.flatten(0, -2)
@@ -367,10 +375,10 @@ def per_sample_grad(
     """u = g B, G_i = s g_i^T h_i (n, d_out, r) and |G_i|^2 over ones (2, n), from one read of g."""
     d_out, r, rows = g.shape[-1], h.shape[-1], math.prod(g.shape[:-1])
     n = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    g, h = g.contiguous(), h.contiguous()
+    g, h = _dense(g), _dense(h)
     u = g.new_empty(0 if lora_B is None else (*g.shape[:-1], r))
     grad, squares = g.new_empty((n, d_out, r)), g.new_empty((2, n), dtype=torch.float64)
-    lora_B = None if lora_B is None else lora_B.contiguous()
+    lora_B = None if lora_B is None else _dense(lora_B)
     offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
     native.load("cpu").call(
         *("per_sample_grad", n, rows, d_out, r, _dtype_code(g.dtype), g.data_ptr(), h.data_ptr()),
@@ -399,7 +407,7 @@ def per_sample_backward(
         return product(g, weight.t(), None, u, lora_A, scaling), grad, squares
     (d_out, r), d_in, rows = lora_B.shape, lora_A.shape[1], math.prod(g.shape[:-1])
     n = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    g, h, lora_A, lora_B = g.contiguous(), h.contiguous(), lora_A.contiguous(), lora_B.contiguous()
+    g, h, lora_A, lora_B = _dense(g), _dense(h), _dense(lora_A), _dense(lora_B)
     grad, squares = g.new_empty((n, d_out, r)), g.new_empty((2, n), dtype=torch.float64)
     offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
     # All that can be is done before the large product: after it nothing is in the cache any more.

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ffa_kernels.backends import cpu, reference
-from ffa_kernels.backends.compose import by_way_of_u
+from ffa_kernels.backends.compose import by_way_of_u, plain_backward, plain_product
 from ffa_kernels.backends.dispatch import backend_for
 from ffa_kernels.backends.grid import zero_sums
 from ffa_kernels.nn.adapter import Adapter
@@ -180,14 +180,20 @@ def _served(device: str, func: Any, args: tuple[Any, ...]) -> Any:
         )
         return by_way_of_u(per_record, input_gradient)(*args)
     held: list[Tensor] = []
-    weight, dropout_state = {"linear": (1, 7), "linear_backward": (2, 5)}.get(name, (0, 0))
-    if backend == "cpu" and dropout_state and args[dropout_state] is None:
-        smaller = args[weight] is not None and args[weight].dtype != args[0].dtype
-        if smaller and args[0].dtype == torch.float32 and cpu.multiplies(args[weight].dtype):
-            # One kernel, which allocates what it gives.
+    if name in ("linear", "linear_backward"):
+        x, weight, dropout_state = (args[k] for k in ((0, 1, 7) if name == "linear" else (0, 2, 5)))
+        scale = (*args, None, None)[13 if name == "linear" else 8]
+        if weight is not None and weight.dtype != x.dtype:
+            one_kernel = backend == "cpu" and x.dtype == torch.float32
+            one_kernel = one_kernel and cpu.multiplies(weight.dtype)
+            if not (one_kernel and (scale is None or scale.dtype == x.dtype)):
+                # W in x's dtype, for as long as its product takes.
+                make = plain_product if name == "linear" else _input_gradient
+                make(x, weight, None, scale)
             return func(*args)
-        # PyTorch's own operators then, and what they hold between them.
-        return getattr(cpu, name)(*args)
+        if backend == "cpu" and dropout_state is None:
+            # PyTorch's own operators, and what they hold between them.
+            return getattr(cpu, name)(*args)
     if name in ("per_sample_grad", "per_sample_clip"):
         held = [t.contiguous() for t in args[:2]]
     elif name == "clip_accumulate" or (name == "private_step" and backend == "cpu"):
@@ -195,6 +201,10 @@ def _served(device: str, func: Any, args: tuple[Any, ...]) -> Any:
     out = func(*args)
     del held
     return out
+
+
+def _input_gradient(g: Tensor, weight: Tensor, _: None, scale: Tensor | None) -> Tensor:
+    return plain_backward(g, weight, scale)
 
 
 def _reference_clip(

@@ -151,6 +151,9 @@ class Adapter(nn.Module):
         weight, scale, A = self.frozen_weight(), self.frozen_scale(), self.frozen_A()
         bias = None if weight is None else self.frozen_bias()
         base = self.base_forward(x) if weight is None else None
+        if weight is not None and bias is not None and weight.dtype != dtype:
+            # Beside a smaller base x may have another dtype than the bias, as it may there alone.
+            bias = bias.to(dtype)
         if cast is not None:
             # x may have that dtype already, from the layer before.
             x = x.to(dtype)
