@@ -90,13 +90,13 @@ int ffa_cpu_per_sample_backward(int64_t n, int64_t rows, int64_t d_out, int64_t 
 /* Whether the next one runs here: it needs AVX512-BF16, and takes AMX tiles where there are any. */
 int ffa_cpu_has_bf16_product(void);
 
-/* out (rows, columns) = x right + scaling left term + bias, each of x (rows, depth), right (depth,
- * columns), scaling left (rows, r) and term (r, columns) rounded to bf16. right is of right_dtype,
- * BF16 without a scale, or I8; it is multiplied with scale, if that is not null, before it is
- * rounded: (columns,), or (depth,) where scales_rows is not 0. All else is F32; bias (columns,) or
- * null. Element (k, c) of right is right_row k + right_column c elements from its start, and term
- * likewise; x, left and out are contiguous. A row of out has the same bits whatever the other rows
- * are. Subnormal numbers count as 0. */
+/* out (rows, columns) = x right + scaling left term + bias, x (rows, depth) and right (depth,
+ * columns) rounded to bf16, scaling left (rows, r) and term (r, columns) to 16 bits. right is of
+ * right_dtype, BF16 without a scale, or I8; it is multiplied with scale, if that is not null,
+ * before it is rounded: (columns,), or (depth,) where scales_rows is not 0. All else is F32; bias
+ * (columns,) or null. Element (k, c) of right is right_row k + right_column c elements from its
+ * start, and term likewise; x, left and out are contiguous. A row of out has the same bits whatever
+ * the other rows are. Subnormal numbers count as 0. */
 int ffa_cpu_bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
                          const void* right, int right_dtype, int64_t right_row,
                          int64_t right_column, const void* scale, int scales_rows, const void* bias,

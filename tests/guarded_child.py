@@ -75,10 +75,11 @@ def check(sizes, base, transposed, at_end, threads) -> None:
     rounds = base != torch.float32 and native.has_bf16_product()
     op, narrow = ("bf16_product", torch.bfloat16) if rounds else ("fp32_product", torch.float32)
     call(op, rows, d_in, d_out, r, x_at, right_at, code, *steps, at, 0, *last)
-    x, right, left, term = (t.to(narrow) for t in (x, right * scale, 1.5 * left, term))
+    x, right, left = x.to(narrow), (right * scale).to(narrow), 1.5 * left
     factors = [(x.double(), right.double()), (left.double(), term.double())]
     wanted = sum(a @ b for a, b in factors) + bias
-    most = sum(a.abs() @ b.abs() for a, b in factors) + bias.abs()
+    most, of_term = (sum(a.abs() @ b.abs() for a, b in some) for some in (factors, factors[1:]))
+    most = most + bias.abs() + (8 * of_term if rounds else 0)
     error = (out.read() - wanted).abs()
     assert (error <= 2e-6 * most + 1e-6).all(), (sizes, base, transposed, at_end, threads)
 

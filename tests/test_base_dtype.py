@@ -301,6 +301,18 @@ def test_a_model_that_is_cast_afterwards_works(kind, dtype):
     assert relative(logits, wanted) < 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_adapter_takes_the_activations_that_its_int8_base_takes(dtype):
+    model = ffa.convert(nn.Sequential(nn.Linear(24, 16)), 4, target_modules=["0"],
+                        base_dtype="int8")  # fmt: skip
+    x = torch.randn(3, 24)
+    narrow = x.to(dtype).requires_grad_()
+    y = model(narrow)
+    y.sum().backward()
+    assert y.dtype == narrow.grad.dtype == dtype
+    assert relative(y, model(x)) < 0.02
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_keeps_the_hooks_that_were_there(kind):
     model, targets = llama()

@@ -907,3 +907,37 @@ def test_an_int8_base_beside_activations_of_any_dtype(dtype, scale_dtype):
     assert y.dtype == dtype
     tolerance = {torch.float64: 1e-6, torch.bfloat16: 0.05}[dtype]
     torch.testing.assert_close(y.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+@NOT_IN_TRITON
+@pytest.mark.parametrize("name", ["x", "bias", "lora_A", "lora_B", "g"])
+@pytest.mark.parametrize("based", [True, False])
+@pytest.mark.parametrize("odd", ["negated", "zeros without memory"])
+def test_a_tensor_without_its_values_at_its_address(backend, odd, based, name):
+    case = make((3, 4), d_in=13, d_out=11, dtype=torch.float32, bias=based)
+    case.weight = case.weight if based else None
+    if name == "bias" and not based:
+        pytest.skip("no bias without a weight")
+    make_odd = (
+        torch._neg_view if odd == "negated" else lambda t: torch._efficientzerotensor(t.shape)
+    )
+    g = torch.randn(3, 4, 11)
+    results = []
+    for plain in (False, True):
+        given = replace(case)
+        of_backward = g
+        replaced = make_odd(g if name == "g" else getattr(case, name))
+        replaced = replaced.clone().resolve_neg() if plain else replaced
+        if name == "g":
+            of_backward = replaced
+        else:
+            setattr(given, name, replaced)
+        with torch.no_grad():
+            y = given.op()
+            u = of_backward @ given.lora_B
+            arguments = (of_backward, u, given.weight, given.lora_A, given.lora_B, None, 0.5, 0.0)
+            dx = torch.ops.ffa.linear_backward(*arguments)
+            _, G, squares = ops.per_sample_grad(of_backward, torch.ones(3, 4, 3), given.lora_B)
+        results.append((y, dx, G, squares))
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted)

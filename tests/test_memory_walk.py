@@ -215,3 +215,12 @@ def test_so_it_does_beside_a_smaller_base(kernels, base_dtype, tokens, request):
         walked = walk(model, example(tokens), 16, loss_of)
         real = real_peak(model, 16, tokens, "flat")
     assert abs(walked.peak - real) <= SMALL, (walked, real)
+
+
+def test_on_a_graphics_card_a_smaller_base_is_counted_in_floats_while_it_is_multiplied():
+    layers = [nn.Linear(512, 512, bias=False) for _ in range(2)]
+    model = ffa.convert(nn.Sequential(*layers), 4, target_modules=["0", "1"], base_dtype="int8")
+    walked = walk(model, {"input": torch.empty(1, 4, 512)}, 2,
+                  lambda model, batch: model(batch["input"]).sum(dim=(1, 2)).mean(),
+                  device="cuda")  # fmt: skip
+    assert fp32(512, 512) <= walked.parts["transients"] <= fp32(512, 512) + 8 * SMALL

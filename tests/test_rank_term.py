@@ -85,13 +85,18 @@ def test_or_it_begins_with_the_bias_whatever_is_there(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
-def test_a_row_has_the_same_bits_whatever_is_beside_it_and_however_many_threads_there_are(dtype):
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("r", [1, 3, 8, 16, 20])
+def test_a_row_has_the_same_bits_whatever_is_beside_it_and_however_many_threads_there_are(
+    r, adds, dtype
+):
     rows = 77
-    x, A, B, y = problem(rows, 300, 203, 8, dtype)
+    x, A, B, y = problem(rows, 300, 203, r, dtype)
+    bias = torch.randn(203, dtype=dtype)
 
     def made(picked, threads):
-        h, out = torch.empty(len(picked), 8, dtype=dtype), y[picked].clone()
-        rank_term(x[picked].contiguous(), A, h, B, 2.0, out, threads)
+        h, out = torch.empty(len(picked), r, dtype=dtype), y[picked].clone()
+        rank_term(x[picked].contiguous(), A, h, B, 2.0, out, threads, adds, bias)
         return h, out
 
     h, out = made(list(range(rows)), 1)

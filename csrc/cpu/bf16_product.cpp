@@ -3,8 +3,10 @@
 //
 //   out = x right + scaling left term + bias
 //
+// x and right are rounded to bf16. Each number of scaling left and of term is the sum of two, which
+// leaves 16 bits of it: their product is made of three, at ranks that a tile has room for anyway.
 // Blocks of kRows rows of x and left are multiplied with panels of kColumns columns of right and
-// term, both rounded to bf16 and packed, kSegment numbers of the inner dimension at a time. Where
+// term, packed, kSegment numbers of the inner dimension at a time. Where
 // rows are fewer, all of them are packed first, and a task takes as many panels as kPart bytes hold
 // past them; otherwise as many panels as kPacked bytes hold, and a task takes blocks of rows past
 // them. An element of out is summed in one order, whatever the other rows are.
@@ -36,7 +38,10 @@ constexpr int64_t kPacked = 2 << 20, kPart = 512 << 10, kSegment = 2048;
 constexpr int64_t kBlock = 1024;
 
 inline int64_t blocks(const Matrix& m) { return (m.depth + kDepth - 1) / kDepth; }
-inline int64_t blocks(const Problem& p) { return blocks(p.right) + blocks(p.term); }
+// Of left and term as they are packed.
+inline int64_t term_depth(const Problem& p) { return 3 * p.term.depth; }
+inline int64_t term_blocks(const Problem& p) { return (term_depth(p) + kDepth - 1) / kDepth; }
+inline int64_t blocks(const Problem& p) { return blocks(p.right) + term_blocks(p); }
 
 FFA_PAIRS inline __m512i narrow(__m512 low, __m512 high) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
@@ -46,19 +51,15 @@ inline __mmask16 first(int64_t count) {
   return static_cast<__mmask16>(count >= 16 ? 0xffff : count > 0 ? (1 << count) - 1 : 0);
 }
 
-// `depth` numbers of each row, times `scaling`, as blocks of two tiles of 16 rows.
-FFA_PAIRS void pack_rows(const float* x, int64_t row, int64_t rows, int64_t depth, float scaling,
-                         bf16* to) {
-  const __m512 scale = _mm512_set1_ps(scaling);
+// `depth` numbers of each row, as blocks of two tiles of 16 rows.
+FFA_PAIRS void pack_rows(const float* x, int64_t row, int64_t rows, int64_t depth, bf16* to) {
   for (int64_t i = 0; i < kRows; ++i) {
     for (int64_t k = 0; k < depth; k += kDepth) {
       const int64_t left = i < rows ? depth - k : 0;
       const float* from = x + i * row + k;
       const __m512 low = _mm512_maskz_loadu_ps(first(left), from);
       const __m512 high = _mm512_maskz_loadu_ps(first(left - 16), from + 16);
-      _mm512_store_si512(to + k / kDepth * kBlock + i * kDepth,
-                         narrow(_mm512_maskz_mul_ps(first(left), low, scale),
-                                _mm512_maskz_mul_ps(first(left - 16), high, scale)));
+      _mm512_store_si512(to + k / kDepth * kBlock + i * kDepth, narrow(low, high));
     }
   }
 }
@@ -68,29 +69,25 @@ struct Scales {
   alignas(64) float rows[kDepth], columns[kColumns];
 };
 
-inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
 inline __m512 load(const int8_t* p) {
   return _mm512_cvtepi32_ps(
       _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
 // 16 and 32 numbers that lie side by side, times `scale`, rounded. bf16 ones have no scale.
-template <class T>
-FFA_PAIRS inline __m256i sixteen(const T* p, __m512 scale) {
+FFA_PAIRS inline __m256i sixteen(const int8_t* p, __m512 scale) {
   return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_mul_ps(load(p), scale)));
 }
 inline __m256i sixteen(const bf16* p, __m512) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
-template <class T>
-FFA_PAIRS inline __m512i thirty_two(const T* p, __m512 low, __m512 high) {
+FFA_PAIRS inline __m512i thirty_two(const int8_t* p, __m512 low, __m512 high) {
   return narrow(_mm512_mul_ps(load(p), low), _mm512_mul_ps(load(p + 16), high));
 }
 inline __m512i thirty_two(const bf16* p, __m512, __m512) { return _mm512_loadu_si512(p); }
 
 inline uint32_t bits(bf16 value, float) { return value; }
-template <class T>
-FFA_PAIRS inline uint32_t bits(T value, float scale) {
+FFA_PAIRS inline uint32_t bits(int8_t value, float scale) {
   const __m512 all = _mm512_set1_ps(static_cast<float>(value) * scale);
   return static_cast<uint32_t>(_mm512_cvtsi512_si32(narrow(all, all))) & 0xffff;
 }
@@ -172,10 +169,85 @@ void pack_columns(const Matrix& m, int64_t start, int64_t columns, bf16* to) {
   }
 }
 
-void pack_any(const Matrix& m, int64_t start, int64_t columns, bf16* to) {
+// Numbers as they are rounded, and what is then left of them. Of one that is not finite, nothing
+// is, and `finite` is 0 as well: it is multiplied once, and no infinity with 0.
+struct Split {
+  bf16 rounded[16], finite[16], rest[16];
+};
+
+FFA_PAIRS inline Split split(__m512 v) {
+  const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+  const __m512 wide = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
+  const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_sub_ps(wide, wide), wide, _CMP_ORD_Q);
+  const __m512 rest = _mm512_maskz_sub_ps(finite, v, wide);
+  Split made;
+  memcpy(made.rounded, &rounded, sizeof(rounded));
+  const __m256i once = _mm256_maskz_mov_epi16(finite, rounded);
+  memcpy(made.finite, &once, sizeof(once));
+  const __m256i low = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(rest));
+  memcpy(made.rest, &low, sizeof(low));
+  return made;
+}
+
+// Rows of scaling left: rounded, once more for the rests of term, and their own rests.
+FFA_PAIRS void pack_left(const Problem& p, int64_t row, int64_t rows, bf16* to) {
+  const int64_t r = p.term.depth;
+  memset(to, 0, static_cast<size_t>(term_blocks(p) * kBlock) * sizeof(bf16));
+  for (int64_t i = 0; i < rows; ++i) {
+    const auto put = [=](int64_t k, const bf16* v, int64_t count) {
+      bf16* at = to + k / kDepth * kBlock + i * kDepth + k % kDepth;
+      if (count == 16 && k % kDepth <= 16) {
+        memcpy(at, v, 16 * sizeof(bf16));
+      } else if (count == 8 && k % kDepth <= 24) {
+        memcpy(at, v, 8 * sizeof(bf16));
+      } else {
+        for (int64_t j = 0; j < count; ++j) {
+          to[(k + j) / kDepth * kBlock + i * kDepth + (k + j) % kDepth] = v[j];
+        }
+      }
+    };
+    for (int64_t k = 0; k < r; k += 16) {
+      const int64_t count = r - k < 16 ? r - k : 16;
+      const __m512 v = _mm512_maskz_loadu_ps(first(count), p.left + (row + i) * r + k);
+      const Split of = split(_mm512_maskz_mul_ps(first(count), v, _mm512_set1_ps(p.scaling)));
+      put(k, of.rounded, count);
+      put(r + k, of.finite, count);
+      put(2 * r + k, of.rest, count);
+    }
+  }
+}
+
+// Columns of term: rounded, their rests, and once more for the rests of left.
+FFA_PAIRS void pack_term(const Problem& p, int64_t start, int64_t columns, bf16* to) {
+  const Matrix& m = p.term;
+  memset(to, 0, static_cast<size_t>(term_blocks(p) * kBlock) * sizeof(bf16));
+  for (int64_t k = 0; k < m.depth; ++k) {
+    const float* from = static_cast<const float*>(m.data) + k * m.row + start * m.column;
+    for (int64_t c = 0; c < columns; c += 16) {
+      const int64_t here = columns - c < 16 ? columns - c : 16;
+      float values[16] = {};
+      if (m.column == 1) {
+        _mm512_storeu_ps(values, _mm512_maskz_loadu_ps(first(here), from + c));
+      } else {
+        for (int64_t j = 0; j < here; ++j) values[j] = from[(c + j) * m.column];
+      }
+      const Split of = split(_mm512_loadu_ps(values));
+      const auto put = [=](int64_t at, const bf16* v) {
+        bf16* block = to + at / kDepth * kBlock + c / 16 * (kBlock / 2);
+        for (int64_t j = 0; j < here; ++j) {
+          block[at % kDepth / 2 * kDepth + j * 2 + at % 2] = v[j];
+        }
+      };
+      put(k, of.rounded);
+      put(m.depth + k, of.rest);
+      put(2 * m.depth + k, of.finite);
+    }
+  }
+}
+
+void pack_right(const Matrix& m, int64_t start, int64_t columns, bf16* to) {
   if (m.dtype == FFA_BF16) return pack_columns<bf16>(m, start, columns, to);
-  if (m.dtype == FFA_I8) return pack_columns<int8_t>(m, start, columns, to);
-  pack_columns<float>(m, start, columns, to);
+  pack_columns<int8_t>(m, start, columns, to);
 }
 
 // 32 x 32 of out, from a block of rows and a panel, added to what has rows `step` apart.
@@ -263,7 +335,7 @@ struct Vectors {
     // An odd number at the end has a zero beside it.
     add<M>((p.right.depth + 1) / 2, rows, columns, sum);
     const int64_t after = blocks(p.right) * kBlock;
-    add<M>((p.term.depth + 1) / 2, rows + after, columns + after, sum);
+    add<M>((term_depth(p) + 1) / 2, rows + after, columns + after, sum);
     for (int m = 0; m < M; ++m) {
       for (int v = 0; v < 2; ++v) _mm512_storeu_ps(at.out + m * at.row + 16 * v, sum[m][v]);
     }
@@ -295,9 +367,8 @@ inline int64_t fewer(int64_t a, int64_t b) { return a < b ? a : b; }
 // The rows of x and left from `row` on, as many as a block has.
 FFA_PAIRS void pack_tile(const Problem& p, int64_t row, bf16* block) {
   const int64_t rows = fewer(p.rows - row, kRows);
-  pack_rows(p.x + row * p.depth, p.depth, rows, p.right.depth, 1.0f, block);
-  pack_rows(p.left + row * p.term.depth, p.term.depth, rows, p.term.depth, p.scaling,
-            block + blocks(p.right) * kBlock);
+  pack_rows(p.x + row * p.depth, p.depth, rows, p.right.depth, block);
+  if (p.term.depth > 0) pack_left(p, row, rows, block + blocks(p.right) * kBlock);
 }
 
 // Packed panels that lie side by side, and their bias.
@@ -312,8 +383,8 @@ void pack_panel(const Problem& p, const Panels& panels, int64_t i) {
   const int64_t column = (panels.first + i) * kColumns;
   const int64_t columns = fewer(p.columns - column, kColumns);
   bf16* to = panels.data + i * blocks(p) * kBlock;
-  pack_any(p.right, column, columns, to);
-  pack_any(p.term, column, columns, to + blocks(p.right) * kBlock);
+  pack_right(p.right, column, columns, to);
+  if (p.term.depth > 0) pack_term(p, column, columns, to + blocks(p.right) * kBlock);
   for (int64_t c = 0; c < kColumns; ++c) {
     const bool there = p.bias != nullptr && c < columns;
     panels.bias[i * kColumns + c] = there ? p.bias[column + c] : 0.0f;

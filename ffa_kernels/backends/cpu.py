@@ -201,7 +201,7 @@ def product(
     scale: Tensor | None = None,
 ) -> Tensor:
     """x W^T + b + s left term (..., d_out) in fp32, for W in fp32, bf16 or int8; with instructions
-    for bf16, and W not in fp32, from x, W, s left and term rounded to bf16.
+    for bf16, and W not in fp32, from x and W rounded to bf16, s left and term to 16 bits.
 
     W is (d_out, d_in), times `scale` if that is given, (d_out, 1) or (1, d_in). A row has the same
     bits whatever the other rows are; W is packed a part at a time. Where x is rounded subnormal
@@ -298,6 +298,7 @@ def linear(
         # Last: the large product hides the time in which x comes into the cache.
         return y, F.linear(x, lora_A)
     x, lora_A, lora_B = _dense(x), _dense(lora_A), _dense(lora_B)
+    bias = None if bias is None else _dense(bias)
     lead, (d_out, r) = x.shape[:-1], lora_B.shape
     h = x.new_empty((*lead, r))
     projected: tuple[Tensor | None, Tensor | None] = (x, lora_A)
@@ -313,7 +314,7 @@ def linear(
         y = plain_product(x, weight, bias, weight_scale).contiguous()
         _rank_term("linear", h, lora_B, scaling, y, True, None, *projected)
         return y, h
-    y, bias = x.new_empty((*lead, d_out)), None if bias is None else _dense(bias)
+    y = x.new_empty((*lead, d_out))
     _rank_term("linear", h, lora_B, scaling, y, False, bias, *projected)
     if weight is not None:
         # BLAS adds to what is there, as it does to a bias: no pass of its own for either.
@@ -336,7 +337,7 @@ def linear_backward(
     if u is None and can_merge(weight, g, dropout_state is not None):
         assert weight is not None
         return torch.matmul(g, merged_weight(weight, lora_A, lora_B, scaling))
-    u, lora_A = torch.matmul(g, lora_B) if u is None else u, _dense(lora_A)
+    u, lora_A = torch.matmul(g, lora_B) if u is None else _dense(u), _dense(lora_A)
     lead, columns = g.shape[:-1], lora_A.shape[1]
     scale = None if weight_scale is None else weight_scale.t()
     if dropout_state is None:
@@ -346,7 +347,7 @@ def linear_backward(
             dx = g.new_empty((*lead, columns))
         else:
             dx = plain_backward(g, weight, weight_scale).contiguous()
-        _rank_term("linear_backward", _dense(u), lora_A.t(), scaling, dx, weight is not None)
+        _rank_term("linear_backward", u.contiguous(), lora_A.t(), scaling, dx, weight is not None)
         return dx
     library, state = native.load("cpu"), dropout_state.contiguous()
     g_rows, u_rows = g.flatten(0, -2), u.flatten(0, -2)

@@ -1,9 +1,10 @@
 """FFAWrapped: an adapter around a layer that keeps its weight in a form of its own.
 
 The layer's own forward makes the base product, and autograd its input gradient; the op adds
-s dropout(x) A^T B^T, and makes all of it where the layer is a `FrozenLinear`. What such a layer
-must have is the protocol `FrozenBase`; bitsandbytes' Linear4bit and Linear8bitLt and torchao's
-weight-only tensors are known here and need not.
+s dropout(x) A^T B^T. Where the layer is a `FrozenLinear` the op makes all of it, from what is
+stored there, and that layer's forward and hooks are not called. What such a layer must have is the
+protocol `FrozenBase`; bitsandbytes' Linear4bit and Linear8bitLt and torchao's weight-only tensors
+are known here and need not.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def _dequantized_int8(layer: Any, weight: Any) -> Tensor:
 
 def multiplied(layer: Any) -> tuple[Tensor | None, Tensor | None]:
     """The weight (d_out, d_in) that the op takes as it is stored, and its scale (d_out, 1) if it
-    has one; None for a layer that makes its product itself."""
+    has one; twice None for a layer that makes its product itself."""
     return (layer.stored, layer.scale) if isinstance(layer, FrozenLinear) else (None, None)
 
 
