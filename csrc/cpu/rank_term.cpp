@@ -2,10 +2,10 @@
 //
 //   left = x A^T      out = bias + scaling left right^T, or added to what is there
 //
-// Tasks are blocks of rows. Each reads x and A as they are given, and packs for itself what it
-// needs of right: what one core packed for the other would take longer on its way there than a task
-// does. Columns are the lanes of out; those of left are parts of its sums, one vector for each
-// element. A row's bits do not depend on the others.
+// Tasks are blocks of rows. Each packs for itself what it needs of right, and reads A as it is
+// given where ranks are few: what one core packed for the other would take longer on its way there
+// than a small task does. Columns are the lanes of out; those of left are parts of its sums, one
+// vector for each element. A row's bits do not depend on the others.
 #include "../ffa.h"
 #include "buffer.h"
 #include "parallel.h"
@@ -111,13 +111,13 @@ void dots(const Product<T>& p, int64_t row, int64_t rows, int64_t rank, int64_t 
   }
 }
 
-// Rows `begin` to `end` - 1, for at most K ranks: no more than there are rounded up to a power
-// of 2.
+// The same for rows `begin` to `end` - 1, and K ranks at most: no more than there are, rounded up
+// to a power of 2.
 template <class T, int K>
-void dots(const Product<T>& p, int64_t begin, int64_t end, int64_t rank, int64_t ranks,
-          int64_t first, int64_t count) {
+void dots_of_rows(const Product<T>& p, int64_t begin, int64_t end, int64_t rank, int64_t ranks,
+                  int64_t first, int64_t count) {
   if constexpr (K > 1) {
-    if (ranks <= K / 2) return dots<T, K / 2>(p, begin, end, rank, ranks, first, count);
+    if (ranks <= K / 2) return dots_of_rows<T, K / 2>(p, begin, end, rank, ranks, first, count);
   }
   constexpr int M = Simd<T>::W / K;
   for (int64_t row = begin; row < end; row += M) {
@@ -134,13 +134,14 @@ void project(const Product<T>& p, int64_t begin, int64_t end) {
   for (int64_t first = 0; first == 0 || first < p.depth; first += kDepth) {
     const int64_t count = p.depth - first < kDepth ? p.depth - first : kDepth;
     for (int64_t rank = 0; rank < p.r; rank += K) {
-      dots<T, K>(p, begin, end, rank, p.r - rank < K ? p.r - rank : K, first, count);
+      const int64_t ranks = p.r - rank < K ? p.r - rank : K;
+      dots_of_rows<T, K>(p, begin, end, rank, ranks, first, count);
     }
   }
 }
 
-// Whether ranks are the lanes, of A packed as (depth, ranks): x is read once then, and not once for
-// each panel of A. A choice by the number of rows would make their bits depend on it.
+// Whether ranks are the lanes instead, of A packed as (depth, ranks): x is read once then, and not
+// once for each panel of A. A choice by the number of rows would make their bits depend on it.
 inline bool many_ranks(int64_t r, int64_t depth) { return r > 16 || (r > 8 && depth > 1024); }
 
 template <class T>

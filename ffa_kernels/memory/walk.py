@@ -188,8 +188,10 @@ def _served(device: str, func: Any, args: tuple[Any, ...]) -> Any:
             one_kernel = one_kernel and cpu.multiplies(weight.dtype)
             if not (one_kernel and (scale is None or scale.dtype == x.dtype)):
                 # W in x's dtype, for as long as its product takes.
-                make = plain_product if name == "linear" else _input_gradient
-                make(x, weight, None, scale)
+                if name == "linear":
+                    plain_product(x, weight, None, scale)
+                else:
+                    plain_backward(x, weight, scale)
             return func(*args)
         if backend == "cpu" and dropout_state is None:
             # PyTorch's own operators, and what they hold between them.
@@ -201,10 +203,6 @@ def _served(device: str, func: Any, args: tuple[Any, ...]) -> Any:
     out = func(*args)
     del held
     return out
-
-
-def _input_gradient(g: Tensor, weight: Tensor, _: None, scale: Tensor | None) -> Tensor:
-    return plain_backward(g, weight, scale)
 
 
 def _reference_clip(
