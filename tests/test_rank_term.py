@@ -32,10 +32,12 @@ def close(found, wanted):
     assert_close(found.double(), wanted, atol=tolerance * largest, rtol=0)
 
 
-# Rows about a block of 32 or 128, depths about 48 whole vectors, columns and ranks about one.
+# Rows about a block of 32 or 128, depths about panels of 384 and what makes ranks the lanes,
+# columns about whole vectors and panels of 512, ranks about whole vectors.
 SHAPES = [
     *((1, 1, 1, 1), (3, 7, 5, 2), (31, 191, 33, 8), (32, 192, 64, 16), (33, 193, 63, 15)),
     *((70, 400, 17, 20), (64, 10, 130, 3), (5, 16, 16, 40), (131, 769, 40, 9), (300, 33, 48, 4)),
+    *((9, 40, 1100, 5), (6, 1100, 20, 12)),
     *((0, 4, 4, 2), (4, 0, 4, 2), (4, 4, 0, 2), (4, 4, 4, 0)),
 ]
 
