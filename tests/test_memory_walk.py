@@ -217,10 +217,12 @@ def test_so_it_does_beside_a_smaller_base(kernels, base_dtype, tokens, request):
     assert abs(walked.peak - real) <= SMALL, (walked, real)
 
 
-def test_on_a_graphics_card_a_smaller_base_is_counted_in_floats_while_it_is_multiplied():
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("device, floats_of_W", [("cpu", 0), ("cuda", fp32(512, 512))])
+def test_a_smaller_base_is_counted_in_floats_where_it_is_multiplied_so(device, floats_of_W):
     layers = [nn.Linear(512, 512, bias=False) for _ in range(2)]
     model = ffa.convert(nn.Sequential(*layers), 4, target_modules=["0", "1"], base_dtype="int8")
     walked = walk(model, {"input": torch.empty(1, 4, 512)}, 2,
                   lambda model, batch: model(batch["input"]).sum(dim=(1, 2)).mean(),
-                  device="cuda")  # fmt: skip
-    assert fp32(512, 512) <= walked.parts["transients"] <= fp32(512, 512) + 8 * SMALL
+                  device=device)  # fmt: skip
+    assert floats_of_W <= walked.parts["transients"] <= floats_of_W + 8 * SMALL
