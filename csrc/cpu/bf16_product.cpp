@@ -4,12 +4,13 @@
 //   out = x right + scaling left term + bias
 //
 // x and right are rounded to bf16. Each number of scaling left and of term is the sum of two, which
-// leaves 16 bits of it: their product is made of three, at ranks that a tile has room for anyway.
+// leaves 16 bits of it: their product is made of three, at ranks that a tile mostly has room for.
+//
 // Blocks of kRows rows of x and left are multiplied with panels of kColumns columns of right and
-// term, packed, kSegment numbers of the inner dimension at a time. Where
-// rows are fewer, all of them are packed first, and a task takes as many panels as kPart bytes hold
-// past them; otherwise as many panels as kPacked bytes hold, and a task takes blocks of rows past
-// them. An element of out is summed in one order, whatever the other rows are.
+// term, packed, kSegment numbers of the inner dimension at a time. Where rows are fewer, all of
+// them are packed first, and a task takes as many panels as kPart bytes hold past them; otherwise
+// as many panels as kPacked bytes hold, and a task takes blocks of rows past them. An element of
+// out is summed in one order, whatever the other rows are.
 #include "buffer.h"
 #include "parallel.h"
 #include "product.h"

@@ -151,7 +151,7 @@ class Adapter(nn.Module):
         weight, scale, A = self.frozen_weight(), self.frozen_scale(), self.frozen_A()
         bias = None if weight is None else self.frozen_bias()
         base = self.base_forward(x) if weight is None else None
-        if weight is not None and bias is not None and weight.dtype != dtype:
+        if weight is not None and bias is not None and (cast or weight.dtype != dtype):
             # Beside a smaller base x may have another dtype than the bias, as it may there alone.
             bias = bias.to(dtype)
         if cast is not None:
@@ -159,7 +159,6 @@ class Adapter(nn.Module):
             x = x.to(dtype)
             # Frozen: cast anew each time, and kept until backward, as PyTorch keeps its own.
             weight = weight if weight is None or scale is not None else weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
         y = ops.linear(
             x,
             weight,
