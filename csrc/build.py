@@ -126,9 +126,10 @@ def _build_cpu(
         for op in OPS:
             contract = ["-ffp-contract=fast"] if op in CONTRACTED_OPS else []
             add(op, isa, [*contract, *ISA_FLAGS[isa], f"-DFFA_ISA={isa}"])
-    # Its one copy looks for bf16 instructions itself.
-    add("bf16_product", "avx512bf16", [*ISA_FLAGS["avx512" if _x86() else "baseline"],
-                                       "-DFFA_ISA=avx512bf16"])  # fmt: skip
+    # Their one copy looks for bf16 instructions itself.
+    flags_of_avx512 = ISA_FLAGS["avx512" if _x86() else "baseline"]
+    for op in ("bf16_product", "fp32_tiles"):
+        add(op, "avx512bf16", [*flags_of_avx512, "-DFFA_ISA=avx512bf16"])
     add("dispatch", "shared", [])
     add("parallel", "shared", [])
     _compile_all(commands)

@@ -11,7 +11,7 @@
 
 #include <stdint.h>
 
-#define FFA_ABI_VERSION 8
+#define FFA_ABI_VERSION 9
 
 #ifdef __cplusplus
 extern "C" {
@@ -103,14 +103,18 @@ int ffa_cpu_bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r
                          const void* left, const void* term, int64_t term_row, int64_t term_column,
                          double scaling, void* out, int threads);
 
-/* The same, and nothing rounded but the sums; right may be F32, and of any type has a scale. */
+/* The same, and nothing rounded but the sums; right may be F32, and of any type has a scale. By AMX
+ * tiles, where there are any, if right is F32 without a scale: then numbers below 2^-126 count as
+ * 0, and one below 2^-110 has fewer bits. */
 int ffa_cpu_fp32_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
                          const void* right, int right_dtype, int64_t right_row,
                          int64_t right_column, const void* scale, int scales_rows, const void* bias,
                          const void* left, const void* term, int64_t term_row, int64_t term_column,
                          double scaling, void* out, int threads);
-/* Whether with right in F32 it is faster here than the product that PyTorch brings: MKL's, which
- * leaves a part of an AMD processor unused. */
+
+/* Whether with right in F32 it is faster here than the product that PyTorch brings, MKL's: 0 no, 1
+ * by vectors, of which MKL's leaves a part unused on an AMD processor, 2 by tiles, if it is large.
+ */
 int ffa_cpu_prefers_fp32_product(void);
 
 /* grad_samples[k] (n, numels[k]) of dtypes[k]; sums[k] (numels[k],) int64 on the grid of its bound,

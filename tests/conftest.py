@@ -84,6 +84,12 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", [*BACKENDS, *own], indirect=True)
 
 
+def take_own_product(monkeypatch, own=True):
+    """The CPU library's product for all fp32, or for none, whatever this processor prefers."""
+    monkeypatch.setattr(compose, "FUSES_FP32", own)
+    monkeypatch.setattr(compose, "BY_TILES", False)
+
+
 @pytest.fixture
 def backend(request, monkeypatch):
     """The name of a backend, forced for the whole test."""
@@ -91,7 +97,7 @@ def backend(request, monkeypatch):
     if name == "cpu":
         request.getfixturevalue("compiled")
         if getattr(request.module, "MULTIPLIES", False):
-            monkeypatch.setattr(compose, "FUSES_FP32", request.param == OWN_PRODUCT)
+            take_own_product(monkeypatch, request.param == OWN_PRODUCT)
     if name == "triton":
         pytest.importorskip("triton")
     if name in ("triton", "cuda") and torch.cuda.is_available():
@@ -103,7 +109,7 @@ def backend(request, monkeypatch):
 @pytest.fixture(params=[False, True], ids=["PyTorch's product", "own product"])
 def own_product(request, compiled, monkeypatch):
     """Whether the CPU library multiplies itself, as it prefers on some processors."""
-    monkeypatch.setattr(compose, "FUSES_FP32", request.param)
+    take_own_product(monkeypatch, request.param)
     return request.param
 
 

@@ -57,6 +57,7 @@ def own(monkeypatch):
     if not native.available("cpu"):
         pytest.skip("no CPU library")
     monkeypatch.setattr(compose, "FUSES_FP32", True)
+    monkeypatch.setattr(compose, "BY_TILES", False)
 
 
 def make(rows, d_in, d_out, r, base, transposed=False):
@@ -168,6 +169,35 @@ def test_it_is_as_near_as_pytorchs_product(base, d_in):
     assert own < 1.1 * theirs
 
 
+@needs_library
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("r", [0, 3])
+def test_infinities_and_the_largest_numbers_are_as_in_fp32(r, transposed):
+    """Tiles would make no number of an infinity, and an infinity of a number that rounds to one."""
+    x, weight, bias, left, term = make(70, 90, 100, r, torch.float32, transposed)
+    weight[:, :2] = weight[:, :2].abs() * 1e-3 + 1e-6
+    x[7, 0], x[40, 1], x[69, 0] = math.inf, torch.finfo(torch.float32).max, -math.inf
+    x[41, 0], x[41, 1] = math.inf, -math.inf
+    if r:
+        left[33, 0], term[0, 4] = math.inf, 0.0
+
+    def check():
+        found = cpu.product(x, weight, bias, left, term, 0.5)
+        wanted = F.linear(x.double(), weight.double(), bias.double())
+        wanted += 0.5 * left.double() @ term.double()
+        assert_close(found, wanted.float(), equal_nan=True, rtol=2e-5, atol=2e-5)
+
+    check()
+    weight[50, 5] = -math.inf
+    check()
+
+
+@needs_library
+def test_numbers_too_small_for_bf16_add_less_than_the_least_one():
+    x, weight = torch.full((40, 33), 1e-39), torch.ones(50, 33)
+    assert cpu.product(x, weight, None).sub(33e-39).abs().max() <= 33 * 2.0**-126
+
+
 @pytest.mark.parametrize("isa", ["avx512", "avx512bf16", "amx"])
 @pytest.mark.parametrize("base", [*BASES, pytest.param(torch.int8, marks=needs_library)])
 def test_guard_pages_beside_every_operand_are_not_touched(base, isa):
@@ -217,9 +247,12 @@ def test_a_narrower_matrix_is_multiplied_as_its_floats_are(kind, sizes, transpos
     floats = stored.float() if scale is None else stored * scale
     if transposed:
         stored, floats = (W.t().contiguous().t() for W in (stored, floats))
+    # By vectors, as beside any scale.
+    ones = torch.ones(len(floats), 1)
     found = cpu.product(x, stored, bias, left, term, 1.5, scale=scale)
-    assert torch.equal(found, cpu.product(x, floats, bias, left, term, 1.5))
-    assert torch.equal(compose.base_product(x, stored, bias, scale), cpu.product(x, floats, bias))
+    assert torch.equal(found, cpu.product(x, floats, bias, left, term, 1.5, scale=ones))
+    own = cpu.product(x, floats, bias, scale=ones)
+    assert torch.equal(compose.base_product(x, stored, bias, scale), own)
     theirs = compose.plain_product(x, stored, bias, scale) + 1.5 * left @ term
     wanted = exact(x, floats.double(), bias, left, term, 1.5)
     size = exact(*(t.double().abs() for t in (x, floats, bias, left, term)), 1.5)
@@ -325,6 +358,20 @@ def test_what_pytorch_refuses_no_launcher_sees(own, refused):
     for call in (lambda: layer(x), lambda: compose.base_product(x, weight, bias)):
         with pytest.raises(RuntimeError):
             call()
+
+
+@needs_library
+def test_by_tiles_it_takes_what_is_large(monkeypatch):
+    monkeypatch.setattr(compose, "FUSES_FP32", True)
+    monkeypatch.setattr(compose, "BY_TILES", True)
+    small, large = torch.zeros(4, 32, 384), torch.zeros(16, 128, 384)
+    weight = torch.zeros(384, 384)
+    assert cpu.has_product(large, weight) and not cpu.has_product(small, weight)
+    assert cpu.has_product(torch.zeros(128, 2048), torch.zeros(2048, 2048))
+    monkeypatch.setattr(compose, "BY_TILES", False)
+    assert cpu.has_product(small, weight)
+    monkeypatch.setattr(compose, "FUSES_FP32", False)
+    assert not cpu.has_product(large, weight)
 
 
 def a_faster_layer(bias=True):

@@ -5,25 +5,12 @@
 //
 // x and right are rounded to bf16. Each number of scaling left and of term is the sum of two, which
 // leaves 16 bits of it: their product is made of three, at ranks that a tile mostly has room for.
-//
-// Blocks of kRows rows of x and left are multiplied with panels of kColumns columns of right and
-// term, packed, kSegment numbers of the inner dimension at a time. Where rows are fewer, all of
-// them are packed first, and a task takes as many panels as kPart bytes hold past them; otherwise
-// as many panels as kPacked bytes hold, and a task takes blocks of rows past them. An element of
-// out is summed in one order, whatever the other rows are.
-#include "buffer.h"
-#include "parallel.h"
-#include "product.h"
-#include "simd.h"
+// kSegment numbers of the inner dimension are multiplied at a time.
+#include "packed_product.h"
 #include "transpose.h"
 
-#if defined(__AVX512F__) && defined(__linux__) && \
-    (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
-// Its build has all of AVX-512 that the library asks for; these it looks for itself.
-#define FFA_PAIRS __attribute__((target("avx512bf16")))
-#define FFA_AMX __attribute__((target("avx512bf16,amx-tile,amx-bf16")))
+#if defined(FFA_PAIRS)
 #include <cpuid.h>
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -33,27 +20,15 @@ namespace ffa::FFA_ISA {
 #if defined(FFA_PAIRS)
 namespace {
 
-constexpr int64_t kRows = 32, kColumns = 32, kDepth = 32;
-constexpr int64_t kPacked = 2 << 20, kPart = 512 << 10, kSegment = 2048;
-// Elements of a block of two tiles: of 32 rows of x, or of 32 columns of right.
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kSegment = 2048;
 
-inline int64_t blocks(const Matrix& m) { return (m.depth + kDepth - 1) / kDepth; }
 // Of left and term as they are packed.
 inline int64_t term_depth(const Problem& p) { return 3 * p.term.depth; }
-inline int64_t term_blocks(const Problem& p) { return (term_depth(p) + kDepth - 1) / kDepth; }
-inline int64_t blocks(const Problem& p) { return blocks(p.right) + term_blocks(p); }
-
-FFA_PAIRS inline __m512i narrow(__m512 low, __m512 high) {
-  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-}
-
-inline __mmask16 first(int64_t count) {
-  return static_cast<__mmask16>(count >= 16 ? 0xffff : count > 0 ? (1 << count) - 1 : 0);
-}
+inline int64_t term_blocks(const Problem& p) { return blocks_of(term_depth(p)); }
+inline int64_t blocks(const Problem& p) { return blocks_of(p.right.depth) + term_blocks(p); }
 
 // `depth` numbers of each row, as blocks of two tiles of 16 rows.
-FFA_PAIRS void pack_rows(const float* x, int64_t row, int64_t rows, int64_t depth, bf16* to) {
+FFA_PAIRS void pack_x(const float* x, int64_t row, int64_t rows, int64_t depth, bf16* to) {
   for (int64_t i = 0; i < kRows; ++i) {
     for (int64_t k = 0; k < depth; k += kDepth) {
       const int64_t left = i < rows ? depth - k : 0;
@@ -131,8 +106,8 @@ FFA_PAIRS void transpose_columns(const T* from, int64_t column, const float* of_
 
 // Any block, with zeros beside it.
 template <class T>
-void pack_block(const Matrix& m, const T* from, int64_t depth, int64_t columns,
-                const Scales& scales, bf16* to) {
+void pack_any(const Matrix& m, const T* from, int64_t depth, int64_t columns, const Scales& scales,
+              bf16* to) {
   for (int64_t c = 0; c < kColumns; ++c) {
     for (int64_t k = 0; k < kDepth; ++k) {
       const bool there = k < depth && c < columns;
@@ -152,14 +127,14 @@ void pack_columns(const Matrix& m, int64_t start, int64_t columns, bf16* to) {
     scales.rows[i] = 1.0f;
     scales.columns[i] = scaled ? m.scale[start + i] : 1.0f;
   }
-  for (int64_t k = 0; k < blocks(m); ++k, to += kBlock) {
+  for (int64_t k = 0; k < blocks_of(m.depth); ++k, to += kBlock) {
     const int64_t first = k * kDepth, depth = m.depth - first;
     const T* at = from + first * m.row;
     for (int64_t i = 0; m.scale != nullptr && m.scales_rows && i < kDepth; ++i) {
       scales.rows[i] = i < depth ? m.scale[first + i] : 1.0f;
     }
     if (depth < kDepth || columns < kColumns || (m.row != 1 && m.column != 1)) {
-      pack_block(m, at, depth, columns, scales, to);
+      pack_any(m, at, depth, columns, scales, to);
     } else if (m.column == 1) {
       pair_rows(at, m.row, scales, to);
     } else {
@@ -251,42 +226,31 @@ void pack_right(const Matrix& m, int64_t start, int64_t columns, bf16* to) {
   pack_columns<int8_t>(m, start, columns, to);
 }
 
-// 32 x 32 of out, from a block of rows and a panel, added to what has rows `step` apart.
-struct Sums {
-  const float* from;
-  int64_t step;
-  float* out;
-  int64_t row;
+// How both units have their factors.
+struct Rounded {
+  static constexpr int64_t kPacked = 2 << 20, kPart = 512 << 10;
+
+  static int64_t size(const Problem& p) { return blocks(p) * kBlock; }
+
+  static void pack_rows(const Problem& p, int64_t row, int64_t rows, bf16* to) {
+    pack_x(p.x + row * p.depth, p.depth, rows, p.right.depth, to);
+    if (p.term.depth > 0) pack_left(p, row, rows, to + blocks_of(p.right.depth) * kBlock);
+  }
+
+  static void pack_columns(const Problem& p, int64_t column, int64_t columns, bf16* to) {
+    pack_right(p.right, column, columns, to);
+    if (p.term.depth > 0) {
+      pack_term(p, column, columns, to + blocks_of(p.right.depth) * kBlock);
+    }
+  }
 };
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// A constant, which lies in memory whole: GCC takes ldtilecfg to read eight bytes, and would not
-// store the rest of a local.
-constexpr TileConfig kTileConfig;
-static_assert(sizeof(kTileConfig) == 64, "what ldtilecfg reads");
-
-struct Tiles {
-  FFA_AMX static void begin() { _tile_loadconfig(&kTileConfig); }
-
+struct Tiles : Rounded, TileSums {
   FFA_AMX static void multiply(const Problem& p, int64_t, const bf16* rows, const bf16* columns,
                                const Sums& at) {
-    // To GCC a tile's load reads no memory: what was stored must lie there before the first.
-    __asm__ volatile("" ::: "memory");
-    _tile_loadd(0, at.from, at.step * 4);
-    _tile_loadd(1, at.from + 16, at.step * 4);
-    _tile_loadd(2, at.from + 16 * at.step, at.step * 4);
-    _tile_loadd(3, at.from + 16 * at.step + 16, at.step * 4);
+    load(at);
     for (int64_t k = 0; k < blocks(p); ++k) {
-      // Rows of out are fetched while the tiles work: the stores at the end need not wait for them.
-      for (int64_t m = 4 * k; m < 4 * k + 4 && m < kRows; ++m) {
-        __builtin_prefetch(at.out + m * at.row, 1, 3);
-        __builtin_prefetch(at.out + m * at.row + 16, 1, 3);
-      }
+      fetch(at, k);
       _tile_loadd(4, rows + k * kBlock, 64);
       _tile_loadd(6, columns + k * kBlock, 64);
       _tile_loadd(7, columns + k * kBlock + kBlock / 2, 64);
@@ -296,16 +260,11 @@ struct Tiles {
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, at.out, at.row * 4);
-    _tile_stored(1, at.out + 16, at.row * 4);
-    _tile_stored(2, at.out + 16 * at.row, at.row * 4);
-    _tile_stored(3, at.out + 16 * at.row + 16, at.row * 4);
+    store(at);
   }
-
-  FFA_AMX static void end() { _tile_release(); }
 };
 
-struct Vectors {
+struct Vectors : Rounded {
   // 24 sums of two vectors of columns: enough to hide how long each addition takes.
   static constexpr int kAtOnce = 12;
 
@@ -335,7 +294,7 @@ struct Vectors {
     }
     // An odd number at the end has a zero beside it.
     add<M>((p.right.depth + 1) / 2, rows, columns, sum);
-    const int64_t after = blocks(p.right) * kBlock;
+    const int64_t after = blocks_of(p.right.depth) * kBlock;
     add<M>((term_depth(p) + 1) / 2, rows + after, columns + after, sum);
     for (int m = 0; m < M; ++m) {
       for (int v = 0; v < 2; ++v) _mm512_storeu_ps(at.out + m * at.row + 16 * v, sum[m][v]);
@@ -363,135 +322,6 @@ struct Vectors {
   }
 };
 
-inline int64_t fewer(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// The rows of x and left from `row` on, as many as a block has.
-FFA_PAIRS void pack_tile(const Problem& p, int64_t row, bf16* block) {
-  const int64_t rows = fewer(p.rows - row, kRows);
-  pack_rows(p.x + row * p.depth, p.depth, rows, p.right.depth, block);
-  if (p.term.depth > 0) pack_left(p, row, rows, block + blocks(p.right) * kBlock);
-}
-
-// Packed panels that lie side by side, and their bias.
-struct Panels {
-  int64_t first, count;
-  bf16* data;
-  float* bias;
-};
-
-// Panel `i` of `panels`.
-void pack_panel(const Problem& p, const Panels& panels, int64_t i) {
-  const int64_t column = (panels.first + i) * kColumns;
-  const int64_t columns = fewer(p.columns - column, kColumns);
-  bf16* to = panels.data + i * blocks(p) * kBlock;
-  pack_right(p.right, column, columns, to);
-  if (p.term.depth > 0) pack_term(p, column, columns, to + blocks(p.right) * kBlock);
-  for (int64_t c = 0; c < kColumns; ++c) {
-    const bool there = p.bias != nullptr && c < columns;
-    panels.bias[i * kColumns + c] = there ? p.bias[column + c] : 0.0f;
-  }
-}
-
-// Block `t` of the rows, packed, times some panels.
-template <class Unit>
-void multiply(const Problem& p, int64_t t, const bf16* block, const Panels& panels) {
-  const int64_t row = t * kRows, rows = fewer(p.rows - row, kRows);
-  for (int64_t i = 0; i < panels.count; ++i) {
-    const int64_t column = (panels.first + i) * kColumns;
-    const int64_t columns = fewer(p.columns - column, kColumns);
-    const bf16* panel = panels.data + i * blocks(p) * kBlock;
-    float* out = p.out + row * p.columns + column;
-    // Every row of the bias' tiles is the same.
-    const float* from = p.add ? out : panels.bias + i * kColumns;
-    if (rows == kRows && columns == kColumns) {
-      Unit::multiply(p, rows, block, panel, {from, p.add ? p.columns : 0, out, p.columns});
-      continue;
-    }
-    alignas(64) float whole[kRows * kColumns] = {};
-    for (int64_t m = 0; p.add && m < rows; ++m) {
-      memcpy(whole + m * kColumns, out + m * p.columns, static_cast<size_t>(columns) * 4);
-    }
-    Unit::multiply(p, rows, block, panel,
-                   {p.add ? whole : from, p.add ? kColumns : 0, whole, kColumns});
-    for (int64_t m = 0; m < rows; ++m) {
-      memcpy(out + m * p.columns, whole + m * kColumns, static_cast<size_t>(columns) * 4);
-    }
-  }
-}
-
-// Calls task(slot, i) for each i below `tasks` with the unit ready; no two at once have one slot.
-template <class Unit, class Task>
-void for_each(int64_t slots, int64_t tasks, Task task) {
-  int64_t next = 0;
-  parallel_for(static_cast<int>(slots), slots, [&](int64_t slot) {
-    Unit::begin();
-    for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;) task(slot, i);
-    Unit::end();
-  });
-}
-
-// All rows packed first. Tasks have as many panels, each thread as many tasks.
-template <class Unit>
-int run_panels(const Problem& p, int64_t tiles, int64_t all, int threads) {
-  const int64_t size = blocks(p) * kBlock;
-  const int64_t room = kPart / (2 * size + 1), fit = (room < 1 ? 1 : room) * threads;
-  const int64_t turns = (all + fit - 1) / fit;
-  const int64_t tasks = fewer((turns < 2 ? 2 : turns) * threads, all);
-  const int64_t group = (all + tasks - 1) / tasks, slots = fewer(threads, tasks);
-  const Buffer<bf16> rows(tiles * size), columns(slots * group * size);
-  const Buffer<float> bias(slots * group * kColumns);
-  if (!(rows.ok && columns.ok && bias.ok)) return FFA_NO_MEMORY;
-  parallel_for(threads, tiles, [&](int64_t t) { pack_tile(p, t * kRows, rows.data + t * size); });
-  for_each<Unit>(slots, tasks, [&](int64_t slot, int64_t task) {
-    const int64_t begin = all * task / tasks, end = all * (task + 1) / tasks;
-    const Panels panels = {begin, end - begin, columns.data + slot * group * size,
-                           bias.data + slot * group * kColumns};
-    for (int64_t i = 0; i < panels.count; ++i) pack_panel(p, panels, i);
-    for (int64_t t = 0; t < tiles; ++t) multiply<Unit>(p, t, rows.data + t * size, panels);
-  });
-  return FFA_OK;
-}
-
-// Panels packed first, a group at a time.
-template <class Unit>
-int run_rows(const Problem& p, int64_t tiles, int64_t all, int threads) {
-  const int64_t size = blocks(p) * kBlock;
-  const int64_t fit = kPacked / (2 * size + 1);
-  const int64_t groups = fit < 1 ? all : (all + fit - 1) / fit;
-  const int64_t group = (all + groups - 1) / groups;
-  // Where threads are many, each task has a part of the panels.
-  const int64_t parts = fewer((2 * int64_t{threads} + tiles - 1) / tiles, group);
-  const int64_t tasks = tiles * parts, slots = fewer(threads, tasks);
-  const Buffer<bf16> columns(group * size), rows(slots * size);
-  const Buffer<float> bias(group * kColumns);
-  if (!(columns.ok && rows.ok && bias.ok)) return FFA_NO_MEMORY;
-  for (int64_t start = 0; start < all; start += group) {
-    const Panels panels = {start, fewer(all - start, group), columns.data, bias.data};
-    parallel_for(threads, panels.count, [&](int64_t i) { pack_panel(p, panels, i); });
-    for_each<Unit>(slots, tasks, [&](int64_t slot, int64_t task) {
-      const int64_t t = task / parts, part = task % parts;
-      const int64_t begin = panels.count * part / parts, end = panels.count * (part + 1) / parts;
-      bf16* block = rows.data + slot * size;
-      pack_tile(p, t * kRows, block);
-      multiply<Unit>(
-          p, t, block,
-          {start + begin, end - begin, panels.data + begin * size, panels.bias + begin * kColumns});
-    });
-  }
-  return FFA_OK;
-}
-
-template <class Unit>
-int run(const Problem& p, int threads) {
-  const int64_t tiles = (p.rows + kRows - 1) / kRows,
-                panels = (p.columns + kColumns - 1) / kColumns;
-  if (tiles == 0 || panels == 0) return FFA_OK;
-  // What is fewer is packed once.
-  const bool few = tiles <= panels && 2 * tiles * blocks(p) * kBlock <= kPacked;
-  return few ? run_panels<Unit>(p, tiles, panels, threads)
-             : run_rows<Unit>(p, tiles, panels, threads);
-}
-
 }  // namespace
 
 // 2 for tiles, where the kernel of the system gives them to this process as well, 1 for vectors
@@ -517,7 +347,7 @@ int bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const 
       problem_of(rows, depth, columns, r, x, right, right_dtype, right_row, right_column, scale,
                  scales_rows, bias, left, term, term_row, term_column, scaling, out);
   return run_segments(p, kSegment, kSegment, [&](const Problem& segment) {
-    return tiles ? run<Tiles>(segment, threads) : run<Vectors>(segment, threads);
+    return tiles ? run_packed<Tiles>(segment, threads) : run_packed<Vectors>(segment, threads);
   });
 }
 #else

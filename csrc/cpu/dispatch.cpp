@@ -29,6 +29,10 @@ int bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const 
                  const void* scale, int scales_rows, const void* bias, const void* left,
                  const void* term, int64_t term_row, int64_t term_column, double scaling, void* out,
                  int threads, bool tiles);
+int fp32_tiles(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
+               const void* right, int64_t right_row, int64_t right_column, const void* bias,
+               const void* left, const void* term, int64_t term_row, int64_t term_column,
+               double scaling, void* out, int threads);
 }  // namespace ffa::avx512bf16
 
 FFA_DECLARE_COPY(baseline)
@@ -164,6 +168,11 @@ int ffa_cpu_fp32_product(int64_t rows, int64_t depth, int64_t columns, int64_t r
                          int64_t right_column, const void* scale, int scales_rows, const void* bias,
                          const void* left, const void* term, int64_t term_row, int64_t term_column,
                          double scaling, void* out, int threads) {
+  if (isa() == kAmx && right_dtype == FFA_F32 && scale == nullptr) {
+    return ffa::avx512bf16::fp32_tiles(rows, depth, columns, r, x, right, right_row, right_column,
+                                       bias, left, term, term_row, term_column, scaling, out,
+                                       threads);
+  }
   return FFA_COPY(fp32_product)(rows, depth, columns, r, x, right, right_dtype, right_row,
                                 right_column, scale, scales_rows, bias, left, term, term_row,
                                 term_column, scaling, out, threads);
@@ -171,6 +180,7 @@ int ffa_cpu_fp32_product(int64_t rows, int64_t depth, int64_t columns, int64_t r
 
 int ffa_cpu_prefers_fp32_product(void) {
 #if defined(FFA_X86_COPIES)
+  if (isa() == kAmx) return 2;
   return isa() != kBaseline && __builtin_cpu_is("amd") != 0;
 #else
   return 0;

@@ -95,7 +95,13 @@ def by_way_of_sums(
 USUAL_TOKENS = 192
 # Whether the CPU library's product, which takes the rank-r term into its sums, is the one for fp32.
 # Read once: a compiler that traces a layer can not ask the library.
-FUSES_FP32 = native.prefers_fp32_product()
+FUSES_FP32 = native.prefers_fp32_product() > 0
+# And whether for large ones alone: AMX tiles make it, for which W is parted first, and after which
+# a core is slower for a while.
+BY_TILES = native.prefers_fp32_product() == 2
+# Rows that parting W costs, and what slowing down does, in elements of W times rows. Measured with
+# frozen layers of 384 to 2048 features, forward and backward, on a processor with 2 MiB of L2.
+_PARTING, _SLOWING = 40, 9e7
 
 
 def bf16_is_faster() -> bool:
@@ -145,6 +151,13 @@ def merging_pays(x: Tensor, weight: Tensor | None, dropout: bool, records: int =
 def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """W + s B A, for one product."""
     return torch.addmm(weight, lora_B, lora_A, alpha=scaling)
+
+
+def takes_fp32(x: Tensor, weight: Tensor) -> bool:
+    """Whether the CPU library's product is the faster one for x (..., d_in) and W (d_out, d_in) in
+    fp32. By tiles that depends on the rows, as does the rounding of PyTorch's product."""
+    d_out, d_in = weight.shape
+    return FUSES_FP32 and (not BY_TILES or (x.numel() - _PARTING * d_in) * d_out >= _SLOWING)
 
 
 def base_product(

@@ -146,6 +146,7 @@ def has_product(
         and (scale is None) == (weight.dtype != torch.int8)
         and (scale is None or (_is_plain(scale) and scale.dtype == x.dtype))
         and (scale is None or scale.shape in ((len(weight), 1), (1, weight.shape[1])))
+        and (weight.dtype != torch.float32 or compose.takes_fp32(x, weight))
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._is_any_autocast_enabled()

@@ -22,7 +22,7 @@ from ffa_kernels.errors import FFAError
 if TYPE_CHECKING:
     from torch import Tensor
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 DIRECTORY = Path(__file__).resolve().parent.parent / "_lib"
 
 _POINTERS = POINTER(c_void_p)
@@ -148,10 +148,10 @@ def has_bf16_product() -> bool:
 
 
 @functools.cache
-def prefers_fp32_product() -> bool:
+def prefers_fp32_product() -> int:
     """Whether the CPU library is there and its product with an fp32 matrix is faster here than
-    PyTorch's."""
-    return available("cpu") and bool(load("cpu").handle.ffa_cpu_prefers_fp32_product())
+    PyTorch's: 0 no, 1 yes, 2 a large one, by tiles."""
+    return int(load("cpu").handle.ffa_cpu_prefers_fp32_product()) if available("cpu") else 0
 
 
 # A ctypes array made of an `array` takes a third of the time that its own constructor takes.
