@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -20,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import ffa_kernels as ffa
 from ffa_kernels import losses
 from ffa_kernels.backends import compose, cpu, native
+from ffa_kernels.nn import product
 from ffa_kernels.nn.product import FrozenFp32Linear, multiply_faster
 
 needs_bf16 = pytest.mark.skipif(
@@ -655,3 +658,65 @@ def test_the_chunked_loss_takes_it_for_a_frozen_head(own_product):
     wanted = losses.causal_lm_loss(hidden @ head.t(), labels)
     assert_close(found, wanted)
     assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in (found, wanted)))
+
+
+@pytest.fixture(params=[None, "bf16", "int8"])
+def compiled_model(request, own, monkeypatch):
+    """A converted model whose first layer alone is adapted."""
+    monkeypatch.setattr(product, "_MULTIPLIED", {torch.float32, torch.bfloat16, torch.int8})
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 320), nn.Linear(320, 256))
+    return ffa.convert(model, 4, target_modules=["0"], base_dtype=request.param)
+
+
+def graphs_of(model, *inputs):
+    """The operators of the forward and of the backward that are compiled."""
+    found = []
+
+    def noted(graph, _):
+        found.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=noted), fullgraph=True)
+    return compiled(*inputs), found
+
+
+def test_a_compiled_model_has_the_librarys_product(compiled_model):
+    x = torch.randn(3, 5, 256, requires_grad=True)
+    y, graphs = graphs_of(compiled_model, x)
+    wanted = compiled_model(x)
+    assert torch.equal(y, wanted)
+    asked = (x, compiled_model[0].lora_B)
+    found, theirs = (torch.autograd.grad(made.sum(), asked) for made in (y, wanted))
+    assert all(torch.equal(a, b) for a, b in zip(found, theirs, strict=True))
+    assert [graph.count("ffa.base_product.default") for graph in graphs] == [2, 2]
+
+
+def test_a_graph_that_is_exported_has_pytorchs_operators(compiled_model):
+    x = torch.randn(3, 256)
+    exported = torch.export.export(nn.Sequential(*list(compiled_model)[1:]), (x,))
+    assert not any("ffa" in str(node.target) for node in exported.graph.nodes)
+    assert_close(exported.module()(x), compiled_model[1:](x), rtol=2e-2, atol=2e-2)
+
+
+def test_a_compiled_layer_casts_and_trains_as_nn_linear_does(own, monkeypatch):
+    monkeypatch.setattr(product, "_MULTIPLIED", {torch.float32})
+    plain, faster = a_faster_layer()
+    x = torch.randn(4, 256)
+    torch._dynamo.reset()
+    compiled = torch.compile(faster, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled(x), plain(x))
+    for layer in (plain, faster):
+        layer.weight.requires_grad_(True)
+    compiled(x).sum().backward()
+    plain(x).sum().backward()
+    assert_close(faster.weight.grad, plain.weight.grad)
+
+
+def test_the_op_for_compilers_keeps_its_contract():
+    x, weight, bias, *_ = make(4, 16, 8, 0, torch.float32)
+    stored, scale = in_int8(weight, False)
+    for given in ((x, weight, bias, None), (x.view(2, 2, 16), stored, None, scale)):
+        torch.library.opcheck(torch.ops.ffa.base_product.default, given)

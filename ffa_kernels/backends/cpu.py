@@ -135,18 +135,18 @@ def has_product(
     return (
         x.dtype == torch.float32
         and not torch.compiler.is_compiling()
+        and weight.dim() == 2
+        and (weight.dtype != torch.float32 or compose.takes_fp32(x, weight))
         and multiplies(weight.dtype)
         and torch._C._get_tracing_state() is None
         and _is_plain(x)
         and _is_plain(weight)
-        and weight.dim() == 2
         and x.shape[-1:] == weight.shape[1:]
         and (bias is None or _is_plain(bias))
         and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype))
         and (scale is None) == (weight.dtype != torch.int8)
         and (scale is None or (_is_plain(scale) and scale.dtype == x.dtype))
         and (scale is None or scale.shape in ((len(weight), 1), (1, weight.shape[1])))
-        and (weight.dtype != torch.float32 or compose.takes_fp32(x, weight))
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._is_any_autocast_enabled()

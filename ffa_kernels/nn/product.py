@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ffa_kernels.backends import compose, cpu
+from ffa_kernels.ops.base_product import base_product
 
 # A smaller matrix is multiplied in less time than the way to our product takes.
 _LEAST_NUMEL = 1 << 16
@@ -37,7 +38,7 @@ class Product(torch.autograd.Function):
         ctx.save_for_backward(stored.t(), None if scale is None else scale.t())
         with _without_casts(x):
             bias = None if bias is None else bias.to(x.dtype)
-            y = compose.base_product(x, stored, bias, scale)
+            y = _product(x, stored, bias, scale)
         if torch.compiler.is_compiling() or not y._is_view():
             return y
         # A view is not changed in place, as an activation may do.
@@ -49,7 +50,7 @@ class Product(torch.autograd.Function):
         transposed, scale = ctx.saved_tensors
         (g,) = grads
         with _without_casts(g):
-            dx = compose.base_product(g, transposed, None, scale)
+            dx = _product(g, transposed, None, scale)
         return dx, None, None, None
 
 
@@ -57,10 +58,43 @@ class Product(torch.autograd.Function):
 _apply: Any = super(torch.autograd.Function, Product).apply
 
 
+# What fp32 rows are multiplied with here. Read once: a compiler can not ask the library.
+_MULTIPLIED = frozenset(filter(cpu.multiplies, (torch.float32, torch.bfloat16, torch.int8)))
+# torch 2.6 does not tell.
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def _is_an_op(x: Tensor, weight: Tensor) -> bool:
+    """Whether the graph that is compiled is to have the CPU library's product. One that is exported
+    has PyTorch's own operators: it may be run where this library is not."""
+    return (
+        torch.compiler.is_compiling()
+        and not _is_exporting()
+        and x.is_cpu
+        and x.dtype == torch.float32
+        and weight.dtype in _MULTIPLIED
+        and (weight.dtype != torch.float32 or compose.takes_fp32(x, weight))
+    )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    by = base_product if _is_an_op(x, weight) else compose.base_product
+    return by(x, weight, bias, scale)
+
+
 def _without_casts(x: Tensor) -> AbstractContextManager[object]:
     if torch._C._is_any_autocast_enabled():
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
+
+
+def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A frozen nn.Linear in a graph that is compiled."""
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if trained or torch.is_autocast_enabled(x.device.type) or not _is_an_op(x, weight):
+        return F.linear(x, weight, bias)
+    y: Tensor = Product.apply(x, weight, None, bias)  # type: ignore[no-untyped-call]
+    return y
 
 
 class FrozenFp32Linear(nn.Linear):
@@ -76,6 +110,8 @@ class FrozenFp32Linear(nn.Linear):
         """x (..., d_in) to y (..., d_out)."""
         weight, bias = parameter(self, "weight"), parameter(self, "bias")
         records = torch.is_grad_enabled()
+        if torch.compiler.is_compiling():
+            return _compiled(input, weight, bias)
         if (
             not cpu.has_product(input, weight, bias)
             or weight.dtype != input.dtype
