@@ -114,6 +114,14 @@ def private_compiled(s: Setting, model: nn.Module, device: torch.device) -> Step
     return private(s, model, device, compiled=True)
 
 
+def private_bf16_compiled(s: Setting, model: nn.Module, device: torch.device) -> Step:
+    return private(s, model, device, compiled=True, base_dtype="bf16")
+
+
+def private_int8_compiled(s: Setting, model: nn.Module, device: torch.device) -> Step:
+    return private(s, model, device, compiled=True, base_dtype="int8")
+
+
 def private_bf16(s: Setting, model: nn.Module, device: torch.device) -> Step:
     return private(s, model, device, base_dtype="bf16")
 
@@ -260,6 +268,8 @@ SUBJECTS: dict[str, tuple[Callable[[Setting, nn.Module, torch.device], Step], st
     "Opacus, hooks, bf16 autocast": (opacus_bf16, "opacus"),
     "floor, torch.compile (not private)": (floor_compiled, "torch"),
     "ffa_kernels, private, torch.compile": (private_compiled, "ffa_kernels"),
+    "ffa_kernels, private, bf16 base, torch.compile": (private_bf16_compiled, "ffa_kernels"),
+    "ffa_kernels, private, int8 base, torch.compile": (private_int8_compiled, "ffa_kernels"),
     f"ffa_kernels, private, dropout {DROPOUT}": (private_dropout, "ffa_kernels"),
     f"PEFT, B alone, dropout {DROPOUT} (not private)": (peft_B_dropout, "peft"),
 }

@@ -105,7 +105,7 @@ int ffa_cpu_bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r
 
 /* The same, and nothing rounded but the sums; right may be F32, and of any type has a scale. By AMX
  * tiles, where there are any, if right is F32 without a scale: then numbers below 2^-126 count as
- * 0, and one below 2^-110 has fewer bits. */
+ * 0, products too. */
 int ffa_cpu_fp32_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
                          const void* right, int right_dtype, int64_t right_row,
                          int64_t right_column, const void* scale, int scales_rows, const void* bias,

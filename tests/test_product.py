@@ -24,6 +24,7 @@ from ffa_kernels import losses
 from ffa_kernels.backends import compose, cpu, native
 from ffa_kernels.nn import product
 from ffa_kernels.nn.product import FrozenFp32Linear, multiply_faster
+from ffa_kernels.ops.base_product import base_product
 
 needs_bf16 = pytest.mark.skipif(
     not native.has_bf16_product(), reason="no CPU library, or no bf16 on this machine"
@@ -193,6 +194,26 @@ def test_infinities_and_the_largest_numbers_are_as_in_fp32(r, transposed):
     check()
     weight[50, 5] = -math.inf
     check()
+
+
+@needs_library
+def test_products_that_overflow_do_so_as_in_fp32():
+    """A part of one may be an infinity, or two of opposite signs, where the whole is not."""
+    x, weight = torch.zeros(40, 64), torch.zeros(50, 64)
+    x[3, 0], weight[:, 0] = 1.99609374, 1.7e38
+    x[20:, 1:], weight[:, 1:] = torch.rand(20, 63) * 1e30, torch.rand(50, 63) * 1e30
+    assert_close(cpu.product(x, weight, None), F.linear(x, weight))
+
+
+@needs_library
+@pytest.mark.parametrize("size", [1.0, 100.0])
+@pytest.mark.parametrize("d_in", [384, 2048])
+def test_a_bias_costs_no_accuracy(d_in, size):
+    x, weight, bias, *_ = make(64, d_in, 200, 0, torch.float32)
+    bias *= size
+    wanted = F.linear(x.double(), weight.double(), bias.double())
+    own, theirs = ((f(x, weight, bias) - wanted).norm() for f in (cpu.product, F.linear))
+    assert own < 1.1 * theirs
 
 
 @needs_library
@@ -666,7 +687,7 @@ def compiled_model(request, own, monkeypatch):
     monkeypatch.setattr(product, "_MULTIPLIED", {torch.float32, torch.bfloat16, torch.int8})
     torch.manual_seed(0)
     torch._dynamo.reset()
-    model = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 320), nn.Linear(320, 256))
+    model = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 320), nn.Linear(320, 240))
     return ffa.convert(model, 4, target_modules=["0"], base_dtype=request.param)
 
 
@@ -693,6 +714,54 @@ def test_a_compiled_model_has_the_librarys_product(compiled_model):
     assert [graph.count("ffa.base_product.default") for graph in graphs] == [2, 2]
 
 
+@pytest.mark.parametrize("rows, ops", [(20, 0), (2000, 1)])
+def test_where_tiles_multiply_a_compiled_layer_is_an_op_if_it_is_large(own, rows, ops, monkeypatch):
+    monkeypatch.setattr(compose, "BY_TILES", True)
+    monkeypatch.setattr(product, "_MULTIPLIED", {torch.float32})
+    torch._dynamo.reset()
+    plain, faster = a_faster_layer()
+    x = torch.randn(rows, 256, requires_grad=True)
+    y, graphs = graphs_of(faster, x)
+    assert_close(y, plain(x))
+    assert_close(*(torch.autograd.grad(made.sum(), x) for made in (y, plain(x))))
+    assert [graph.count("ffa.base_product.default") for graph in graphs] == [ops, ops]
+
+
+@pytest.mark.parametrize("by_tiles", [False, True])
+def test_so_it_is_for_rows_that_are_known_when_it_runs(own, by_tiles, monkeypatch):
+    monkeypatch.setattr(compose, "BY_TILES", by_tiles)
+    monkeypatch.setattr(product, "_MULTIPLIED", {torch.float32})
+    torch._dynamo.reset()
+    plain, faster = a_faster_layer()
+    x = torch.randn(2000, 256)
+    compiled = torch.compile(lambda x: faster(x[x[:, 0] > 0]), backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        assert_close(compiled(x), plain(x[x[:, 0] > 0]))
+
+
+def test_transforms_that_are_compiled_lose_no_derivative(compiled_model):
+    """They get PyTorch's operators: the op has none."""
+    layers, x, v = compiled_model[2:], torch.randn(3, 256), torch.randn(3, 256)
+
+    def in_forward_mode(x):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(layers(forward_ad.make_dual(x, v))).tangent
+
+    # Of what is affine.
+    wanted = layers(x + v) - layers(x)
+    for along_v in (lambda x: torch.func.jvp(layers, (x,), (v,))[1], in_forward_mode):
+        torch._dynamo.reset()
+        found = torch.compile(along_v, backend="aot_eager")(x)
+        assert (found - wanted).norm() < 3e-2 * wanted.norm()
+    for gradient in (
+        lambda x: torch.func.vjp(layers, x)[1](wanted)[0],
+        torch.func.grad(lambda x: (layers(x) * wanted).sum()),
+    ):
+        torch._dynamo.reset()
+        found = torch.compile(gradient, backend="aot_eager")(x)
+        assert_close((found * v).sum(), wanted.square().sum(), rtol=3e-2, atol=0.0)
+
+
 def test_a_graph_that_is_exported_has_pytorchs_operators(compiled_model):
     x = torch.randn(3, 256)
     exported = torch.export.export(nn.Sequential(*list(compiled_model)[1:]), (x,))
@@ -713,6 +782,11 @@ def test_a_compiled_layer_casts_and_trains_as_nn_linear_does(own, monkeypatch):
     compiled(x).sum().backward()
     plain(x).sum().backward()
     assert_close(faster.weight.grad, plain.weight.grad)
+
+
+def test_the_op_for_compilers_gives_no_wrong_derivative():
+    with pytest.raises(NotImplementedError, match="base_product: no derivative"):
+        base_product(torch.randn(2, 3, requires_grad=True), torch.randn(4, 3))
 
 
 def test_the_op_for_compilers_keeps_its_contract():

@@ -246,8 +246,8 @@ struct Rounded {
 };
 
 struct Tiles : Rounded, TileSums {
-  FFA_AMX static void multiply(const Problem& p, int64_t, const bf16* rows, const bf16* columns,
-                               const Sums& at) {
+  FFA_AMX static void multiply(const Problem& p, int64_t, int64_t, const bf16* rows,
+                               const bf16* columns, const Sums& at) {
     load(at);
     for (int64_t k = 0; k < blocks(p); ++k) {
       fetch(at, k);
@@ -270,8 +270,8 @@ struct Vectors : Rounded {
 
   static void begin() {}
 
-  static void multiply(const Problem& p, int64_t count, const bf16* rows, const bf16* columns,
-                       const Sums& at) {
+  static void multiply(const Problem& p, int64_t, int64_t count, const bf16* rows,
+                       const bf16* columns, const Sums& at) {
     for (int64_t m = 0; m < count; m += kAtOnce) {
       const Sums here = {at.from + m * at.step, at.step, at.out + m * at.row, at.row};
       some<kAtOnce>(count - m, p, rows + m * kDepth, columns, here);

@@ -4,13 +4,13 @@
 //
 // A number in fp32 is the sum of three in bf16, of 8 bits each: a = a1 + a2 + a3. Of the nine
 // products that make a b six are taken, a1 b1, a1 b2, a2 b1, a2 b2, a1 b3 and a3 b1; what is left
-// out is less than 2^-24 of |a b|, as large as the rounding of one addition. The sums are in fp32,
-// those of the small products first, so that they add little to the error. Tiles make sixteen times
-// as many products as vectors do: six for one take less time.
+// out is 2^-24 of |a b| or so at the most, as large as the rounding of one addition. The sums are
+// in fp32, those of the small products first, so that they add little to the error. Tiles make
+// sixteen times as many products as vectors do: six for one take less time.
 //
-// Numbers below 2^-126 count as 0, and a product with one that is below 2^-110 or so has fewer
-// bits. Rows that have a number which is not finite, or is as large as the largest, are made anew
-// by vectors, and so is everything where right or term has one.
+// Tiles count as 0 what is below 2^-126, products too. Rows whose sums are not all finite are made
+// anew by vectors: of an infinity tiles may make no number, and a part may be larger than the
+// whole.
 #include "packed_product.h"
 #include "transpose.h"
 
@@ -27,21 +27,17 @@ constexpr int kParts = 3;
 // Rows of right at a time, and how many are not parted.
 constexpr int64_t kSegment = 512, kWhole = 768;
 
-// A problem and what was found in it that tiles do not multiply.
-struct Split : Problem {
-  uint8_t* odd_rows;
-  uint8_t* odd_right;
+// A problem and a byte for each row of its blocks, not 0 where a sum was not finite.
+struct Noted : Problem {
+  uint8_t* odd;
 };
-
-// Threads may find the same.
-inline void note(uint8_t* odd) { __atomic_store_n(odd, uint8_t{1}, __ATOMIC_RELAXED); }
 
 inline int64_t blocks(const Problem& p) {
   return blocks_of(p.right.depth) + blocks_of(p.term.depth);
 }
 
 // Two vectors of numbers, of which parts are taken one after another, each the upper half of its
-// word. What is left of one that is not finite, or whose first part is not, is no number.
+// word.
 struct Numbers {
   __m512 low, high;
 
@@ -53,11 +49,6 @@ struct Numbers {
     return part;
   }
 
-  __mmask16 odd() const {
-    return _mm512_cmp_ps_mask(low, low, _CMP_UNORD_Q) |
-           _mm512_cmp_ps_mask(high, high, _CMP_UNORD_Q);
-  }
-
  private:
   static inline __m512 nearest(__m512 v) {
     const __m512i up = _mm512_add_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(0x8000));
@@ -66,13 +57,12 @@ struct Numbers {
 };
 
 // Writes the three parts of `rest`, which is what is left of it after two, kBlock apart, each as
-// `arrange` makes 32 halves of two vectors. True if a number was odd.
+// `arrange` makes 32 halves of two vectors.
 template <class Arrange>
-inline __mmask16 put_parts(Numbers rest, bf16* to, Arrange arrange) {
+inline void put_parts(Numbers rest, bf16* to, Arrange arrange) {
   _mm512_store_si512(to, arrange(rest.take()));
   _mm512_store_si512(to + kBlock, arrange(rest.take()));
   _mm512_store_si512(to + 2 * kBlock, arrange(rest));
-  return rest.odd();
 }
 
 // Those of the first vector, then those of the second.
@@ -91,30 +81,25 @@ inline __m512i in_pairs(Numbers part) {
 }
 
 // `depth` numbers of each row times `scaling`, as blocks of kParts times two tiles of 16 rows.
-void pack_numbers(const float* x, int64_t row, int64_t rows, int64_t depth, float scaling, bf16* to,
-                  uint8_t* odd_rows) {
+void pack_numbers(const float* x, int64_t row, int64_t rows, int64_t depth, float scaling,
+                  bf16* to) {
   const __m512 factor = _mm512_set1_ps(scaling);
-  __mmask16 odd[kRows] = {};
   for (int64_t k = 0; k < depth; k += kDepth, to += kParts * kBlock) {
     const __mmask16 a = first(depth - k), b = first(depth - k - 16);
     for (int64_t i = 0; i < rows; ++i) {
       const float* from = x + i * row + k;
       const Numbers all = {_mm512_maskz_mul_ps(a, _mm512_maskz_loadu_ps(a, from), factor),
                            _mm512_maskz_mul_ps(b, _mm512_maskz_loadu_ps(b, from + 16), factor)};
-      odd[i] |= put_parts(all, to + i * kDepth, in_a_row);
+      put_parts(all, to + i * kDepth, in_a_row);
     }
     for (int part = 0; part < kParts; ++part) {
       memset(to + part * kBlock + rows * kDepth, 0, (kRows - rows) * kDepth * sizeof(bf16));
     }
   }
-  for (int64_t i = 0; i < rows; ++i) {
-    if (odd[i]) note(odd_rows + i);
-  }
 }
 
 // A block of 32 columns that lie side by side. The block below is asked for.
-__mmask16 pair_rows(const float* from, int64_t row, bool more, bf16* to) {
-  __mmask16 odd = 0;
+void pair_rows(const float* from, int64_t row, bool more, bf16* to) {
   for (int64_t k = 0; k < kDepth; k += 2, from += 2 * row) {
     for (int64_t c = 0; c < kColumns; c += 16) {
       if (more) {
@@ -122,17 +107,15 @@ __mmask16 pair_rows(const float* from, int64_t row, bool more, bf16* to) {
         __builtin_prefetch(from + (kDepth + 1) * row + c, 0, 3);
       }
       const Numbers all = {_mm512_loadu_ps(from + c), _mm512_loadu_ps(from + row + c)};
-      odd |= put_parts(all, to + c / 16 * (kBlock / 2) + k * 16, in_pairs);
+      put_parts(all, to + c / 16 * (kBlock / 2) + k * 16, in_pairs);
     }
   }
-  return odd;
 }
 
 // A tile of 16 columns whose elements lie side by side. Those of the block after the next are asked
 // for: the processor sees no stream in so many at once.
-__mmask16 transpose_columns(const float* from, int64_t column, bf16* to) {
+void transpose_columns(const float* from, int64_t column, bf16* to) {
   typedef float Vec __attribute__((vector_size(64)));
-  __mmask16 odd = 0;
   for (int64_t k = 0; k < kDepth; k += 16, to += kBlock / 4) {
     Vec rows[16];
     for (int i = 0; i < 16; ++i) {
@@ -142,14 +125,13 @@ __mmask16 transpose_columns(const float* from, int64_t column, bf16* to) {
     }
     transpose(rows);
     for (int i = 0; i < 16; i += 2) {
-      odd |= put_parts({(__m512)rows[i], (__m512)rows[i + 1]}, to + i * 16, in_pairs);
+      put_parts({(__m512)rows[i], (__m512)rows[i + 1]}, to + i * 16, in_pairs);
     }
   }
-  return odd;
 }
 
 // Any block of `depth` rows and `columns` columns, with zeros beside it.
-__mmask16 pack_any(const Matrix& m, const float* from, int64_t depth, int64_t columns, bf16* to) {
+void pack_any(const Matrix& m, const float* from, int64_t depth, int64_t columns, bf16* to) {
   alignas(64) float block[kDepth * kColumns] = {};
   for (int64_t k = 0; k < depth; ++k) {
     const float* row = from + k * m.row;
@@ -160,56 +142,51 @@ __mmask16 pack_any(const Matrix& m, const float* from, int64_t depth, int64_t co
       for (int64_t c = 0; c < columns; ++c) at[c] = row[c * m.column];
     }
   }
-  return pair_rows(block, kColumns, false, to);
+  pair_rows(block, kColumns, false, to);
 }
 
 // Columns of right or term as blocks of kParts times two tiles of 16 columns, each of which has
 // rows of pairs.
-void pack_matrix(const Matrix& m, int64_t start, int64_t columns, bf16* to, uint8_t* odd_right) {
+void pack_matrix(const Matrix& m, int64_t start, int64_t columns, bf16* to) {
   const float* from = static_cast<const float*>(m.data) + start * m.column;
-  __mmask16 odd = 0;
   for (int64_t k = 0; k < m.depth; k += kDepth, to += kParts * kBlock) {
     const int64_t depth = fewer(m.depth - k, kDepth);
     const float* at = from + k * m.row;
     if (depth < kDepth || columns < kColumns || (m.row != 1 && m.column != 1)) {
-      odd |= pack_any(m, at, depth, columns, to);
+      pack_any(m, at, depth, columns, to);
     } else if (m.column == 1) {
-      odd |= pair_rows(at, m.row, true, to);
+      pair_rows(at, m.row, true, to);
     } else {
-      odd |= transpose_columns(at, m.column, to);
-      odd |= transpose_columns(at + 16 * m.column, m.column, to + kBlock / 2);
+      transpose_columns(at, m.column, to);
+      transpose_columns(at + 16 * m.column, m.column, to + kBlock / 2);
     }
   }
-  if (odd) note(odd_right);
 }
 
 struct Tiles : TileSums {
   static constexpr int64_t kPacked = 1536 << 10, kPart = 512 << 10;
 
-  static int64_t size(const Split& p) { return blocks(p) * kParts * kBlock; }
+  static int64_t size(const Noted& p) { return blocks(p) * kParts * kBlock; }
 
-  static void pack_rows(const Split& p, int64_t row, int64_t rows, bf16* to) {
-    uint8_t* odd = p.odd_rows + row;
-    pack_numbers(p.x + row * p.depth, p.depth, rows, p.right.depth, 1.0f, to, odd);
+  static void pack_rows(const Noted& p, int64_t row, int64_t rows, bf16* to) {
+    pack_numbers(p.x + row * p.depth, p.depth, rows, p.right.depth, 1.0f, to);
     to += blocks_of(p.right.depth) * kParts * kBlock;
     const int64_t r = p.term.depth;
-    if (r > 0) pack_numbers(p.left + row * r, r, rows, r, p.scaling, to, odd);
+    if (r > 0) pack_numbers(p.left + row * r, r, rows, r, p.scaling, to);
   }
 
-  static void pack_columns(const Split& p, int64_t column, int64_t columns, bf16* to) {
-    pack_matrix(p.right, column, columns, to, p.odd_right);
+  static void pack_columns(const Noted& p, int64_t column, int64_t columns, bf16* to) {
+    pack_matrix(p.right, column, columns, to);
     to += blocks_of(p.right.depth) * kParts * kBlock;
-    pack_matrix(p.term, column, columns, to, p.odd_right);
+    pack_matrix(p.term, column, columns, to);
   }
 
-  FFA_AMX static void multiply(const Split& p, int64_t, const bf16* rows, const bf16* columns,
-                               const Sums& at) {
-    // The error of a long sum is that of its segments and of their sum: none begins with another.
+  FFA_AMX static void multiply(const Noted& p, int64_t row, int64_t, const bf16* rows,
+                               const bf16* columns, const Sums& at) {
+    // The error of a long sum is that of its segments and of their sum; the bias is added last.
     alignas(64) float apart[kRows * kColumns];
-    alignas(64) static constexpr float kZero[kColumns] = {};
-    const Sums here = at.step == 0 ? at : Sums{kZero, 0, apart, kColumns};
     const int64_t all = blocks(p);
-    load(here);
+    clear();
     for (int64_t k = 0; k < all; ++k) {
       fetch(at, k);
       const bf16* a = rows + k * kParts * kBlock;
@@ -231,20 +208,27 @@ struct Tiles : TileSums {
       take_columns(columns + k * kParts * kBlock);
       add();
     }
-    store(here);
-    if (at.step != 0) add_rows(at, apart);
+    store({nullptr, 0, apart, kColumns});
+    add_rows(at, apart, p.odd + row);
   }
 
  private:
-  static inline void add_rows(const Sums& at, const float* apart) {
+  static inline void add_rows(const Sums& at, const float* apart, uint8_t* odd) {
     // To GCC a tile's store writes no memory.
     __asm__ volatile("" ::: "memory");
     for (int64_t m = 0; m < kRows; ++m) {
-      for (int64_t c = 0; c < kColumns; c += 16) {
-        const __m512 sum = _mm512_load_ps(apart + m * kColumns + c);
-        const __m512 from = _mm512_loadu_ps(at.from + m * at.step + c);
-        _mm512_storeu_ps(at.out + m * at.row + c, _mm512_add_ps(from, sum));
-      }
+      const float* from = at.from + m * at.step;
+      float* out = at.out + m * at.row;
+      const __m512 low = _mm512_add_ps(_mm512_loadu_ps(from), _mm512_load_ps(apart));
+      const __m512 high = _mm512_add_ps(_mm512_loadu_ps(from + 16), _mm512_load_ps(apart + 16));
+      apart += kColumns;
+      _mm512_storeu_ps(out, low);
+      _mm512_storeu_ps(out + 16, high);
+      // Of what is finite, and of nothing else, the difference from itself is a number.
+      const __m512 none = _mm512_add_ps(_mm512_sub_ps(low, low), _mm512_sub_ps(high, high));
+      // Threads may find the same.
+      if (_mm512_cmp_ps_mask(none, none, _CMP_UNORD_Q))
+        __atomic_store_n(odd + m, 1, __ATOMIC_RELAXED);
     }
   }
 
@@ -294,22 +278,20 @@ int fp32_tiles(int64_t rows, int64_t depth, int64_t columns, int64_t r, const vo
                                      right_column, nullptr, 0, bias, left, term, term_row,
                                      term_column, scaling, out, threads);
   };
-  const int64_t room = blocks_of(rows) * kRows;
-  const Buffer<uint8_t> odd(room + 1);
+  const int64_t room = (rows + kRows - 1) / kRows * kRows;
+  const Buffer<uint8_t> odd(room);
   if (!odd.ok) return FFA_NO_MEMORY;
-  memset(odd.data, 0, static_cast<size_t>(room + 1));
-  Split p = {problem_of(rows, depth, columns, r, x, right, FFA_F32, right_row, right_column,
-                        nullptr, 0, bias, left, term, term_row, term_column, scaling, out),
-             odd.data, odd.data + room};
-  const Problem whole = p;
+  if (room > 0) memset(odd.data, 0, static_cast<size_t>(room));
+  const Problem whole =
+      problem_of(rows, depth, columns, r, x, right, FFA_F32, right_row, right_column, nullptr, 0,
+                 bias, left, term, term_row, term_column, scaling, out);
   const int status = run_segments(whole, kSegment, kWhole, [&](const Problem& segment) {
-    static_cast<Problem&>(p) = segment;
-    return run_packed<Tiles>(p, threads);
+    return run_packed<Tiles>(Noted{segment, odd.data}, threads);
   });
   if (status) return status;
-  if (*p.odd_right) return by_vectors(rows, x, left, out);
   const int64_t found = take_odd(odd.data, rows, nullptr, 0, nullptr);
   if (found == 0) return FFA_OK;
+  if (found == rows) return by_vectors(rows, x, left, out);
   const Buffer<float> some_x(found * depth), some_left(found * r), some_out(found * columns);
   if (!(some_x.ok && some_left.ok && some_out.ok)) return FFA_NO_MEMORY;
   take_odd(odd.data, rows, whole.x, depth, some_x.data);

@@ -13,7 +13,7 @@
 //   pack_rows(p, row, rows, to)          a block
 //   pack_columns(p, column, columns, to) a panel
 //   begin(), end()                       called by a thread before it multiplies, and after
-//   multiply(p, rows, block, panel, at)  see Sums
+//   multiply(p, row, rows, block, panel, at)  see Sums; `rows` from `row` on
 #pragma once
 
 #include "buffer.h"
@@ -79,6 +79,13 @@ struct TileSums {
     _tile_loadd(3, at.from + 16 * at.step + 16, at.step * 4);
   }
 
+  FFA_AMX static inline void clear() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+
   // Rows of out are fetched while the tiles work: the stores at the end need not wait for them.
   static inline void fetch(const Sums& at, int64_t turn) {
     for (int64_t m = 4 * turn; m < 4 * turn + 4 && m < kRows; ++m) {
@@ -133,14 +140,14 @@ void multiply(const P& p, int64_t t, const bf16* block, const Panels& panels) {
     // Every row of the bias' tiles is the same.
     const float* from = p.add ? out : panels.bias + i * kColumns;
     if (rows == kRows && columns == kColumns) {
-      Format::multiply(p, rows, block, panel, {from, p.add ? p.columns : 0, out, p.columns});
+      Format::multiply(p, row, rows, block, panel, {from, p.add ? p.columns : 0, out, p.columns});
       continue;
     }
     alignas(64) float whole[kRows * kColumns] = {};
     for (int64_t m = 0; p.add && m < rows; ++m) {
       memcpy(whole + m * kColumns, out + m * p.columns, static_cast<size_t>(columns) * 4);
     }
-    Format::multiply(p, rows, block, panel,
+    Format::multiply(p, row, rows, block, panel,
                      {p.add ? whole : from, p.add ? kColumns : 0, whole, kColumns});
     for (int64_t m = 0; m < rows; ++m) {
       memcpy(out + m * p.columns, whole + m * kColumns, static_cast<size_t>(columns) * 4);

@@ -135,10 +135,11 @@ def has_product(
     return (
         x.dtype == torch.float32
         and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and type(x) in _PLAIN
         and weight.dim() == 2
         and (weight.dtype != torch.float32 or compose.takes_fp32(x, weight))
         and multiplies(weight.dtype)
-        and torch._C._get_tracing_state() is None
         and _is_plain(x)
         and _is_plain(weight)
         and x.shape[-1:] == weight.shape[1:]

@@ -59,7 +59,7 @@ class _Frozen(nn.Module):
 class FrozenLinear(_Frozen):
     """y = x W^T + b in x's dtype; a `FrozenBase`, which the adapters take as it is.
 
-    The CPU library serves fp32 rows in what is neither traced nor compiled, from W as it is stored.
+    The CPU library serves fp32 rows in what is neither traced nor exported, from W as it is stored.
     With instructions for bf16 it rounds x to that, and an int8 W times its scale; without, nothing.
     Elsewhere a bf16 W is multiplied in bf16, where the device has instructions for it: x, b and y
     are rounded then; and an int8 W in x's dtype, from a W that is kept nowhere.

@@ -8,8 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.fx.experimental.symbolic_shapes
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ffa_kernels.backends import compose, cpu
 from ffa_kernels.ops.base_product import base_product
@@ -60,8 +62,11 @@ _apply: Any = super(torch.autograd.Function, Product).apply
 
 # What fp32 rows are multiplied with here. Read once: a compiler can not ask the library.
 _MULTIPLIED = frozenset(filter(cpu.multiplies, (torch.float32, torch.bfloat16, torch.int8)))
-# torch 2.6 does not tell.
+_PLAIN = (Tensor, nn.Parameter)
+# torch 2.6 has neither.
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+# Of a size that depends on values nothing is known while a graph is made.
+_if_known = getattr(torch.fx.experimental.symbolic_shapes, "guard_or_false", bool)
 
 
 def _is_an_op(x: Tensor, weight: Tensor) -> bool:
@@ -70,10 +75,15 @@ def _is_an_op(x: Tensor, weight: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         and not _is_exporting()
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
         and x.is_cpu
         and x.dtype == torch.float32
         and weight.dtype in _MULTIPLIED
-        and (weight.dtype != torch.float32 or compose.takes_fp32(x, weight))
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and x.shape[-1] == weight.shape[1]
+        and (weight.dtype != torch.float32 or _if_known(compose.takes_fp32(x, weight)))
     )
 
 
@@ -91,7 +101,8 @@ def _without_casts(x: Tensor) -> AbstractContextManager[object]:
 def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A frozen nn.Linear in a graph that is compiled."""
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if trained or torch.is_autocast_enabled(x.device.type) or not _is_an_op(x, weight):
+    fits = bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1])
+    if trained or not fits or not _is_an_op(x, weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     y: Tensor = Product.apply(x, weight, None, bias)  # type: ignore[no-untyped-call]
     return y

@@ -5,6 +5,8 @@ Values alone: its derivative is `ffa_kernels.nn.product`'s affair.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,16 @@ def _implementation(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tenso
         return compose.base_product(x, weight, bias, scale)
 
 
+def _without_derivative(x: Tensor, *others: Any) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise NotImplementedError(
+            "base_product: no derivative; accepted: ffa_kernels.nn.product.Product, which has one"
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        y: Tensor = torch.ops.ffa.base_product.default(x, *others)
+        return y
+
+
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
@@ -26,6 +38,7 @@ LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.impl("base_product", _implementation, "CompositeExplicitAutograd")
+LIBRARY.impl("base_product", _without_derivative, "Autograd")
 torch.library.register_fake("ffa::base_product", _fake, lib=LIBRARY)
 
 
