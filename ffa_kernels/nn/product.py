@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.fx.experimental.symbolic_shapes
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -19,7 +18,7 @@ from ffa_kernels.ops.base_product import base_product
 # A smaller matrix is multiplied in less time than the way to our product takes.
 _LEAST_NUMEL = 1 << 16
 # In evaluation fewer rows repay no packing of W. In training how a record is rounded must not
-# depend on how many others there are.
+# depend on how many others there are; beside PyTorch's own product it does anyway (`takes_fp32`).
 _LEAST_ROWS = 4
 
 
@@ -59,14 +58,11 @@ class Product(torch.autograd.Function):
 # What `apply` does for functorch before it calls this takes as long as a small layer's product.
 _apply: Any = super(torch.autograd.Function, Product).apply
 
-
 # What fp32 rows are multiplied with here. Read once: a compiler can not ask the library.
 _MULTIPLIED = frozenset(filter(cpu.multiplies, (torch.float32, torch.bfloat16, torch.int8)))
 _PLAIN = (Tensor, nn.Parameter)
-# torch 2.6 has neither.
+# torch 2.6 does not tell.
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
-# Of a size that depends on values nothing is known while a graph is made.
-_if_known = getattr(torch.fx.experimental.symbolic_shapes, "guard_or_false", bool)
 
 
 def _is_an_op(x: Tensor, weight: Tensor) -> bool:
@@ -83,8 +79,17 @@ def _is_an_op(x: Tensor, weight: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and x.shape[-1] == weight.shape[1]
-        and (weight.dtype != torch.float32 or _if_known(compose.takes_fp32(x, weight)))
+        and (weight.dtype != torch.float32 or _takes_fp32(x, weight))
     )
+
+
+def _takes_fp32(x: Tensor, weight: Tensor) -> bool:
+    # Slow to import, and there where something is compiled.
+    from torch.fx.experimental import symbolic_shapes
+
+    # Of a size that depends on values nothing is known while a graph is made. torch 2.6 must know.
+    known: Any = getattr(symbolic_shapes, "guard_or_false", bool)
+    return bool(known(compose.takes_fp32(x, weight)))
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
