@@ -133,7 +133,7 @@ def ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 20) -> tup
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     copies, products = [], []
     # Whichever is the faster here, PyTorch's or this library's.
-    own = device.type == "cpu" and cpu.has_product(a, b)
+    own = device.type == "cpu" and cpu.has_product(a.unsqueeze(0), b)
     for i in range(repeats + 3):
         copy = timed(lambda: target.copy_(source), device)
         product = timed(lambda: cpu.product(a, b, None) if own else a @ b, device)

@@ -388,14 +388,34 @@ def test_what_pytorch_refuses_no_launcher_sees(own, refused):
 def test_by_tiles_it_takes_what_is_large(monkeypatch):
     monkeypatch.setattr(compose, "FUSES_FP32", True)
     monkeypatch.setattr(compose, "BY_TILES", True)
-    small, large = torch.zeros(4, 32, 384), torch.zeros(16, 128, 384)
     weight = torch.zeros(384, 384)
-    assert cpu.has_product(large, weight) and not cpu.has_product(small, weight)
-    assert cpu.has_product(torch.zeros(128, 2048), torch.zeros(2048, 2048))
+    for n in (1, 4, 16):
+        # However many records there are: the other product rounds otherwise.
+        assert cpu.has_product(torch.zeros(n, 128, 384), weight)
+        assert cpu.has_product(torch.zeros(n, 4, 32, 384), weight)
+        assert not cpu.has_product(torch.zeros(n, 32, 384), weight)
+        assert not cpu.has_product(torch.zeros(128 * n, 384), weight)
+    assert cpu.has_product(torch.zeros(1, 32, 2048), torch.zeros(2048, 2048))
     monkeypatch.setattr(compose, "BY_TILES", False)
-    assert cpu.has_product(small, weight)
+    assert cpu.has_product(torch.zeros(4, 384), weight)
     monkeypatch.setattr(compose, "FUSES_FP32", False)
-    assert not cpu.has_product(large, weight)
+    assert not cpu.has_product(torch.zeros(16, 128, 384), weight)
+
+
+@needs_library
+def test_by_tiles_a_record_is_rounded_alike_in_any_batch(monkeypatch):
+    monkeypatch.setattr(compose, "FUSES_FP32", True)
+    monkeypatch.setattr(compose, "BY_TILES", True)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 400), nn.Tanh(), nn.Linear(400, 300))
+    ffa.convert(model, 4, target_modules=["0"])
+    model[0].lora_B.data.normal_()
+    x, found = torch.randn(9, 200, 300), []
+    for n in (1, 4, 9):
+        rows = x[:n].clone().requires_grad_()
+        y = model(rows)
+        found.append((y[0], torch.autograd.grad(y.square().sum(), rows)[0][0]))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 def a_faster_layer(bias=True):
@@ -714,13 +734,13 @@ def test_a_compiled_model_has_the_librarys_product(compiled_model):
     assert [graph.count("ffa.base_product.default") for graph in graphs] == [2, 2]
 
 
-@pytest.mark.parametrize("rows, ops", [(20, 0), (2000, 1)])
-def test_where_tiles_multiply_a_compiled_layer_is_an_op_if_it_is_large(own, rows, ops, monkeypatch):
+@pytest.mark.parametrize("tokens, ops", [(20, 0), (400, 1)])
+def test_where_tiles_multiply_a_compiled_layer_is_an_op_if_large(own, tokens, ops, monkeypatch):
     monkeypatch.setattr(compose, "BY_TILES", True)
     monkeypatch.setattr(product, "_MULTIPLIED", {torch.float32})
     torch._dynamo.reset()
     plain, faster = a_faster_layer()
-    x = torch.randn(rows, 256, requires_grad=True)
+    x = torch.randn(5, tokens, 256, requires_grad=True)
     y, graphs = graphs_of(faster, x)
     assert_close(y, plain(x))
     assert_close(*(torch.autograd.grad(made.sum(), x) for made in (y, plain(x))))

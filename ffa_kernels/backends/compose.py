@@ -102,6 +102,8 @@ BY_TILES = native.prefers_fp32_product() == 2
 # Rows that parting W costs, and what slowing down does, in elements of W times rows. Measured with
 # frozen layers of 384 to 2048 features, forward and backward, on a processor with 2 MiB of L2.
 _PARTING, _SLOWING = 40, 9e7
+# Records of a batch, where a choice must not depend on how many there are.
+_USUAL_RECORDS = 6
 
 
 def bf16_is_faster() -> bool:
@@ -125,7 +127,8 @@ def can_merge(weight: Tensor | None, like: Tensor, dropout: bool) -> bool:
         and not dropout
         and like.is_cpu
         and weight.dtype == like.dtype
-        and (like.dtype == torch.float64 or (like.dtype == torch.float32 and not FUSES_FP32))
+        and like.dtype in (torch.float32, torch.float64)
+        and not (like.dtype == torch.float32 and takes_fp32(like, weight))
     )
 
 
@@ -154,10 +157,13 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
 
 
 def takes_fp32(x: Tensor, weight: Tensor) -> bool:
-    """Whether the CPU library's product is the faster one for x (..., d_in) and W (d_out, d_in) in
-    fp32. By tiles that depends on the rows, as does the rounding of PyTorch's product."""
-    d_out, d_in = weight.shape
-    return FUSES_FP32 and (not BY_TILES or (x.numel() - _PARTING * d_in) * d_out >= _SLOWING)
+    """Whether the CPU library's product is the faster one for x (n, ..., d_in) and W (d_out, d_in)
+    in fp32. By tiles that depends on a record's tokens, and not on n: PyTorch's product rounds
+    otherwise, and how a record is rounded must not depend on how many others there are."""
+    if not (FUSES_FP32 and BY_TILES):
+        return FUSES_FP32
+    rows = _USUAL_RECORDS * math.prod(x.shape[1:-1])
+    return (rows - _PARTING) * weight.numel() >= _SLOWING
 
 
 def base_product(

@@ -356,7 +356,7 @@ def linear_backward(
     if weight is None:
         dx = g.new_zeros(len(g_rows), columns)
     else:
-        dx = base_product(g_rows, weight.t(), None, scale)
+        dx = base_product(g, weight.t(), None, scale).view(len(g_rows), columns)
     for start, end in _dropout_chunks(*dx.shape):
         adapter = u_rows[start:end] @ lora_A
         library.call(

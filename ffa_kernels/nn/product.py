@@ -18,7 +18,7 @@ from ffa_kernels.ops.base_product import base_product
 # A smaller matrix is multiplied in less time than the way to our product takes.
 _LEAST_NUMEL = 1 << 16
 # In evaluation fewer rows repay no packing of W. In training how a record is rounded must not
-# depend on how many others there are; beside PyTorch's own product it does anyway (`takes_fp32`).
+# depend on how many others there are.
 _LEAST_ROWS = 4
 
 

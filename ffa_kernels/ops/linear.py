@@ -423,10 +423,9 @@ def linear(
         scaling: s = alpha / r.
         dropout_p: p, honoured to 1 / 65536.
         mean_loss: the loss is a mean over records: G is multiplied by n.
-        records: how many a batch is expected to have. A backend that may multiply by W + s B A,
-            which rounds otherwise, chooses by that and not by x's size, so that no record's
-            gradient depends on how many others there are. (Beyond how the product with W rounds:
-            PyTorch's does so by the number of rows.) 0: nobody minds.
+        records: how many a batch is expected to have. A backend that has two ways to round chooses
+            by that and not by x's size, so that no record's gradient depends on how many others
+            there are. 0: nobody minds.
         weight_scale: (d_out, 1) of any float type, frozen: W is that times an int8 `weight`.
 
     Returns:
