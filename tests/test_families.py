@@ -239,7 +239,11 @@ def test_a_fresh_adapter_changes_no_answer(family, own_product, monkeypatch):
     ffa.convert(model, r=R, alpha=ALPHA, target_modules=targets)
     layers = [m for m in model.modules() if isinstance(m, Adapter)]
     assert len(layers) >= len(targets)
-    assert torch.equal(answer_of(model, records), before)
+    if own_product and make is gpt2:
+        # Its Conv1D is PyTorch's until it is adapted.
+        torch.testing.assert_close(answer_of(model, records), before)
+    else:
+        assert torch.equal(answer_of(model, records), before)
     assert not torch.equal(answer_of(randomised(model), records), before)
 
 
