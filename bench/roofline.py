@@ -132,7 +132,7 @@ def ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 20) -> tup
     side = MATRIX[device.type]
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     copies, products = [], []
-    # Whichever is the faster here, PyTorch's or this library's.
+    # Whichever is the faster here, PyTorch's or this library's; rows as tokens of one record.
     own = device.type == "cpu" and cpu.has_product(a.unsqueeze(0), b)
     for i in range(repeats + 3):
         copy = timed(lambda: target.copy_(source), device)

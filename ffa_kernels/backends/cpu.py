@@ -37,7 +37,8 @@ _OPTIMIZERS = {"none": 0, "sgd": 1, "adam": 2, "adamw": 3}
 # Elements of x whose dropout is in flight at a time: the scratch stays in L2.
 _DROPOUT_CHUNK = 1 << 17
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+# Of tensors that are no subclass's.
+PLAIN = (Tensor, torch.nn.Parameter)
 
 _in_forked_child = False
 
@@ -136,7 +137,7 @@ def has_product(
         x.dtype == torch.float32
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
-        and type(x) in _PLAIN
+        and type(x) in PLAIN
         and weight.dim() == 2
         and (weight.dtype != torch.float32 or compose.takes_fp32(x, weight))
         and multiplies(weight.dtype)
@@ -172,7 +173,7 @@ _PLAIN_KEYS = _keys_of_values()
 
 
 def _is_plain(t: Tensor) -> bool:
-    return type(t) in _PLAIN and _dispatch_keys(t) in _PLAIN_KEYS
+    return type(t) in PLAIN and _dispatch_keys(t) in _PLAIN_KEYS
 
 
 def _dense(t: Tensor) -> Tensor:

@@ -60,7 +60,6 @@ _apply: Any = super(torch.autograd.Function, Product).apply
 
 # What fp32 rows are multiplied with here. Read once: a compiler can not ask the library.
 _MULTIPLIED = frozenset(filter(cpu.multiplies, (torch.float32, torch.bfloat16, torch.int8)))
-_PLAIN = (Tensor, nn.Parameter)
 # torch 2.6 does not tell.
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
@@ -71,8 +70,8 @@ def _is_an_op(x: Tensor, weight: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         and not _is_exporting()
-        and type(x) in _PLAIN
-        and type(weight) in _PLAIN
+        and type(x) in cpu.PLAIN
+        and type(weight) in cpu.PLAIN
         and x.is_cpu
         and x.dtype == torch.float32
         and weight.dtype in _MULTIPLIED
