@@ -3,9 +3,10 @@
 //
 //   out = x right + scaling left term + bias
 //
-// x and right are rounded to bf16. Each number of scaling left and of term is the sum of two, which
-// leaves 16 bits of it: their product is made of three, at ranks that a tile mostly has room for.
-// kSegment numbers of the inner dimension are multiplied at a time.
+// x and right are rounded to bf16. Vectors multiply left and term in fp32. To tiles each number of
+// scaling left and of term is the sum of two, which leaves 16 bits of it: their product is made of
+// three, at ranks that a tile mostly has room for. kSegment numbers of the inner dimension are
+// multiplied at a time.
 #include "packed_product.h"
 #include "transpose.h"
 
@@ -22,9 +23,8 @@ namespace {
 
 constexpr int64_t kSegment = 2048;
 
-// Of left and term as they are packed.
-inline int64_t term_depth(const Problem& p) { return 3 * p.term.depth; }
-inline int64_t term_blocks(const Problem& p) { return blocks_of(term_depth(p)); }
+// Of left and term as they are packed for tiles.
+inline int64_t term_blocks(const Problem& p) { return blocks_of(3 * p.term.depth); }
 inline int64_t blocks(const Problem& p) { return blocks_of(p.right.depth) + term_blocks(p); }
 
 // `depth` numbers of each row, as blocks of two tiles of 16 rows.
@@ -226,26 +226,35 @@ void pack_right(const Matrix& m, int64_t start, int64_t columns, bf16* to) {
   pack_columns<int8_t>(m, start, columns, to);
 }
 
-// How both units have their factors.
+// How both units have x and right.
 struct Rounded {
   static constexpr int64_t kPacked = 2 << 20, kPart = 512 << 10;
 
-  static int64_t size(const Problem& p) { return blocks(p) * kBlock; }
+  // Where left and term lie behind them.
+  static int64_t behind(const Problem& p) { return blocks_of(p.right.depth) * kBlock; }
 
   static void pack_rows(const Problem& p, int64_t row, int64_t rows, bf16* to) {
     pack_x(p.x + row * p.depth, p.depth, rows, p.right.depth, to);
-    if (p.term.depth > 0) pack_left(p, row, rows, to + blocks_of(p.right.depth) * kBlock);
   }
 
   static void pack_columns(const Problem& p, int64_t column, int64_t columns, bf16* to) {
     pack_right(p.right, column, columns, to);
-    if (p.term.depth > 0) {
-      pack_term(p, column, columns, to + blocks_of(p.right.depth) * kBlock);
-    }
   }
 };
 
 struct Tiles : Rounded, TileSums {
+  static int64_t size(const Problem& p) { return blocks(p) * kBlock; }
+
+  static void pack_rows(const Problem& p, int64_t row, int64_t rows, bf16* to) {
+    Rounded::pack_rows(p, row, rows, to);
+    if (p.term.depth > 0) pack_left(p, row, rows, to + behind(p));
+  }
+
+  static void pack_columns(const Problem& p, int64_t column, int64_t columns, bf16* to) {
+    Rounded::pack_columns(p, column, columns, to);
+    if (p.term.depth > 0) pack_term(p, column, columns, to + behind(p));
+  }
+
   FFA_AMX static void multiply(const Problem& p, int64_t, int64_t, const bf16* rows,
                                const bf16* columns, const Sums& at) {
     load(at);
@@ -264,17 +273,44 @@ struct Tiles : Rounded, TileSums {
   }
 };
 
+// Left or term of a packed block or panel, to vectors.
+inline float* floats(bf16* p) { return reinterpret_cast<float*>(p); }
+inline const float* floats(const bf16* p) { return reinterpret_cast<const float*>(p); }
+
 struct Vectors : Rounded {
   // 24 sums of two vectors of columns: enough to hide how long each addition takes.
   static constexpr int kAtOnce = 12;
 
+  static int64_t size(const Problem& p) { return behind(p) + blocks_of(2 * p.term.depth) * kBlock; }
+
   static void begin() {}
+
+  static void pack_rows(const Problem& p, int64_t row, int64_t rows, bf16* to) {
+    Rounded::pack_rows(p, row, rows, to);
+    float* left = floats(to + behind(p));
+    for (int64_t i = 0; i < rows * p.term.depth; ++i) {
+      left[i] = p.scaling * p.left[row * p.term.depth + i];
+    }
+  }
+
+  static void pack_columns(const Problem& p, int64_t column, int64_t columns, bf16* to) {
+    Rounded::pack_columns(p, column, columns, to);
+    const Matrix& m = p.term;
+    const float* from = static_cast<const float*>(m.data) + column * m.column;
+    float* term = floats(to + behind(p));
+    for (int64_t k = 0; k < m.depth; ++k) {
+      for (int64_t c = 0; c < kColumns; ++c) {
+        term[k * kColumns + c] = c < columns ? from[k * m.row + c * m.column] : 0.0f;
+      }
+    }
+  }
 
   static void multiply(const Problem& p, int64_t, int64_t count, const bf16* rows,
                        const bf16* columns, const Sums& at) {
     for (int64_t m = 0; m < count; m += kAtOnce) {
       const Sums here = {at.from + m * at.step, at.step, at.out + m * at.row, at.row};
-      some<kAtOnce>(count - m, p, rows + m * kDepth, columns, here);
+      const float* left = floats(rows + behind(p)) + m * p.term.depth;
+      some<kAtOnce>(count - m, p, rows + m * kDepth, left, columns, here);
     }
   }
 
@@ -282,22 +318,40 @@ struct Vectors : Rounded {
 
  private:
   template <int M>
-  FFA_PAIRS static void some(int64_t count, const Problem& p, const bf16* rows, const bf16* columns,
-                             const Sums& at) {
+  FFA_PAIRS static void some(int64_t count, const Problem& p, const bf16* rows, const float* left,
+                             const bf16* columns, const Sums& at) {
     if (count < M) {
-      if constexpr (M > 1) some<M - 1>(count, p, rows, columns, at);
+      if constexpr (M > 1) some<M - 1>(count, p, rows, left, columns, at);
       return;
     }
     __m512 sum[M][2];
     for (int m = 0; m < M; ++m) {
       for (int v = 0; v < 2; ++v) sum[m][v] = _mm512_loadu_ps(at.from + m * at.step + 16 * v);
     }
+    // Asked for before the sums are made: the stores at the end need not wait for them.
+    for (int m = 0; m < M; ++m) {
+      for (int v = 0; v < 2; ++v) __builtin_prefetch(at.out + m * at.row + 16 * v, 1, 3);
+    }
+    add_term<M>(p.term.depth, left, floats(columns + behind(p)), sum);
     // An odd number at the end has a zero beside it.
     add<M>((p.right.depth + 1) / 2, rows, columns, sum);
-    const int64_t after = blocks_of(p.right.depth) * kBlock;
-    add<M>((term_depth(p) + 1) / 2, rows + after, columns + after, sum);
     for (int m = 0; m < M; ++m) {
       for (int v = 0; v < 2; ++v) _mm512_storeu_ps(at.out + m * at.row + 16 * v, sum[m][v]);
+    }
+  }
+
+  template <int M>
+  FFA_PAIRS static inline void add_term(int64_t depth, const float* left, const float* term,
+                                        __m512 (*sum)[2]) {
+    for (int64_t k = 0; k < depth; ++k) {
+      const __m512 low = _mm512_load_ps(term + k * kColumns);
+      const __m512 high = _mm512_load_ps(term + k * kColumns + 16);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const __m512 element = _mm512_set1_ps(left[m * depth + k]);
+        sum[m][0] = _mm512_fmadd_ps(element, low, sum[m][0]);
+        sum[m][1] = _mm512_fmadd_ps(element, high, sum[m][1]);
+      }
     }
   }
 

@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "../ffa.h"
+#include "pages.h"
 
 namespace ffa::FFA_ISA {
 
@@ -57,6 +58,7 @@ int run_segments(Problem p, int64_t segment, int64_t whole, Run run) {
   const Matrix right = p.right, term = p.term;
   const float* x = p.x;
   const int64_t bytes = right.dtype == FFA_F32 ? 4 : right.dtype == FFA_BF16 ? 2 : 1;
+  ask_for_huge_pages(p.out, p.rows * p.columns * 4);
   int64_t start = 0;
   do {
     const int64_t end = right.depth - start > whole ? start + segment : right.depth;
