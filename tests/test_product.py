@@ -815,3 +815,35 @@ def test_the_op_for_compilers_keeps_its_contract():
     stored, scale = in_int8(weight, False)
     for given in ((x, weight, bias, None), (x.view(2, 2, 16), stored, None, scale)):
         torch.library.opcheck(torch.ops.ffa.base_product.default, given)
+
+
+def _huge_pages():
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.exists() and "[never]" not in setting.read_text()
+
+
+_FAULTS = """
+import resource, torch
+from ffa_kernels.backends import cpu
+x, w = torch.randn(64, 8), torch.randn({columns}, 8){to}
+cpu.product(x, w, None)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+y = cpu.product(x, w, None)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, y.untyped_storage().nbytes())
+assert torch.equal(y, cpu.product(x, w, None))
+"""
+
+
+@needs_library
+@pytest.mark.skipif(not _huge_pages(), reason="no huge pages on this machine")
+@pytest.mark.parametrize("to", ["", ".bfloat16()", ".to(torch.int8), scale=torch.ones(1, 8)"])
+def test_a_large_output_faults_once_for_many_pages(to):
+    scale = to.partition(", ")[2]
+    code = _FAULTS.format(columns=1 << 18, to=to.partition(", ")[0])
+    if scale:
+        code = code.replace("w, None)", f"w, None, {scale})")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    faults, size = map(int, run.stdout.split())
+    assert size == 64 << 20
+    # One for each page of 4 KiB would be 16384.
+    assert faults < size / 4096 / 8

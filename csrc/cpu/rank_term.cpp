@@ -22,6 +22,8 @@ constexpr int64_t kBlock = 48;
 constexpr int64_t kMostRows = 128;
 // Of right, packed at a time.
 constexpr int64_t kColumns = 512;
+// Lines of 64 bytes that are asked for ahead.
+constexpr int64_t kAhead = 4;
 
 template <class T>
 struct Product {
@@ -142,7 +144,10 @@ void project(const Product<T>& p, int64_t begin, int64_t end) {
 
 // Whether ranks are the lanes instead, of A packed as (depth, ranks): x is read once then, and not
 // once for each panel of A. A choice by the number of rows would make their bits depend on it.
-inline bool many_ranks(int64_t r, int64_t depth) { return r > 16 || (r > 8 && depth > 1024); }
+template <class T>
+inline bool many_ranks(int64_t r) {
+  return r > Simd<T>::W / 2;
+}
 
 template <class T>
 void pack_ranks(const Product<T>& p, int64_t ranks, T* to) {
@@ -151,19 +156,64 @@ void pack_ranks(const Product<T>& p, int64_t ranks, T* to) {
   }
 }
 
-// The rows of left from `begin` to `end` - 1, by way of `padded`, (kTokens, ranks).
-template <class T>
-void project_many(const Product<T>& p, int64_t begin, int64_t end, const T* A_t, int64_t ranks,
-                  T* padded) {
-  for (int64_t row = begin; row < end; row += kTokens) {
-    const int64_t rows = end - row < kTokens ? end - row : kTokens;
-    for (int64_t k = 0; k == 0 || k < p.depth; k += kBlock) {
-      const int64_t depth = p.depth - k < kBlock ? p.depth - k : kBlock;
-      product<T, kVectorBytes, false>(rows, p.x + row * p.depth + k, p.depth, int64_t{1}, depth,
-                                      A_t + k * ranks, ranks, k > 0, nullptr, padded);
+// M rows of left and V vectors of ranks, with A_t (depth, ranks) from the first of these.
+template <class T, int M, int V>
+void lanes_of_ranks(const Product<T>& p, int64_t row, const T* A_t, int64_t ranks, int64_t rank) {
+  using S = Simd<T>;
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const T* x = p.x + row * p.depth;
+  typename S::Vec total[M][V] = {};
+  for (int64_t block = 0; block < p.depth; block += kBlock) {
+    const int64_t last = p.depth - block < kBlock ? p.depth : block + kBlock;
+    typename S::Vec sum[M][V] = {};
+    for (int64_t line = block; line < last; line += kLine) {
+      // What is read next, of these rows or the M after them: the processor sees no stream in so
+      // many at once.
+      const int64_t next = line + kAhead * kLine;
+      const T* ahead = x + next + (next < p.depth ? 0 : (M - 1) * p.depth);
+      for (int m = 0; m < M; ++m) __builtin_prefetch(ahead + m * p.depth, 0, 3);
+      const int64_t end = last - line < kLine ? last : line + kLine;
+      for (int64_t i = line; i < end; ++i) {
+        typename S::Vec of_ranks[V];
+        for (int v = 0; v < V; ++v) of_ranks[v] = S::load(A_t + i * ranks + v * S::W);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+          // Less zero, as in `tile`.
+          const typename S::Vec element = x[m * p.depth + i] - typename S::Vec{};
+          for (int v = 0; v < V; ++v) sum[m][v] += element * of_ranks[v];
+        }
+      }
     }
-    strip(padded, rows, p.r, ranks, p.left + row * p.r);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      for (int v = 0; v < V; ++v) total[m][v] += sum[m][v];
+    }
   }
+  const int64_t count = p.r - rank < V * S::W ? p.r - rank : V * S::W;
+  for (int m = 0; m < M; ++m) {
+    memcpy(p.left + (row + m) * p.r + rank, total[m], static_cast<size_t>(count) * sizeof(T));
+  }
+}
+
+// The rows of left from `begin` to `end` - 1, M at a time and then fewer.
+template <class T, int M, int V>
+void rows_of_ranks(const Product<T>& p, int64_t begin, int64_t end, const T* A_t, int64_t ranks,
+                   int64_t rank) {
+  for (; begin + M <= end; begin += M) lanes_of_ranks<T, M, V>(p, begin, A_t, ranks, rank);
+  if constexpr (M > 1) {
+    constexpr int kFewer = M > 8 ? 8 : M > 4 ? 4 : M > 2 ? 2 : 1;
+    if (begin < end) rows_of_ranks<T, kFewer, V>(p, begin, end, A_t, ranks, rank);
+  }
+}
+
+template <class T>
+void project_many(const Product<T>& p, int64_t begin, int64_t end, const T* A_t, int64_t ranks) {
+  constexpr int W = Simd<T>::W, kOne = kSums / 2, kTwo = kSums / 4;
+  int64_t rank = 0;
+  for (; rank + W < ranks; rank += 2 * W) {
+    rows_of_ranks<T, kTwo, 2>(p, begin, end, A_t + rank, ranks, rank);
+  }
+  if (rank < ranks) rows_of_ranks<T, kOne, 1>(p, begin, end, A_t + rank, ranks, rank);
 }
 
 // `columns` columns of right from `start` on, as (r, columns).
@@ -213,7 +263,7 @@ int run(const Product<T>& p, int threads) {
   int64_t block = (of_each + 3) / 4 * 4;
   block = block < kTokens ? kTokens : block > kMostRows ? kMostRows : block;
   constexpr int W = Simd<T>::W;
-  const bool many = projects && many_ranks(p.r, p.depth);
+  const bool many = projects && many_ranks<T>(p.r);
   const int64_t ranks = many ? (p.r + W - 1) / W * W : 0;
   const Buffer<T> A_t(ranks * p.depth);
   if (!A_t.ok) return FFA_NO_MEMORY;
@@ -221,13 +271,13 @@ int run(const Product<T>& p, int threads) {
   int status = FFA_OK;
   parallel_for(threads, (p.rows + block - 1) / block, [&](int64_t task) {
     const int64_t begin = task * block, end = begin + block < p.rows ? begin + block : p.rows;
-    const Buffer<T> packed(packs ? p.r * panel : 0), padded(ranks * kTokens);
-    if (!(packed.ok && padded.ok)) {
+    const Buffer<T> packed(packs ? p.r * panel : 0);
+    if (!packed.ok) {
       __atomic_store_n(&status, FFA_NO_MEMORY, __ATOMIC_RELAXED);
       return;
     }
     if (many) {
-      project_many(p, begin, end, A_t.data, ranks, padded.data);
+      project_many(p, begin, end, A_t.data, ranks);
     } else if (projects) {
       project(p, begin, end);
     }
