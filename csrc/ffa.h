@@ -91,8 +91,8 @@ int ffa_cpu_per_sample_backward(int64_t n, int64_t rows, int64_t d_out, int64_t 
 int ffa_cpu_has_bf16_product(void);
 
 /* out (rows, columns) = x right + scaling left term + bias, x (rows, depth) and right (depth,
- * columns) rounded to bf16, scaling left (rows, r) and term (r, columns) to 16 bits. right is of
- * right_dtype, BF16 without a scale, or I8; it is multiplied with scale, if that is not null,
+ * columns) rounded to bf16, scaling left (rows, r) and term (r, columns) to 16 bits or more. right
+ * is of right_dtype, BF16 without a scale, or I8; it is multiplied with scale, if that is not null,
  * before it is rounded: (columns,), or (depth,) where scales_rows is not 0. All else is F32; bias
  * (columns,) or null. Element (k, c) of right is right_row k + right_column c elements from its
  * start, and term likewise; x, left and out are contiguous. A row of out has the same bits whatever

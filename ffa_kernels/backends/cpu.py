@@ -204,7 +204,7 @@ def product(
     scale: Tensor | None = None,
 ) -> Tensor:
     """x W^T + b + s left term (..., d_out) in fp32, for W in fp32, bf16 or int8; with instructions
-    for bf16, and W not in fp32, from x and W rounded to bf16, s left and term to 16 bits.
+    for bf16, and W not in fp32, from x and W rounded to bf16, s left and term to 16 bits or more.
 
     W is (d_out, d_in), times `scale` if that is given, (d_out, 1) or (1, d_in). A row has the same
     bits whatever the other rows are; W is packed a part at a time. Where x is rounded subnormal
