@@ -136,13 +136,16 @@ UPDATES = ("clip_accumulate", "private_update, no noise", "private_update",
 
 
 def profile() -> str:
-    """Where one private step's time goes."""
+    """Where a step's time goes."""
     found = _read("profile.json")
-    (floor, theirs), (name, ours) = found["milliseconds"].items()
-    kinds = sorted({*theirs, *ours}, key=lambda kind: -ours.get(kind, 0.0))
-    rows = [(k, f"{theirs.get(k, 0.0):.1f}", f"{ours.get(k, 0.0):.1f}") for k in kinds]
-    rows.append(("all", f"{sum(theirs.values()):.1f}", f"{sum(ours.values()):.1f}"))
-    made = table((f"{found['model']}, one thread, ms a step", floor, name), rows)
+    columns = found["milliseconds"]
+    kinds = {kind for spent in columns.values() for kind in spent}
+    rows = [
+        (kind, *(f"{spent.get(kind, 0.0):.1f}" for spent in columns.values()))
+        for kind in sorted(kinds, key=lambda k: -sum(of.get(k, 0.0) for of in columns.values()))
+    ]
+    rows.append(("all", *(f"{sum(spent.values()):.1f}" for spent in columns.values())))
+    made = table((f"{found['model']}, one thread, ms a step", *columns), rows)
     return "\n".join((tables.stamp(found), made))
 
 

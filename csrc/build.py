@@ -39,13 +39,15 @@ OPS = (
 )
 # No OpenMP runtime is linked: the library uses the one torch has loaded (csrc/cpu/parallel.cpp).
 # Contraction is off so that the copies of an op agree to the bit; CONTRACTED_OPS are the matrix
-# products, where fma is worth more.
+# products, where fma is worth more. GCC, tuned for some processors, would leave it out of a sum that
+# is alone in its loop: a row left over would be rounded otherwise than in a tile of rows.
 CXX_FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"),
     *("-ffp-contract=off", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"),
     *("-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"),
 ]
 CONTRACTED_OPS = {"rank_term", "fp32_product", "per_sample_grad"}
+_CONTRACT, _GCC_CONTRACT = "-ffp-contract=fast", "--param=avoid-fma-max-bits=0"
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512")
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
@@ -100,6 +102,13 @@ def _version(compiler: list[str]) -> str:
     return release.strip()
 
 
+def _contraction(compiler: list[str]) -> list[str]:
+    gcc = "Free Software Foundation" in _run([*compiler, "--version"])
+    release = _run([*compiler, "-dumpversion"]).strip().partition(".")[0]
+    knows = gcc and release.isdigit() and int(release) >= 9
+    return [_CONTRACT, _GCC_CONTRACT] if knows else [_CONTRACT]
+
+
 def _compile_all(commands: list[list[str]]) -> list[str]:
     jobs = int(os.environ.get("FFA_BUILD_JOBS", os.cpu_count() or 1))
     with ThreadPoolExecutor(max(1, jobs)) as pool:
@@ -116,6 +125,7 @@ def _build_cpu(
     flags = [*CXX_FLAGS, *(["-DFFA_X86_COPIES"] if _x86() else []), *more]
     objects: list[str] = []
     commands: list[list[str]] = []
+    contraction = _contraction(compiler)
 
     def add(source: str, copy: str, extra: list[str]) -> None:
         objects.append(str(work / f"{source}.{copy}.o"))
@@ -124,7 +134,7 @@ def _build_cpu(
 
     for isa in ISA_FLAGS if _x86() else ("baseline",):
         for op in OPS:
-            contract = ["-ffp-contract=fast"] if op in CONTRACTED_OPS else []
+            contract = contraction if op in CONTRACTED_OPS else []
             add(op, isa, [*contract, *ISA_FLAGS[isa], f"-DFFA_ISA={isa}"])
     # Their one copy looks for bf16 instructions itself.
     flags_of_avx512 = ISA_FLAGS["avx512" if _x86() else "baseline"]

@@ -96,7 +96,7 @@ int ffa_cpu_has_bf16_product(void);
  * before it is rounded: (columns,), or (depth,) where scales_rows is not 0. All else is F32; bias
  * (columns,) or null. Element (k, c) of right is right_row k + right_column c elements from its
  * start, and term likewise; x, left and out are contiguous. A row of out has the same bits whatever
- * the other rows are. Subnormal numbers count as 0. */
+ * the other rows are. Subnormal numbers of x and right count as 0. */
 int ffa_cpu_bf16_product(int64_t rows, int64_t depth, int64_t columns, int64_t r, const void* x,
                          const void* right, int right_dtype, int64_t right_row,
                          int64_t right_column, const void* scale, int scales_rows, const void* bias,

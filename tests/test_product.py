@@ -87,9 +87,10 @@ def test_it_is_exact_but_for_what_it_rounds(sizes, transposed, base):
     tensors = make(*sizes, base, transposed)
     found, wanted = cpu.product(*tensors, 1.5), exact(*tensors, 1.5)
     assert found.dtype == torch.float32 and found.shape == wanted.shape
-    # A sum of d_in + r products, each as large as 10 or so, in fp32; of those of the term each
-    # factor has 16 bits at least.
-    terms, of_term = sizes[1] + sizes[3] + 1, 2.0**-15 if base == torch.bfloat16 else 0.0
+    # A sum of d_in + r products, each as large as 10 or so, in fp32; to tiles of bf16, each factor
+    # of the term has 16 bits at least.
+    splits = base == torch.bfloat16 and compose.BY_TILES
+    terms, of_term = sizes[1] + sizes[3] + 1, 2.0**-15 if splits else 0.0
     bound = 2e-6 * math.sqrt(terms) * 4 + of_term * 1.5 * tensors[3].abs() @ tensors[4].abs()
     assert ((found - wanted).abs() <= bound).all()
 
@@ -102,7 +103,8 @@ def test_the_term_is_as_good_as_in_fp32_beside_any_base(r, base):
     x, weight = torch.zeros(50, 8), torch.zeros(70, 8, dtype=base)
     found = cpu.product(x, weight, None, left, term, 0.7).double()
     wanted = 0.7 * left.double() @ term.double()
-    assert (found - wanted).norm() <= 2.0**-16 * wanted.norm()
+    tolerance = 2.0**-16 if compose.BY_TILES else 2.0**-21
+    assert (found - wanted).norm() <= tolerance * wanted.norm()
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -817,33 +819,43 @@ def test_the_op_for_compilers_keeps_its_contract():
         torch.library.opcheck(torch.ops.ffa.base_product.default, given)
 
 
-def _huge_pages():
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    return setting.exists() and "[never]" not in setting.read_text()
-
-
 _FAULTS = """
-import resource, torch
+import mmap, resource, torch
 from ffa_kernels.backends import cpu
-x, w = torch.randn(64, 8), torch.randn({columns}, 8){to}
-cpu.product(x, w, None)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-y = cpu.product(x, w, None)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, y.untyped_storage().nbytes())
-assert torch.equal(y, cpu.product(x, w, None))
+
+def faults_of(make):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    made = make()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, made
+
+def touched():
+    pages = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    for at in range(0, 64 << 20, 4096):
+        pages[at] = 1
+    return pages
+
+torch.set_num_threads(1)
+x, w, scale = torch.randn(64, 8), (10 * torch.randn(1 << 18, 8)).to({dtype}), {scale}
+cpu.product(x, w[:512], None, scale=scale)
+given, _ = faults_of(touched)
+faults, y = faults_of(lambda: cpu.product(x, w, None, scale=scale))
+assert y.untyped_storage().nbytes() == 64 << 20
+print(given, faults)
 """
 
 
 @needs_library
-@pytest.mark.skipif(not _huge_pages(), reason="no huge pages on this machine")
-@pytest.mark.parametrize("to", ["", ".bfloat16()", ".to(torch.int8), scale=torch.ones(1, 8)"])
-def test_a_large_output_faults_once_for_many_pages(to):
-    scale = to.partition(", ")[2]
-    code = _FAULTS.format(columns=1 << 18, to=to.partition(", ")[0])
-    if scale:
-        code = code.replace("w, None)", f"w, None, {scale})")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_a_large_output_faults_once_for_many_pages(dtype):
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[madvise]" not in setting.read_text():
+        pytest.skip("this system gives huge pages to all who ask for none, or to nobody")
+    scale = "torch.ones(1, 8)" if dtype == torch.int8 else "None"
+    code = _FAULTS.format(dtype=dtype, scale=scale)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    faults, size = map(int, run.stdout.split())
-    assert size == 64 << 20
-    # One for each page of 4 KiB would be 16384.
-    assert faults < size / 4096 / 8
+    given, faults = map(int, run.stdout.split())
+    if given > 1024:
+        pytest.skip("this system has no huge pages left")
+    # 16384 pages of 4 KiB; some are faulted in for what is packed, and beside huge ones.
+    assert faults < 4096

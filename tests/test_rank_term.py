@@ -32,8 +32,8 @@ def close(found, wanted):
     assert_close(found.double(), wanted, atol=tolerance * largest, rtol=0)
 
 
-# Rows about a block of 32 or 128, depths about panels of 384 and what makes ranks the lanes,
-# columns about whole vectors and panels of 512, ranks about whole vectors.
+# Rows about a block of 32 or 128, depths about panels of 384, columns about whole vectors and panels
+# of 512, ranks about whole vectors and what makes them the lanes.
 SHAPES = [
     *((1, 1, 1, 1), (3, 7, 5, 2), (31, 191, 33, 8), (32, 192, 64, 16), (33, 193, 63, 15)),
     *((70, 400, 17, 20), (64, 10, 130, 3), (5, 16, 16, 40), (131, 769, 40, 9), (300, 33, 48, 4)),
@@ -88,7 +88,7 @@ def test_or_it_begins_with_the_bias_whatever_is_there(shape, dtype):
 
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
 @pytest.mark.parametrize("adds", [True, False])
-@pytest.mark.parametrize("r", [1, 3, 8, 16, 20])
+@pytest.mark.parametrize("r", [1, 3, 8, 16, 20, 40])
 def test_a_row_has_the_same_bits_whatever_is_beside_it_and_however_many_threads_there_are(
     r, adds, dtype
 ):

@@ -287,15 +287,16 @@ struct Vectors : Rounded {
 
   static void pack_rows(const Problem& p, int64_t row, int64_t rows, bf16* to) {
     Rounded::pack_rows(p, row, rows, to);
+    const float* from = p.left + row * p.term.depth;
+    const float scaling = p.scaling;
     float* left = floats(to + behind(p));
-    for (int64_t i = 0; i < rows * p.term.depth; ++i) {
-      left[i] = p.scaling * p.left[row * p.term.depth + i];
-    }
+    for (int64_t i = 0; i < rows * p.term.depth; ++i) left[i] = scaling * from[i];
   }
 
   static void pack_columns(const Problem& p, int64_t column, int64_t columns, bf16* to) {
     Rounded::pack_columns(p, column, columns, to);
     const Matrix& m = p.term;
+    if (m.depth == 0) return;
     const float* from = static_cast<const float*>(m.data) + column * m.column;
     float* term = floats(to + behind(p));
     for (int64_t k = 0; k < m.depth; ++k) {

@@ -142,8 +142,8 @@ void project(const Product<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// Whether ranks are the lanes instead, of A packed as (depth, ranks): x is read once then, and not
-// once for each panel of A. A choice by the number of rows would make their bits depend on it.
+// Whether ranks are the lanes instead, of A packed as (depth, ranks): x is read once for two vectors
+// of ranks then, and not once for each panel of A. A choice by the number of rows would make their bits depend on it.
 template <class T>
 inline bool many_ranks(int64_t r) {
   return r > Simd<T>::W / 2;
@@ -151,7 +151,22 @@ inline bool many_ranks(int64_t r) {
 
 template <class T>
 void pack_ranks(const Product<T>& p, int64_t ranks, T* to) {
-  for (int64_t i = 0; i < p.depth; ++i) {
+  int64_t i = 0;
+  if constexpr (sizeof(T) == 4) {
+    using S = Simd<T>;
+    constexpr int W = S::W;
+    for (; i + W <= p.depth; i += W) {
+      for (int64_t first = 0; first < ranks; first += W) {
+        typename S::Vec block[W] = {};
+        for (int k = 0; k < W && first + k < p.r; ++k) {
+          block[k] = S::load(p.A + (first + k) * p.depth + i);
+        }
+        transpose(block);
+        for (int of = 0; of < W; ++of) S::store(to + (i + of) * ranks + first, block[of]);
+      }
+    }
+  }
+  for (; i < p.depth; ++i) {
     for (int64_t k = 0; k < ranks; ++k) to[i * ranks + k] = k < p.r ? p.A[k * p.depth + i] : T(0);
   }
 }
