@@ -39,8 +39,8 @@ OPS = (
 )
 # No OpenMP runtime is linked: the library uses the one torch has loaded (csrc/cpu/parallel.cpp).
 # Contraction is off so that the copies of an op agree to the bit; CONTRACTED_OPS are the matrix
-# products, where fma is worth more. GCC, tuned for some processors, would leave it out of a sum that
-# is alone in its loop: a row left over would be rounded otherwise than in a tile of rows.
+# products, where fma is worth more. GCC, tuned for some processors, would leave it out of a sum
+# that is alone in its loop: a row left over would be rounded otherwise than in a tile of rows.
 CXX_FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"),
     *("-ffp-contract=off", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"),

@@ -32,8 +32,8 @@ def close(found, wanted):
     assert_close(found.double(), wanted, atol=tolerance * largest, rtol=0)
 
 
-# Rows about a block of 32 or 128, depths about panels of 384, columns about whole vectors and panels
-# of 512, ranks about whole vectors and what makes them the lanes.
+# Rows about a block of 32 or 128, depths about panels of 384, columns about whole vectors and
+# panels of 512, ranks about whole vectors and what makes them the lanes.
 SHAPES = [
     *((1, 1, 1, 1), (3, 7, 5, 2), (31, 191, 33, 8), (32, 192, 64, 16), (33, 193, 63, 15)),
     *((70, 400, 17, 20), (64, 10, 130, 3), (5, 16, 16, 40), (131, 769, 40, 9), (300, 33, 48, 4)),

@@ -10,8 +10,8 @@ namespace ffa::FFA_ISA {
 
 // Asks for huge pages under an output so large that malloc, as it is by default, gives it a mapping
 // of its own, which goes when it is freed: the first writes to it then fault once in 2 MiB, and not
-// once in 4 KiB. A malloc that keeps its memory gets them for memory that it keeps. Where the system
-// has none they are small ones.
+// once in 4 KiB. A malloc that keeps its memory gets them for memory that it keeps. Where the
+// system has none they are small ones.
 inline void ask_for_huge_pages(const void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t kLeast = 32 << 20;

@@ -142,8 +142,9 @@ void project(const Product<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// Whether ranks are the lanes instead, of A packed as (depth, ranks): x is read once for two vectors
-// of ranks then, and not once for each panel of A. A choice by the number of rows would make their bits depend on it.
+// Whether ranks are the lanes instead, of A packed as (depth, ranks): x is read once for two
+// vectors of ranks then, and not once for each panel of A. A choice by the number of rows would
+// make their bits depend on it.
 template <class T>
 inline bool many_ranks(int64_t r) {
   return r > Simd<T>::W / 2;
