@@ -110,22 +110,6 @@ void pack_any(const Matrix& m, int64_t start, int64_t columns, float factor, flo
   pack<int8_t>(m, start, columns, factor, to);
 }
 
-// sum += M rows of x, `row` apart, times a panel.
-template <int M>
-inline void multiply(const float* x, int64_t row, int64_t depth, const float* panel,
-                     Vec (*sum)[2]) {
-  for (int64_t k = 0; k < depth; ++k) {
-    const Vec low = S::load(panel + k * kColumns), high = S::load(panel + k * kColumns + W);
-#pragma GCC unroll 32
-    for (int m = 0; m < M; ++m) {
-      // Less zero, as in `tile`.
-      const Vec element = x[m * row + k] - Vec{};
-      sum[m][0] += element * low;
-      sum[m][1] += element * high;
-    }
-  }
-}
-
 // Where a tile's sums begin and go.
 struct Place {
   const float* from;
@@ -146,9 +130,11 @@ void run_tile(const Problem& p, const float* x, int64_t row, const float* left, 
   for (int64_t k = 0; k == 0 || k < depth; k += kBlock) {
     const int64_t left_over = depth - k;
     Vec sum[M][2] = {};
-    multiply<M>(x + k, row, left_over < kBlock ? left_over : kBlock, panel + k * kColumns, sum);
+    const int64_t count = left_over < kBlock ? left_over : kBlock;
+    add_products<float, M, 2>(x + k, row, count, panel + k * kColumns, kColumns, sum);
     if (left_over <= kBlock) {
-      multiply<M>(left, p.term.depth, p.term.depth, panel + depth * kColumns, sum);
+      const int64_t r = p.term.depth;
+      add_products<float, M, 2>(left, r, r, panel + depth * kColumns, kColumns, sum);
     }
 #pragma GCC unroll 32
     for (int m = 0; m < M; ++m) {

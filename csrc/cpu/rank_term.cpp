@@ -5,7 +5,8 @@
 // Tasks are blocks of rows. Each packs for itself what it needs of right, and reads A as it is
 // given where ranks are few: what one core packed for the other would take longer on its way there
 // than a small task does. Columns are the lanes of out; those of left are parts of its sums, one
-// vector for each element. A row's bits do not depend on the others.
+// vector for each element, or, where ranks are many, ranks, of an A that is packed for all tasks. A
+// row's bits do not depend on the others.
 #include "../ffa.h"
 #include "buffer.h"
 #include "parallel.h"
@@ -188,17 +189,8 @@ void lanes_of_ranks(const Product<T>& p, int64_t row, const T* A_t, int64_t rank
       const int64_t next = line + kAhead * kLine;
       const T* ahead = x + next + (next < p.depth ? 0 : (M - 1) * p.depth);
       for (int m = 0; m < M; ++m) __builtin_prefetch(ahead + m * p.depth, 0, 3);
-      const int64_t end = last - line < kLine ? last : line + kLine;
-      for (int64_t i = line; i < end; ++i) {
-        typename S::Vec of_ranks[V];
-        for (int v = 0; v < V; ++v) of_ranks[v] = S::load(A_t + i * ranks + v * S::W);
-#pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-          // Less zero, as in `tile`.
-          const typename S::Vec element = x[m * p.depth + i] - typename S::Vec{};
-          for (int v = 0; v < V; ++v) sum[m][v] += element * of_ranks[v];
-        }
-      }
+      const int64_t count = last - line < kLine ? last - line : kLine;
+      add_products<T, M, V>(x + line, p.depth, count, A_t + line * ranks, ranks, sum);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {

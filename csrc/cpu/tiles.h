@@ -96,6 +96,24 @@ FFA_HD void product(int64_t rows, const T* g, int64_t row, int64_t step, int64_t
     tiles<T, kBytes, kOne, 1>(rows, g, row, step, count, right + k, ranks, add, ahead, out + k);
 }
 
+// sum[m] += x[m] right, for M rows of x that lie `row` apart and V vectors of right's columns,
+// whose `depth` rows lie `right_row` apart.
+template <class T, int M, int V>
+FFA_HD void add_products(const T* x, int64_t row, int64_t depth, const T* right, int64_t right_row,
+                         typename Simd<T>::Vec (*sum)[V]) {
+  using S = Simd<T>;
+  for (int64_t k = 0; k < depth; ++k) {
+    typename S::Vec of_columns[V];
+    for (int v = 0; v < V; ++v) of_columns[v] = S::load(right + k * right_row + v * S::W);
+#pragma GCC unroll 32
+    for (int m = 0; m < M; ++m) {
+      // Less zero, as in `tile`.
+      const typename S::Vec element = x[m * row + k] - typename S::Vec{};
+      for (int v = 0; v < V; ++v) sum[m][v] += element * of_columns[v];
+    }
+  }
+}
+
 // out (rows, columns) += scaling left right, or = bias + that, for left (rows, r), right (r,
 // columns) and out, whose rows lie `left_row`, `right_row` and `out_row` apart; bias (columns,), or
 // null for none. Columns are lanes.
@@ -120,16 +138,7 @@ FFA_HD void term_tile(const RankTerm<T>& p, int64_t row, int64_t column) {
   typename S::Vec sum[M][V] = {};
   const T* left = p.left + row * p.left_row;
   const T* right = p.right + column;
-  for (int64_t k = 0; k < p.r; ++k) {
-    typename S::Vec of_columns[V];
-    for (int v = 0; v < V; ++v) of_columns[v] = S::load(right + k * p.right_row + v * S::W);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      // Less zero, as in `tile`.
-      const typename S::Vec element = left[m * p.left_row + k] - typename S::Vec{};
-      for (int v = 0; v < V; ++v) sum[m][v] += element * of_columns[v];
-    }
-  }
+  add_products<T, M, V>(left, p.left_row, p.r, right, p.right_row, sum);
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
     for (int v = 0; v < V; ++v) {
