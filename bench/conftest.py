@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import measure
 import roofline
 
+# Larger than the last cache of any processor here.
+SWEPT_BYTES = 1 << 28
 # Rows, d_out, d_in and r of the layers whose ops are measured.
 LAYERS = {
     "cuda": [(8192, 4096, 4096, 16), (8192, 14336, 4096, 16), (8192, 4096, 14336, 16),
@@ -62,11 +64,24 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     return roofline.ceilings(device, dtype)
 
 
+@pytest.fixture(scope="session")
+def sweep(device: torch.device) -> Callable[[], object]:
+    """Fills the caches with other memory, as a model's passes do between two private updates."""
+    other = torch.zeros(SWEPT_BYTES, dtype=torch.uint8, device=device)
+
+    def write() -> None:
+        other.add_(1)
+        measure.wait(device)
+
+    return write
+
+
 @pytest.fixture
 def race(
     benchmark: Any, device: torch.device, pytestconfig: pytest.Config, request: Any
 ) -> Callable[..., None]:
-    """Times `run` in turns with `floor` and puts what is known into the row."""
+    """Times `run` in turns with `floor` and puts what is known into the row. Where it is to be
+    `cold`, both find the caches swept."""
 
     def measured(
         run: Callable[[int], object],
@@ -76,10 +91,12 @@ def race(
         rounds: int = 30,
         warmup: int = 3,
         repeats: int = 1,
+        cold: bool = False,
         **told: Any,
     ) -> None:
         rounds = pytestconfig.getoption("--rounds") or rounds
         turn, floors = itertools.count(), []
+        prepare = request.getfixturevalue("sweep") if cold else lambda: None
 
         def many(f: Callable[[int], object], i: int) -> None:
             for k in range(repeats):
@@ -89,7 +106,9 @@ def race(
         def setup() -> tuple[tuple[int], dict[str, Any]]:
             i = next(turn)
             if floor is not None:
+                prepare()
                 floors.append(measure.seconds(lambda: many(floor, i)))
+            prepare()
             return (i,), {}
 
         benchmark.pedantic(lambda i: many(run, i), setup=setup, rounds=rounds, warmup_rounds=warmup)
