@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import measure
 import roofline
+import tables
 
 # Larger than the last cache of any processor here.
-SWEPT_BYTES = 1 << 28
+SWEPT_BYTES = 1 << 27
 # Rows, d_out, d_in and r of the layers whose ops are measured.
 LAYERS = {
     "cuda": [(8192, 4096, 4096, 16), (8192, 14336, 4096, 16), (8192, 4096, 14336, 16),
@@ -118,11 +119,11 @@ def race(
             return
         times = [t / repeats for t in benchmark.stats.stats.data]
         info["rounds"] = len(times)
-        info["seconds"], info["spread"] = measure.median_and_spread(times)
+        info["seconds"], info["spread"] = tables.median_and_spread(times)
         if floor is not None:
             beside = [t / repeats for t in floors[-len(times) :]]
             ratios = [t / f for t, f in zip(times, beside, strict=True)]
-            info["ratio"], info["ratio_spread"] = measure.median_and_spread(ratios)
+            info["ratio"], info["ratio_spread"] = tables.median_and_spread(ratios)
         if work is not None:
             bandwidth, rate = request.getfixturevalue("ceilings")
             info["bytes"], info["flops"] = work.bytes, work.flops

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import platform
-import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,15 +33,6 @@ def seconds(run: Callable[[], object]) -> float:
     begun = time.perf_counter()
     run()
     return time.perf_counter() - begun
-
-
-def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Median, and the interquartile range as a part of it."""
-    median = statistics.median(values)
-    if len(values) < 2:
-        return median, 0.0
-    quartiles = statistics.quantiles(values, n=4)
-    return median, (quartiles[2] - quartiles[0]) / median
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Writes the README's results from bench/results: `python bench/readme.py [--check]`.
+"""Writes the results in README.md and bench/results/README.md: `python bench/readme.py [--check]`.
 
 What stands between `<!-- results: NAME -->` and `<!-- end -->` is made of committed files alone.
 """
@@ -10,7 +10,7 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tables import table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
+PAGES = (ROOT / "README.md", RESULTS / "README.md")
 _PART = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -56,63 +57,133 @@ def demo() -> str:
 
 _WAYS = {
     "ours": "this library",
+    "ours, chunked loss": "this library, loss in chunks",
     "ours, checkpointed": "this library, activations checkpointed",
+    "ours, bf16 base": "this library, bf16 base",
+    "ours, bf16 base, chunked loss": "this library, bf16 base and loss in chunks",
     "opacus, A frozen": "PEFT and Opacus' hooks, A frozen",
     "opacus, A trained": "PEFT and Opacus' hooks, A trained as in plain LoRA",
 }
 
 
+# In the first steps of a turn this library probes batches for records that know each other.
+_PROBING = 2
+
+
 def smollm2() -> str:
     """Steps of SmolLM2, this library's and Opacus'."""
-    rows = [row for row in _read("smollm2.json")["rows"] if row["steps"] == 5]
-    return table(
-        ("SmolLM2-135M", "s a step", "peak memory above the loaded model"),
-        [
-            (
-                _WAYS[row["way"]],
-                f"{row['seconds_a_step']:.2f}",
-                f"{row['above_baseline_mib']:,.0f} MiB",
-            )
-            for row in rows
-        ],
-    )
+    found = _read("smollm2.json")
+    turns = [row for row in found["rows"] if "held_out_loss" not in row]
+    lines = []
+    for way, name in _WAYS.items():
+        own = [row for row in turns if row["way"] == way]
+        steps = [
+            step
+            for row in own
+            for step in list(zip(row["seconds"], row["sentences"], strict=True))[_PROBING:]
+        ]
+        times = [1e3 * seconds / sentences for seconds, sentences in steps]
+        median, spread = tables.median_and_spread(times)
+        memory = sorted(row["above_baseline_mib"] for row in own)
+        held = f"{memory[0]:,.0f} to {memory[-1]:,.0f} MiB"
+        lines.append((name, f"{median:.0f} ({spread:.0%})", held))
+    head = ("SmolLM2-135M", "ms a sentence", "peak memory above the model in fp32")
+    return "\n".join((tables.stamp(found), table(head, lines)))
+
+
+PRIVATE, PEFT_B = "ffa_kernels, private", "PEFT, B alone (not private)"
+BF16, INT8 = f"{PRIVATE}, bf16 base", f"{PRIVATE}, int8 base"
+PRIVATE_PEERS = ("Opacus, hooks", "Opacus, functorch", "Opacus, ghost", "fastDP", "dp-lora")
+IN_BRIEF = (PRIVATE, BF16, INT8, "floor, this library's products (not private)", PEFT_B,
+            "PEFT, A and B (not private)", *PRIVATE_PEERS,
+            "Opacus, hooks, bf16 autocast")  # fmt: skip
+MEMORY_IN_BRIEF = (PRIVATE, PEFT_B, *PRIVATE_PEERS, f"{PRIVATE}, dropout 0.05",
+                   "PEFT, B alone, dropout 0.05 (not private)")  # fmt: skip
+BENCH = "bench.json"
+PROCESSORS = {
+    BENCH: "Zen 4 (AVX-512, bf16)",
+    "bench-amx.json": "Xeon (AMX)",
+    "bench-zen5.json": "Zen 5 (AVX-512, bf16)",
+    "bench-avx2.json": "Zen 1 (AVX2)",
+}
+
+
+def steps() -> str:
+    """The times that are asked for first."""
+    found = _read(BENCH)
+    return "\n".join((tables.stamp(found), tables.step_times(_of(found, IN_BRIEF))))
+
+
+def memory() -> str:
+    """Memory of the same steps."""
+    found = _read(BENCH)
+    parts = tables.step_memory(_of(found, MEMORY_IN_BRIEF)), tables.model_memory(found["rows"])
+    return "\n".join(parts)
+
+
+def processors() -> str:
+    """The private step on each processor, and the best that peers do there."""
+    models = tuple(dict.fromkeys(row["model"] for row in _of(_read(BENCH), (PRIVATE,))))
+    lines = []
+    for name, processor in PROCESSORS.items():
+        found = _read(name)
+        where = f"{processor}, {found['environment']['date']}"
+        for told, subjects in (
+            ("private", (PRIVATE,)),
+            ("private, bf16 base", (BF16,)),
+            ("the best private peer", PRIVATE_PEERS),
+            ("PEFT, B alone (not private)", (PEFT_B,)),
+        ):
+            best = _least(_of(found, subjects))
+            if best:
+                lines.append((where, told, *(f"{best[model]:.3f}" for model in models)))
+    return table(("processor", "time / frozen model's own passes", *models), lines)
+
+
+def _of(found: Any, subjects: Iterable[str]) -> tables.Rows:
+    """Their rows, in their order."""
+    return [row for s in subjects for row in found["rows"] if row.get("subject") == s
+            and row["op"] == "step"]  # fmt: skip
+
+
+def _least(rows: tables.Rows) -> dict[str, float]:
+    """Of each model, the least ratio."""
+    found: dict[str, float] = {}
+    for row in rows:
+        found[row["model"]] = min(row["ratio"], found.get(row["model"], row["ratio"]))
+    return found
 
 
 def bench() -> str:
-    """Whole steps beside the frozen model and the peers; growth; the update beside Opacus'."""
-    found = _read("bench.json")
-    rows = found["rows"]
-    parts = (tables.stamp(found), tables.steps(rows), tables.growth(rows), _updates(rows))
+    """Whole steps beside the frozen model and all peers, and how their cost grows."""
+    found = _read(BENCH)
+    parts = (tables.stamp(found), tables.steps(found["rows"]), tables.growth(found["rows"]))
     return "\n".join(part for part in parts if part)
 
 
-def zen5() -> str:
-    """Of another processor with bf16 instructions, older than some kernels."""
-    return _short("bench-zen5.json")
+def updates() -> str:
+    """What ends a step, beside a copy and Opacus'."""
+    return _updates(_read(BENCH)["rows"])
 
 
-def avx2() -> str:
-    """The same on a processor without AVX-512: private steps, and PEFT's."""
-    found = _read("bench-avx2.json")
-    rows = found["rows"]
-    return "\n".join((tables.stamp(found), tables.step_times(rows), _updates(rows)))
+def _step_times(name: str) -> str:
+    found = _read(name)
+    return "\n".join((tables.stamp(found), tables.step_times(found["rows"])))
 
 
 def amx() -> str:
     """Of a processor with AMX: steps alone."""
-    found = _read("bench-amx.json")
-    return "\n".join((tables.stamp(found), tables.step_times(found["rows"])))
+    return _step_times("bench-amx.json")
 
 
-_SHORT = ("ffa_kernels, private", "PEFT, B alone (not private)", "Opacus, hooks",
-          "ffa_kernels, private, bf16 base", "ffa_kernels, private, int8 base",
-          "Opacus, hooks, bf16 autocast")  # fmt: skip
+def zen5() -> str:
+    """Of another processor with bf16 instructions, older than some kernels."""
+    return _step_times("bench-zen5.json")
 
 
-def _short(name: str) -> str:
-    found = _read(name)
-    rows = [row for row in found["rows"] if row.get("subject") in _SHORT]
-    return "\n".join((tables.stamp(found), tables.step_times(rows)))
+def avx2() -> str:
+    """Of a processor without AVX-512, and its updates."""
+    return "\n".join((_step_times("bench-avx2.json"), _updates(_read("bench-avx2.json")["rows"])))
 
 
 def _updates(rows: tables.Rows) -> str:
@@ -160,6 +231,10 @@ def study() -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
+    "steps": steps,
+    "processors": processors,
+    "memory": memory,
+    "updates": updates,
     "bench": bench,
     "zen5": zen5,
     "amx": amx,
@@ -172,7 +247,7 @@ PARTS: dict[str, Callable[[], str]] = {
 
 
 def written(text: str) -> str:
-    """The README with its results as the files have them."""
+    """A page with its results as the files have them."""
     return _PART.sub(lambda part: part[1] + "\n" + PARTS[part[2]]() + "\n" + part[3], text)
 
 
@@ -180,13 +255,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; 1 where it differs")
     arguments = parser.parse_args()
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = written(old)
-    if arguments.check:
-        return int(new != old)
-    path.write_text(new, encoding="utf-8")
-    return 0
+    differs = False
+    for page in PAGES:
+        old = page.read_text(encoding="utf-8")
+        new = written(old)
+        differs = differs or new != old
+        if not arguments.check:
+            page.write_text(new, encoding="utf-8")
+    return int(arguments.check and differs)
 
 
 if __name__ == "__main__":

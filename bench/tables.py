@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 Rows = list[Row]
+
+
+def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Median, and the interquartile range as a part of it."""
+    median = statistics.median(values)
+    if len(values) < 2:
+        return median, 0.0
+    quartiles = statistics.quantiles(values, n=4)
+    return median, (quartiles[2] - quartiles[0]) / median
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

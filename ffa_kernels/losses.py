@@ -92,7 +92,8 @@ def chunked_causal_lm_loss(
     Logits are made, used for the loss and for dL/dhidden, and dropped, a chunk of tokens at a
     time: both are ready when forward is over, and no product is made twice. What is kept for
     backward has the size of `hidden`, where the logits and what cross-entropy keeps of them are
-    vocabulary / d as large.
+    vocabulary / d as large. A private model that is called by its parts for this is not probed by
+    itself: `PrivacyEngine.check_loss` does it.
 
     Args:
         hidden: (n, T, d), what the head is given.

@@ -22,6 +22,7 @@ from ffa_kernels.errors import ConfigError, PrivacyError
 from ffa_kernels.losses import causal_lm_loss, sequence_classification_loss
 from ffa_kernels.privacy import Ledger, PrivacyEngine, epsilon, noise_multiplier_for
 from ffa_kernels.privacy.accounting import check_delta
+from ffa_kernels.privacy.adaptive import AdaptiveClipping, check_bound
 from ffa_kernels.privacy.optimizer import PrivateOptimizer
 from ffa_kernels.privacy.sampling import Piece, PrivateDataLoader, check_loader
 from ffa_kernels.privacy.step import Plan, PrivateStep
@@ -29,6 +30,7 @@ from ffa_kernels.privacy.step import Plan, PrivateStep
 try:
     from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 except ImportError as error:
     raise ImportError(
         f"PrivateTrainer needs transformers ({error}): pip install transformers accelerate"
@@ -59,7 +61,7 @@ class PrivateTrainer(Trainer):
     private records without noise, belong in the site's own log, and must not leave it; a warning
     says so once. A checkpoint chosen by them (`load_best_model_at_end`, early stopping) is covered
     only if the evaluation records are public. `epsilon`, in every log and on the progress bar,
-    depends on no record.
+    depends on no record, and `max_grad_norm`, which adaptive clipping logs, on what was released.
 
     Checkpoints hold model, optimizer and scheduler, and no generator: a resumed run draws afresh.
     What it released before stays counted, since the ledger, not the checkpoint, keeps the account.
@@ -81,6 +83,8 @@ class PrivateTrainer(Trainer):
         noise_multiplier: the noise's standard deviation over the clipping bound.
         max_grad_norm: as in `make_private`.
         clipping: "flat" or "per_layer".
+        adaptive_clipping: as in `make_private`; the bound of the step to come is in the logs, and a
+            resumed run goes on from its checkpoint's.
         pad_physical_batches: as in `make_private`; False cuts draws evenly instead.
         compute_loss_func: (outputs, labels, num_items_in_batch=None) to losses (n,).
         callbacks, options: as in Trainer.
@@ -102,6 +106,7 @@ class PrivateTrainer(Trainer):
         noise_multiplier: float | None = None,
         max_grad_norm: float | Sequence[float] | None = None,
         clipping: str = "flat",
+        adaptive_clipping: AdaptiveClipping | None = None,
         pad_physical_batches: bool = False,
         engine: PrivacyEngine | None = None,
         ledger: str | os.PathLike[str] | Ledger | None = None,
@@ -139,6 +144,7 @@ class PrivateTrainer(Trainer):
         self.noise_multiplier = noise_multiplier
         self.max_grad_norm = args.max_grad_norm if max_grad_norm is None else max_grad_norm
         self.clipping, self.pad_physical_batches = clipping, pad_physical_batches
+        self.adaptive_clipping = adaptive_clipping
         if engine is None:
             engine = PrivacyEngine(
                 accountant=accountant or "prv",
@@ -149,6 +155,7 @@ class PrivateTrainer(Trainer):
         self._draws: _Draws | None = None
         self._private: PrivateOptimizer | None = None
         self._last_step: tuple[int, int] | None = None
+        self._bound_of_checkpoint: float | None = None
         self._warned = False
 
     @property
@@ -187,6 +194,7 @@ class PrivateTrainer(Trainer):
     def _begin(self) -> None:
         """Makes model, optimizer and loader private; the number of steps is known by now."""
         draws, ledger, delta = self._draws, self.engine.ledger, self.target_delta
+        bound, self._bound_of_checkpoint = self._bound_of_checkpoint, None
         model: Any = self.model
         assert draws is not None
         records = len(draws.dataset)
@@ -208,30 +216,24 @@ class PrivateTrainer(Trainer):
             draws.end()
             return
         noise, allowed = self._noise_and_steps(self.expected_batch_size / records, steps)
-        # Accelerate's wrapper stays around the optimizer, for the scheduler holds on to it.
-        holder: Any = self.optimizer
-        wrapped = hasattr(holder, "accelerator_state")
-        plain = holder.optimizer if wrapped else holder
-        if isinstance(plain, PrivateOptimizer):
-            plain = plain.original_optimizer
         _, private, loader = self.engine.make_private(
             module=model,
-            optimizer=plain,
+            optimizer=self._own_optimizer(),
             data_loader=draws.plain,
             noise_multiplier=noise,
             max_grad_norm=self.max_grad_norm,
             clipping=self.clipping,
+            adaptive_clipping=self.adaptive_clipping,
             # Whatever compute_loss returns: what goes back in `training_step` is a sum.
             loss_reduction="sum",
             target_delta=delta,
             max_physical_batch_size=int(self._train_batch_size),
             pad_physical_batches=self.pad_physical_batches,
         )
-        if wrapped:
-            holder.optimizer = private
-        else:
-            self.optimizer = private
+        self._set_optimizer(private)
         self._private = private
+        if bound is not None:
+            private.private_step.clip_at(bound)
         self._last_step = None
         if self.target_epsilon is not None:
             private.private_step.plan = Plan(ledger, allowed, self.target_epsilon)
@@ -240,6 +242,41 @@ class PrivateTrainer(Trainer):
         if not self._warned:
             warnings.warn(_NOT_COVERED, stacklevel=2)
             self._warned = True
+
+    def _own_optimizer(self) -> Any:
+        """The optimizer without the engine's around it, or Accelerate's."""
+        holder: Any = self.optimizer
+        plain = holder.optimizer if hasattr(holder, "accelerator_state") else holder
+        return plain.original_optimizer if isinstance(plain, PrivateOptimizer) else plain
+
+    def _set_optimizer(self, optimizer: Any) -> None:
+        holder: Any = self.optimizer
+        # Accelerate's wrapper stays around it, for the scheduler holds on to that.
+        if hasattr(holder, "accelerator_state"):
+            holder.optimizer = optimizer
+        else:
+            self.optimizer = optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's, and the bound that adaptive clipping had come to.
+
+        Raises:
+            ConfigError: the checkpoint's bound is none.
+        """
+        if self._private is not None:
+            # The last run's may be in the middle of a draw, and will make no step any more.
+            self._set_optimizer(self._own_optimizer())
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.adaptive_clipping is None or checkpoint is None:
+            return
+        path = Path(checkpoint, OPTIMIZER_NAME)
+        # Without either, Trainer loads none of the two.
+        if path.is_file() and Path(checkpoint, SCHEDULER_NAME).is_file():
+            held = torch.load(path, map_location="cpu", weights_only=True).get("max_grad_norm")
+            try:
+                self._bound_of_checkpoint = None if held is None else check_bound(held)
+            except ConfigError as error:
+                raise ConfigError(f"{path}: {error}") from None
 
     def _noise_and_steps(self, sample_rate: float, steps: int) -> tuple[float, int]:
         """The noise multiplier, and how many of `steps` may be taken with it."""
@@ -417,6 +454,8 @@ class PrivateTrainer(Trainer):
         """Trainer's, with the epsilon spent so far."""
         if self._private is not None:
             logs["epsilon"] = self.engine.get_epsilon(self.target_delta)
+            if self.adaptive_clipping is not None:
+                logs["max_grad_norm"] = self._private.private_step.mechanism.max_grad_norm[0]
             for callback in self.callback_handler.callbacks:
                 bar = getattr(callback, "training_bar", None)
                 if isinstance(callback, ProgressCallback) and bar is not None:

@@ -305,6 +305,15 @@ def test_an_infinite_bound_sums_without_clipping(backend):
         torch.testing.assert_close(total, g.double().sum(dim=0), rtol=1e-14, atol=1e-12)
 
 
+def test_one_bound_may_be_a_number():
+    grads = [torch.randn(4, 5), torch.randn(4, 2, 3)]
+    wanted, stats, factors = clip(grads, [0.5])
+    sums = empty_sums(grads, [0.5])
+    found = ops.clip_accumulate(grads, sums, torch.zeros_like(stats), None, 0.5)
+    assert torch.equal(found, factors)
+    assert all(torch.equal(a, b) for a, b in zip(sums, wanted, strict=True))
+
+
 def test_huge_gradients_are_clipped_to_the_bound(backend):
     grads = [torch.full((2, 4), 1e30), torch.full((2, 3), -1e30)]
     sums, stats, _ = clip(grads, [1.0])

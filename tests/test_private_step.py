@@ -121,6 +121,21 @@ def test_equals_the_two_ops_for_each_kind_of_bound(backend, bounds):
     check_same_bits(records(), None, [], "sgd", bounds)
 
 
+def test_one_bound_may_be_a_number(backend):
+    grads = records()
+    listed, number, in_two = (start("adam", [0.7]) for _ in range(3))
+    number["max_grad_norm"] = 0.7
+    assert torch.equal(in_one(grads, None, [], number), in_one(grads, None, [], listed))
+    stats, params = in_two.pop("stats"), in_two.pop("params")
+    sums = [torch.zeros(shape, dtype=torch.int64) for shape in SHAPES]
+    ops.clip_accumulate(grads, sums, stats, None, 0.7)
+    in_two["max_grad_norm"] = 0.7
+    lists = [in_two.pop(name) for name in ("exp_avgs", "exp_avg_sqs", "steps")]
+    ops.private_update(params, sums, *lists, in_two.pop("rng_state"), in_two.pop("hyper"), **in_two)
+    for a, b, c in zip(number["params"], listed["params"], params, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
 @pytest.mark.parametrize("grad", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("param", [torch.float32, torch.float64])
 def test_types_may_differ(backend, grad, param):

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import ffa_kernels as ffa
 from ffa_kernels.errors import ConfigError, PrivacyError
-from ffa_kernels.privacy import Ledger, PrivacyEngine, epsilon
+from ffa_kernels.privacy import AdaptiveClipping, Ledger, PrivacyEngine, epsilon
 from ffa_kernels.privacy.probe import Probe
 
 transformers = pytest.importorskip("transformers")
@@ -521,6 +521,84 @@ def test_a_resumed_run_goes_on_with_the_ledger_and_draws_afresh(tmp_path):
     assert sigmas == pytest.approx([noise[0][0]] * len(sigmas), rel=5e-3)
     logs = [log["epsilon"] for log in second.state.log_history if "loss" in log]
     assert len(logs) == 4 and logs == sorted(logs)
+
+
+ADAPTIVE = {
+    "adaptive_clipping": AdaptiveClipping(target_quantile=0.9, count_noise_multiplier=2.0),
+    "max_grad_norm": 1e-3,
+    "changed_args": {"max_steps": 4, "save_strategy": "steps", "save_steps": 2},
+}
+
+
+def bounds_at_begin(trainer):
+    """A list that gets the bound with which each run of the trainer begins."""
+    found = []
+
+    class Begun(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            found.append(trainer._private.max_grad_norm)
+
+    trainer.add_callback(Begun())
+    return found
+
+
+def test_the_bound_of_adaptive_clipping_is_logged_and_goes_on_from_the_checkpoint(tmp_path):
+    first = trainer_of(tmp_path, callbacks=[Stop(2)], **ADAPTIVE)
+    first.train()
+    reached = first._private.max_grad_norm
+    assert reached != 1e-3
+    assert [log["max_grad_norm"] for log in first.state.log_history if "loss" in log][1] == reached
+    first.engine.ledger.close()
+    second = trainer_of(tmp_path, **ADAPTIVE)
+    begun = bounds_at_begin(second)
+    second.train(resume_from_checkpoint=True)
+    assert begun == [reached] and second.state.global_step == 4
+    # A run from no checkpoint begins at the bound that is given, whatever the one before did.
+    second.train()
+    assert begun == [reached, 1e-3]
+
+
+def test_a_checkpoint_without_a_bound_is_gone_on_from_at_the_one_given(tmp_path):
+    fixed = {**ADAPTIVE, "adaptive_clipping": None}
+    first = trainer_of(tmp_path, callbacks=[Stop(2)], **fixed)
+    first.train()
+    assert not any("max_grad_norm" in log for log in first.state.log_history)
+    first.engine.ledger.close()
+    second = trainer_of(tmp_path, **ADAPTIVE)
+    begun = bounds_at_begin(second)
+    second.train(resume_from_checkpoint=True)
+    assert begun == [1e-3]
+
+
+@pytest.mark.parametrize("bound", [math.nan, 0.0, [1.0], "1"])
+def test_a_checkpoint_with_a_bad_bound_is_refused_before_anything_is_charged(tmp_path, bound):
+    trainer = trainer_of(tmp_path, callbacks=[Stop(2)], **ADAPTIVE)
+    trainer.train()
+    path = tmp_path / "checkpoint-2" / "optimizer.pt"
+    torch.save({**torch.load(path), "max_grad_norm": bound}, path)
+    before = trainer.engine.ledger.steps
+    with pytest.raises(ConfigError, match=r"optimizer.pt: max_grad_norm is .*accepted"):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.engine.ledger.steps == before
+
+
+def test_a_run_cut_off_in_the_middle_of_a_draw_is_gone_on_from_its_checkpoint(tmp_path):
+    pieces = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+    options = {**ADAPTIVE, "changed_args": {**ADAPTIVE["changed_args"], **pieces}}
+    trainer = trainer_of(tmp_path, **options)
+    begun, reached, losses = bounds_at_begin(trainer), [], trainer._losses
+
+    def cut_off(model, inputs):
+        if trainer.state.global_step == 2 and not reached and trainer._private.private_step._summed:
+            reached.append(trainer._private.max_grad_norm)
+            raise KeyboardInterrupt
+        return losses(model, inputs)
+
+    trainer._losses = cut_off
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    assert begun == [1e-3, *reached] and trainer.state.global_step == 4
 
 
 def test_a_peft_models_checkpoint_is_its_adapter(tmp_path):

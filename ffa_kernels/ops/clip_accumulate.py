@@ -20,6 +20,13 @@ from ffa_kernels.ops._library import (
 _SMALLEST_BOUND, _LARGEST_BOUND = 2.0**-500, 2.0**500
 
 
+def bounds_of(max_grad_norm: float | Sequence[float]) -> list[float]:
+    """One bound or several, as a list."""
+    if isinstance(max_grad_norm, (int, float)):
+        return [float(max_grad_norm)]
+    return list(max_grad_norm)
+
+
 def check_bounds(op: str, max_grad_norm: list[float], count: int) -> None:
     """One bound for all `count` tensors, or one each."""
     require(count > 0, lambda: f"{op}: no tensors given; accepted: at least one")
@@ -142,7 +149,7 @@ def clip_accumulate(
     sums: Sequence[Tensor],
     stats: Tensor,
     keep: Tensor | None,
-    max_grad_norm: Sequence[float],
+    max_grad_norm: float | Sequence[float],
     *,
     squares: Sequence[Tensor] = (),
 ) -> Tensor:
@@ -160,7 +167,8 @@ def clip_accumulate(
         stats: int64 (2,), added to in place: (record, group) pairs that were scaled down, and
             that were dropped as not finite. Computed from private records: not for release.
         keep: bool (n,), False for padding; None keeps all.
-        max_grad_norm: one bound C ("flat": one group over all tensors) or K ("per layer").
+        max_grad_norm: one bound C ("flat": one group over all tensors), as a number or a list of
+            one, or K ("per layer").
         squares: none, or K of fp64 (2, n), what the kernels of backward know of the norms: row 0
             the sum of |G_{k,i}|^2 over a layer's calls, row 1 how many calls those were. It
             stands for the norm after one call only, for the norm of a sum is no sum of norms;
@@ -173,6 +181,6 @@ def clip_accumulate(
         ConfigError: shapes, dtypes or bounds that do not fit together.
     """
     totals = list(sums)
-    arguments = (list(grad_samples), list(squares), totals, stats, keep, list(max_grad_norm))
+    arguments = (list(grad_samples), list(squares), totals, stats, keep, bounds_of(max_grad_norm))
     result: Tensor = call_in_place(_op, arguments, [*totals, stats])
     return result

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ffa_kernels.ops._library import call_in_place, define
-from ffa_kernels.ops.clip_accumulate import check_bounds, check_records
+from ffa_kernels.ops.clip_accumulate import bounds_of, check_bounds, check_records
 from ffa_kernels.ops.private_update import check_update
 
 
@@ -65,7 +65,7 @@ def private_step(
     hyper: Tensor,
     *,
     tensor_ids: Sequence[int],
-    max_grad_norm: Sequence[float],
+    max_grad_norm: float | Sequence[float],
     noise_multiplier: float,
     expected_batch_size: float,
     optimizer: str = "sgd",
@@ -93,7 +93,7 @@ def private_step(
         _op,
         (
             *(list(grad_samples), list(squares), stats, keep, *updated, rng_state, hyper),
-            *(list(tensor_ids), list(max_grad_norm), noise_multiplier, expected_batch_size),
+            *(list(tensor_ids), bounds_of(max_grad_norm), noise_multiplier, expected_batch_size),
             *(optimizer, nesterov, maximize),
         ),
         [*chain(*updated), stats, rng_state],

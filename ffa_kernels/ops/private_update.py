@@ -19,7 +19,7 @@ from ffa_kernels.ops._library import (
     require_each,
     require_same,
 )
-from ffa_kernels.ops.clip_accumulate import check_sums
+from ffa_kernels.ops.clip_accumulate import bounds_of, check_sums
 
 OPTIMIZERS = ("none", "sgd", "adam", "adamw")
 
@@ -151,7 +151,7 @@ def private_update(
     hyper: Tensor,
     *,
     tensor_ids: Sequence[int],
-    max_grad_norm: Sequence[float],
+    max_grad_norm: float | Sequence[float],
     noise_multiplier: float,
     expected_batch_size: float,
     optimizer: str = "sgd",
@@ -188,7 +188,7 @@ def private_update(
     call_in_place(
         _op,
         (
-            *(*updated, rng_state, hyper, list(tensor_ids), list(max_grad_norm)),
+            *(*updated, rng_state, hyper, list(tensor_ids), bounds_of(max_grad_norm)),
             *(noise_multiplier, expected_batch_size, optimizer, nesterov, maximize),
         ),
         [*chain(*updated), rng_state],
