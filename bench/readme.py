@@ -71,9 +71,15 @@ _PROBING = 2
 
 
 def smollm2() -> str:
-    """Steps of SmolLM2, this library's and Opacus'."""
+    """What a fine-tune of SmolLM2 comes to; steps of it, this library's and Opacus'."""
     found = _read("smollm2.json")
-    turns = [row for row in found["rows"] if "held_out_loss" not in row]
+    settings, (run, *turns) = found["settings"], found["rows"]
+    before, after = run["held_out_loss"]
+    told = (
+        f"{len(run['seconds'])} private steps of {settings['expected_batch_size']} expected "
+        f"sentences: held-out loss {before:.3f} to {after:.3f} nats a token, epsilon "
+        f"{run['epsilon']:.2f} at delta {settings['delta']:g}, {sum(run['seconds']):.0f} s.\n"
+    )
     lines = []
     for way, name in _WAYS.items():
         own = [row for row in turns if row["way"] == way]
@@ -88,7 +94,7 @@ def smollm2() -> str:
         held = f"{memory[0]:,.0f} to {memory[-1]:,.0f} MiB"
         lines.append((name, f"{median:.0f} ({spread:.0%})", held))
     head = ("SmolLM2-135M", "ms a sentence", "peak memory above the model in fp32")
-    return "\n".join((tables.stamp(found), table(head, lines)))
+    return "\n".join((tables.stamp(found), told, table(head, lines)))
 
 
 PRIVATE, PEFT_B = "ffa_kernels, private", "PEFT, B alone (not private)"
@@ -193,7 +199,7 @@ def _updates(rows: tables.Rows) -> str:
             (
                 f"{row['op']}, {row['backend']}",
                 f"{1e3 * row['seconds']:.2f}",
-                f"{row['ratio']:.2f}",
+                f"{row['ratio']:.2f} ({row['ratio_spread']:.0%})",
                 row["against"],
             )
             for row in rows
