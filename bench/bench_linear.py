@@ -6,25 +6,16 @@ import math
 from typing import Any
 
 import measure
-import pytest
 import roofline
 import torch
 import torch.nn.functional as F
 
 from ffa_kernels import ops
-from ffa_kernels.backends.dispatch import use_backend
 
+OP = "linear"
 # Input sets to go round, so that none is found in a cache.
 SETS = 4
 SCALING = 2.0
-
-
-@pytest.fixture(params=["cpu", "triton", "cuda", "reference"])
-def backend(request: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    if request.param not in measure.backends("linear", device, dtype):
-        pytest.skip("not on this device")
-    with use_backend(request.param):
-        yield request.param
 
 
 class Tensors:

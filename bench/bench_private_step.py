@@ -10,24 +10,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import measure
 import pytest
 import roofline
 import torch
 
 from ffa_kernels import ops
-from ffa_kernels.backends.dispatch import use_backend
 
+OP = "private_step"
 N, COUNT, SHAPE = 16, 64, (1024, 8)
 NUMEL = COUNT * math.prod(SHAPE)
-
-
-@pytest.fixture(params=["cpu", "triton", "cuda", "reference"])
-def backend(request: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    if request.param not in measure.backends("private_step", device, dtype):
-        pytest.skip("not on this device")
-    with use_backend(request.param):
-        yield request.param
 
 
 class Step:

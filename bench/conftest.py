@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import measure
 import roofline
 import tables
+
+from ffa_kernels.backends.dispatch import use_backend
 
 # Larger than the last cache of any processor here.
 SWEPT_BYTES = 1 << 27
@@ -57,6 +59,19 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 @pytest.fixture(scope="session")
 def dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+@pytest.fixture(params=["cpu", "triton", "cuda", "reference"])
+def backend(
+    request: Any, device: torch.device, dtype: torch.dtype, pytestconfig: pytest.Config
+) -> Iterator[str]:
+    """Each backend that serves the module's OP here, in use; the reference in the full suite."""
+    if request.param not in measure.backends(request.module.OP, device, dtype):
+        pytest.skip("not on this device")
+    if request.param == "reference" and pytestconfig.getoption("--suite") != "full":
+        pytest.skip("full suite alone")
+    with use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="session")

@@ -274,7 +274,7 @@ SUBJECTS: dict[str, tuple[Callable[[Setting, nn.Module, torch.device], Step], st
     f"PEFT, B alone, dropout {DROPOUT} (not private)": (peft_B_dropout, "peft"),
 }
 # What the quick suite has.
-QUICK = (OURS, NEEDED, FLOOR_BY_OURS, PEFT_B, "Opacus, hooks", "Opacus, ghost", "fastDP", "dp-lora",
+QUICK = (OURS, FLOOR_BY_OURS, PEFT_B, "Opacus, hooks", "Opacus, ghost", "fastDP", "dp-lora",
          "ffa_kernels, private, bf16 base", "Opacus, hooks, bf16 autocast")  # fmt: skip
 
 

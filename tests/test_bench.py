@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,30 @@ def test_a_run_writes_rows_tables_and_plots(tmp_path):
     assert "PEFT, B alone" in text and "clip_accumulate" in text and found["suite"] == "quick"
     # What is committed names the processor, and neither host nor folder.
     assert found["environment"]["device"] and str(tmp_path) not in json.dumps(found)
+
+
+def test_both_sides_of_a_cold_race_find_the_caches_swept(tmp_path):
+    (tmp_path / "test_order.py").write_text(
+        "import pytest\n"
+        "seen = []\n"
+        "@pytest.fixture\n"
+        "def sweep():\n"
+        "    return lambda: seen.append('sweep')\n"
+        "@pytest.mark.parametrize('cold', [False, True])\n"
+        "def test_order(race, cold):\n"
+        "    seen.clear()\n"
+        "    race(lambda i: seen.append(i), lambda i: seen.append('floor'), rounds=2, warmup=1,\n"
+        "         cold=cold)\n"
+        "    swept = ['sweep'] if cold else []\n"
+        "    assert seen == [s for i in range(3) for s in (*swept, 'floor', *swept, i)]\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:xdist"]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", "--device", "cpu", str(tmp_path)],
+        capture_output=True, text=True, timeout=240, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{BENCH}{os.pathsep}{ROOT}"},
+    )  # fmt: skip
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_failing_benchmark_is_an_exit_code(tmp_path):
