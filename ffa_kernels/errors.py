@@ -1,6 +1,7 @@
 """The library's exceptions; each is also the built-in type a caller would expect to catch."""
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 _SHORT = 100
 
@@ -13,8 +14,20 @@ class ConfigError(FFAError, ValueError):
     """An argument or a configuration value that is not accepted."""
 
 
+class UnsupportedError(FFAError, NotImplementedError):
+    """What a caller of PyTorch may ask for, and this library does not do."""
+
+
+class NativeError(FFAError, RuntimeError):
+    """A compiled library that is missing, does not fit, or refused a launch."""
+
+
 class PrivacyError(FFAError, RuntimeError):
     """A privacy rule would be broken by going on."""
+
+
+class CoupledError(PrivacyError):
+    """One record's gradient depends on another record."""
 
 
 class LedgerError(PrivacyError):
@@ -27,6 +40,11 @@ class WireError(FFAError, ValueError):
 
 class FederationError(FFAError, RuntimeError):
     """A round that cannot be finished."""
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether an argument is a number: True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def shown(value: object, spell: Callable[[object], str] = repr) -> str:

@@ -53,9 +53,9 @@ class PrivateTrainer(Trainer):
 
     Training losses are a mean over records of each record's own loss: for causal language models
     the mean over the record's tokens (`ffa.causal_lm_loss`), for sequence classifiers
-    transformers' own. Another model needs `compute_loss_func(outputs, labels)`, which returns one
-    loss for each record, (n,); a subclass that overrides `compute_loss` must keep to a mean over
-    records of each record's own loss. Evaluation is Trainer's.
+    transformers' own. Another model needs a `compute_loss_func`, which returns one loss for each
+    record, (n,); a subclass that overrides `compute_loss` must keep to a mean over records of each
+    record's own loss. Evaluation is Trainer's.
 
     Not covered by epsilon: loss and metrics in logs and in `trainer_state.json`. They come from
     private records without noise, belong in the site's own log, and must not leave it; a warning
@@ -71,10 +71,11 @@ class PrivateTrainer(Trainer):
     Args:
         model, args: as in Trainer. `args` is copied; its `max_grad_norm` is the clipping bound
             where none is given here.
-        engine: the `PrivacyEngine` that keeps the account. Without one it is made from
-        ledger: the account's file, by default `ledger.jsonl` in the output folder; it goes on from
-            what the file holds, from
-        new_ledger: begin another account for records that have one elsewhere, and from
+        engine: the `PrivacyEngine` that keeps the account; None makes one of the three arguments
+            that follow.
+        ledger: the account's file, by default `ledger.jsonl` in the output folder. An account that
+            is in it goes on.
+        new_ledger: begin another account for records that have one elsewhere.
         accountant: "prv" or "rdp".
         target_epsilon: for all the ledger holds when training ends. Alone, the noise is the least
             with which all steps fit; beside `noise_multiplier`, training stops before the step

@@ -56,6 +56,8 @@ def test_doctor_names_a_missing_library_and_its_cost(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("FFA_CPU_LIBRARY", "/nonexistent.so")
     text = command("doctor").stdout
     assert "FFA_CPU_LIBRARY names /nonexistent.so, which does not exist" in text
+    monkeypatch.setenv("FFA_CPU_ISA", "avx-512")
+    assert "FFA_CPU_ISA is 'avx-512'; accepted: baseline, avx2" in command("doctor").stdout
 
 
 @pytest.mark.parametrize(

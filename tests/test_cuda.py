@@ -155,11 +155,12 @@ def test_a_library_of_another_abi_is_refused(tmp_path):
     done = python(
         """
 from ffa_kernels.backends import native
+from ffa_kernels.errors import NativeError
 assert not native.available("cuda")
 print(native.describe()["cuda"]["reason"])
 try:
     native.load("cuda")
-except native.NativeError as error:
+except NativeError as error:
     print(error)
 """,
         FFA_CUDA_LIBRARY=str(stale),

@@ -119,7 +119,7 @@ def test_ways_come_in_the_order_of_what_they_cost():
     generous = ffa.plan(model, memory="1GiB", margin=0, **SMALL)
     assert generous.max_physical_batch_size == 6
     assert not generous.checkpointing and not generous.chunked_loss
-    assert generous.clipping == "flat" and generous.base_dtype is None
+    assert generous.clipping == "flat" and generous.frozen_dtype is None
     fewer = ffa.plan(model, memory=generous.peak - 1, margin=0, **SMALL)
     # Cut evenly: five and one would be two batches as well.
     assert fewer.max_physical_batch_size == 3 and fewer.peak < generous.peak
@@ -153,8 +153,8 @@ def test_what_changes_numbers_or_the_mechanism_is_taken_only_where_allowed():
         ffa.plan(model, memory="1MiB", **SMALL)
     least = int(re.search(r"accepted: (\d+)MiB", str(e.value))[1])
     below = {"memory": f"{least - 1}MiB", **SMALL}
-    assert ffa.plan(model, **below, allow=[*SAFE_WAYS, "bfloat16"]).base_dtype == "bfloat16"
-    assert ffa.plan(model, memory="1GiB", allow=WAYS, **SMALL).base_dtype is None
+    assert ffa.plan(model, **below, allow=[*SAFE_WAYS, "bfloat16"]).frozen_dtype == "bfloat16"
+    assert ffa.plan(model, memory="1GiB", allow=WAYS, **SMALL).frozen_dtype is None
     assert ffa.plan(model, memory="1GiB", clipping="per_layer", **SMALL).clipping == "per_layer"
 
 
@@ -165,7 +165,7 @@ def test_per_layer_clipping_comes_before_checkpointing_and_only_where_it_helps()
     one = ffa.plan(model, memory="1GiB", **{**few, "batch_size": 1})
     assert one.parts["per-sample gradients"] > one.parts["activations"]
     made = ffa.plan(model, memory=one.peak - 1, allow=WAYS, **few)
-    assert made.clipping == "per_layer" and not made.checkpointing and made.base_dtype is None
+    assert made.clipping == "per_layer" and not made.checkpointing and made.frozen_dtype is None
     # Where activations are most, it would not help, and is not taken.
     long = {"batch_size": 6, "tokens": 512, "margin": 0}
     one = ffa.plan(model, memory="1GiB", allow=["chunked_loss"], **{**long, "batch_size": 1})

@@ -142,12 +142,18 @@ def _entries(tree: Any, key: str) -> list[dict[str, Any]]:
     return here + [entry for child in tree.values() for entry in _entries(child, key)]
 
 
-def test_sdist_carries_csrc_and_nothing_built(sdist: Path) -> None:
+def test_sdist_carries_all_sources_and_nothing_built(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")}
-    assert {name for name in wanted if "__pycache__" not in name} <= names
-    assert {"LICENSE", "setup.py", "pyproject.toml"} <= names
+    folders = ("csrc", "ffa_kernels", "bench", "tests", "examples")
+    wanted = {
+        path.relative_to(ROOT).as_posix()
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.*")
+        if path.is_file() and not {"__pycache__", "_lib"} & set(path.parts)
+    }
+    assert wanted <= names, wanted - names
+    assert {"LICENSE", "README.md", "SECURITY.md", "setup.py", "pyproject.toml"} <= names
     assert not [name for name in names if name.endswith(".so") or "/_lib/" in name]
 
 
@@ -281,9 +287,10 @@ def test_a_bf16_product_without_instructions_for_it_is_refused(isa: str) -> None
         """
         import pytest, torch
         from ffa_kernels.backends import cpu, native
+        from ffa_kernels.errors import NativeError
         assert not native.has_bf16_product()
         native.has_bf16_product = lambda: True
-        with pytest.raises(native.NativeError, match="bf16_product"):
+        with pytest.raises(NativeError, match="bf16_product"):
             cpu.product(torch.ones(1, 2), torch.ones(3, 2, dtype=torch.bfloat16), None)
         """,
         FFA_CPU_ISA=isa,

@@ -224,12 +224,6 @@ def test_the_table_of_a_step_that_broke_off_is_used_no_more(monkeypatch):
     assert tables._plans == {"other": other}
 
 
-def test_a_tensor_on_another_device_is_refused():
-    tables = pytest.importorskip("ffa_kernels.backends.triton.tables")
-    with pytest.raises(ConfigError, match="a tensor is on cpu; accepted: cuda:0, as the others"):
-        tables.addresses([torch.zeros(1, device="cpu")], torch.device("cuda", 0))
-
-
 def call_with(**changes):
     arguments = {"grad_samples": records(), "keep": None, **start("adam", [0.7]), **changes}
     return ops.private_step(**arguments)

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import ffa_kernels as ffa
 from ffa_kernels import losses
 from ffa_kernels.backends import compose, cpu, native
+from ffa_kernels.errors import NativeError
 from ffa_kernels.nn import product
 from ffa_kernels.nn.product import FrozenFp32Linear, multiply_faster
 from ffa_kernels.ops.base_product import base_product
@@ -238,7 +239,7 @@ def test_guard_pages_beside_every_operand_are_not_touched(base, isa):
 def no_bf16(monkeypatch):
     """A processor without instructions for bf16."""
     monkeypatch.setattr(native, "has_bf16_product", lambda: False)
-    monkeypatch.setattr(compose, "widens_bf16", lambda: True)
+    monkeypatch.setattr(compose, "WIDENS_BF16", True)
 
 
 def in_int8(weight, of_columns):
@@ -288,7 +289,7 @@ def test_a_narrower_matrix_is_multiplied_as_its_floats_are(kind, sizes, transpos
 
 @needs_bf16
 def test_a_scale_beside_bf16_is_refused():
-    with pytest.raises(native.NativeError, match="bf16_product"):
+    with pytest.raises(NativeError, match="bf16_product"):
         cpu.product(torch.ones(1, 2), torch.ones(3, 2).bfloat16(), None, scale=torch.ones(3, 1))
 
 
@@ -340,7 +341,7 @@ def test_a_smaller_base_is_multiplied_as_it_is_stored(base_dtype, no_bf16, monke
         assert_close(found, wanted)
     monkeypatch.undo()
     monkeypatch.setattr(native, "has_bf16_product", lambda: False)
-    monkeypatch.setattr(compose, "widens_bf16", lambda: True)
+    monkeypatch.setattr(compose, "WIDENS_BF16", True)
     monkeypatch.setattr(compose, "plain_product", None)
     for found, wanted in zip(own, passes(), strict=True):
         assert torch.equal(found, wanted)

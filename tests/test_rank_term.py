@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from ffa_kernels.backends import native
+from ffa_kernels.errors import NativeError
 
 DTYPES = {torch.float32: 0, torch.float64: 1}
 
@@ -125,7 +126,7 @@ def test_refusals():
     places = (x.data_ptr(), 4, A.data_ptr(), h.data_ptr(), B.data_ptr(), 2, 1, 1.0, 0, None,
               y.data_ptr(), 1)  # fmt: skip
     for sizes in ((-1, 4, 2, 0), (4, -1, 2, 0), (4, 4, -1, 0)):
-        with pytest.raises(native.NativeError, match="size"):
+        with pytest.raises(NativeError, match="size"):
             call("rank_term", *sizes, *places)
-    with pytest.raises(native.NativeError, match="dtype"):
+    with pytest.raises(NativeError, match="dtype"):
         call("rank_term", 4, 4, 2, 9, *places)

@@ -1,5 +1,4 @@
-// The integer grid of a clipping bound, the clip factor of a record, and the sum's way back to
-// reals.
+// The integer grid of a clipping bound, the clip factor of a record, and two roundings to integers.
 //
 // grid = 2^(floor(log2 C) - 32). Contributions are truncated toward zero to the grid, so that a
 // record's norm can only shrink, and summed as integers, so that a sum has the same bits in any
@@ -24,7 +23,7 @@ FFA_HD double clip_factor(double norm_sq, double max_grad_norm) {
   return norm <= max_grad_norm ? 1.0 : max_grad_norm / norm;
 }
 
-// Both directions are exact powers of two, so only the caller's product with `factor` rounds.
+// Plain SSE2 has no instruction for it but the conversion, exact below 2^63.
 FFA_HD double truncate_toward_zero(double v) {
 #if defined(__CUDA_ARCH__) || defined(__SSE4_1__) || !defined(__x86_64__)
   return __builtin_trunc(v);

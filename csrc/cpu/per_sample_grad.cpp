@@ -1,6 +1,6 @@
 // Per-sample gradient of lora_B and the rank-r half of backward, from one read of g.
 //
-//   u = g B      G_i = scale g_i^T h_i      sq_i = |G_i|^2      (DESIGN.md, section 2)
+//   u = g B      G_i = scale g_i^T h_i      sq_i = |G_i|^2      (ops/per_sample_grad.py)
 //
 // and, where backward is asked for as a whole, dx += scaling u A, with u in the scratch alone.
 //

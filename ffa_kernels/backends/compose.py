@@ -116,7 +116,8 @@ def bf16_is_faster() -> bool:
     return pairs and (tiles or "Intel" not in told.get("cpu_name", ""))
 
 
-_BF16_PRODUCTS = bf16_is_faster()
+# Read once, as the constants above.
+WIDENS_BF16 = not bf16_is_faster()
 
 
 def can_merge(weight: Tensor | None, like: Tensor, dropout: bool) -> bool:
@@ -196,7 +197,7 @@ def plain_product(
         weight = (weight * scale).to(rows.dtype)
     if weight.dtype == rows.dtype:
         return F.linear(rows, weight, bias)
-    if rows.device.type == "cpu" and widens_bf16():
+    if rows.device.type == "cpu" and WIDENS_BF16:
         return F.linear(rows, weight.to(rows.dtype), bias)
     narrow = None if bias is None else bias.to(weight.dtype)
     return F.linear(rows.to(weight.dtype), weight, narrow).to(rows.dtype)
@@ -205,11 +206,6 @@ def plain_product(
 def plain_backward(g: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """g W in g's dtype, as `plain_product` makes x W^T; scale (d_out, 1)."""
     return plain_product(g, weight.t(), None, None if scale is None else scale.t())
-
-
-def widens_bf16() -> bool:
-    """Whether this processor has no instructions for bf16, or none that are worth it."""
-    return not _BF16_PRODUCTS
 
 
 def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:

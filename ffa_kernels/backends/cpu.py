@@ -28,6 +28,7 @@ from ffa_kernels.backends.compose import (
     plain_product,
 )
 from ffa_kernels.backends.dispatch import OPS, computed_in
+from ffa_kernels.errors import NativeError
 
 # enum ffa_dtype and enum ffa_optimizer of csrc/ffa.h
 _DTYPES = {torch.float32: 0, torch.float64: 1}
@@ -76,7 +77,7 @@ def _dtype_code(dtype: torch.dtype) -> int:
     try:
         return _DTYPES[dtype]
     except KeyError:
-        raise native.NativeError(
+        raise NativeError(
             f"dtype: {dtype} is not served here; accepted: torch.float32, torch.float64"
         ) from None
 
@@ -190,7 +191,7 @@ def multiplies(dtype: torch.dtype) -> bool:
     if dtype == torch.float32:
         return compose.FUSES_FP32
     if dtype == torch.bfloat16:
-        return native.has_bf16_product() or (compose.widens_bf16() and native.available("cpu"))
+        return native.has_bf16_product() or (compose.WIDENS_BF16 and native.available("cpu"))
     return dtype == torch.int8 and native.available("cpu")
 
 

@@ -25,7 +25,7 @@ from ffa_kernels.backends import native
 from ffa_kernels.backends.compose import by_way_of_G, by_way_of_u, plain_backward, plain_product
 from ffa_kernels.backends.dispatch import OPS, computed_in
 from ffa_kernels.backends.grid import known_squares
-from ffa_kernels.errors import ConfigError
+from ffa_kernels.errors import NativeError
 
 # enum ffa_dtype and enum ffa_optimizer of csrc/ffa.h
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -52,7 +52,7 @@ def _has_code_for(device: torch.device) -> bool:
     try:
         with _on(device):
             native.load("cuda").call("check_device")
-    except native.NativeError as error:
+    except NativeError as error:
         warnings.warn(f"{device}: {error}", RuntimeWarning, stacklevel=2)
         return False
     return True
@@ -89,13 +89,6 @@ def _scratch(op: str, device: torch.device, *sizes: Any) -> Tensor:
     with _on(device):
         native.load("cuda").call(f"{op}_scratch", *sizes, size)
     return torch.empty(size[0], dtype=torch.uint8, device=device)
-
-
-def _together(op: str, device: torch.device, *tensors: Tensor | None) -> None:
-    """An address on another device would be read all the same."""
-    for tensor in tensors:
-        if tensor is not None and tensor.device != device:
-            raise ConfigError(f"{op}: a tensor is on {tensor.device}; accepted: {device}, as all")
 
 
 def _codes(tensors: Sequence[Tensor]) -> Any:
@@ -188,7 +181,6 @@ def linear(
 
     The products with W and A are torch's; s h B^T is added in one read and write of y.
     """
-    _together("linear", x.device, weight, weight_scale, bias, lora_A, lora_B, dropout_state)
     lead, rows = x.shape[:-1], x.flatten(0, -2)
     if dropout_state is None:
         h = rows @ lora_A.t()
@@ -216,7 +208,6 @@ def linear_backward(
 ) -> Tensor:
     """dx = g W + s dropout^T(u A) (..., d_in); g is (..., d_out), u (..., r)."""
     u = g @ lora_B if u is None else u
-    _together("linear_backward", g.device, u, weight, weight_scale, lora_A, dropout_state)
     rows, d_in = g.flatten(0, -2), lora_A.shape[1]
     if weight is None:
         dx = g.new_zeros((len(rows), d_in))
@@ -236,7 +227,6 @@ def per_sample_grad(
     mean_loss: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """u = g B, G_i = s g_i^T h_i (n, d_out, r) and |G_i|^2 over ones (2, n), from one read of g."""
-    _together("per_sample_grad", g.device, h, lora_B, cu_seqlens)
     d_out, r, rows = g.shape[-1], h.shape[-1], math.prod(g.shape[:-1])
     n = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     g, h = g.contiguous(), h.contiguous()
@@ -272,7 +262,6 @@ def clip_accumulate(
 ) -> Tensor:
     """Clip each record and add it to `sums` on their grids; factors float64 (groups, n)."""
     device, n = grad_samples[0].device, len(grad_samples[0])
-    _together("clip_accumulate", device, *grad_samples, *squares, *sums, stats, keep)
     grads, known = [t.contiguous() for t in grad_samples], [t.contiguous() for t in squares]
     in_place = native.InPlace()
     totals, (counts,) = in_place(sums), in_place([stats])
@@ -309,11 +298,10 @@ def private_update(
     nesterov: bool,
     maximize: bool,
 ) -> None:
-    """Noise `sums`, average, and step the optimizer on `params`, all tensors in one launch."""
+    """Noise `sums`, average, and step the optimizer on `params`, in as few launches as
+    there are full tables of tensors."""
     device = params[0].device
     counts = [] if optimizer == "none" else steps
-    _together("private_update", device, *params, *sums, *exp_avgs, *exp_avg_sqs, *counts)
-    _together("private_update", device, rng_state, hyper)
     in_place = native.InPlace()
     p, s, m, v = (in_place(tensors) for tensors in (params, sums, exp_avgs, exp_avg_sqs))
     (state,), table = in_place([rng_state]), hyper.contiguous()
@@ -349,8 +337,6 @@ def private_step(
     """`clip_accumulate`, then `private_update`, with the sums in registers alone."""
     device, n = params[0].device, len(grad_samples[0])
     counted = [] if optimizer == "none" else steps
-    _together("private_step", device, *grad_samples, *squares, stats, keep, rng_state, hyper)
-    _together("private_step", device, *params, *exp_avgs, *exp_avg_sqs, *counted)
     grads, known = [t.contiguous() for t in grad_samples], [t.contiguous() for t in squares]
     in_place = native.InPlace()
     p, m, v = (in_place(tensors) for tensors in (params, exp_avgs, exp_avg_sqs))

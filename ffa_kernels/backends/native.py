@@ -2,7 +2,8 @@
 
 A library is loaded at its first use and after torch: its thread pool is the OpenMP runtime that
 torch brought into the process (csrc/cpu/parallel.cpp). The C interface is csrc/ffa.h.
-``FFA_CPU_LIBRARY`` and ``FFA_CUDA_LIBRARY`` name other files to load.
+``FFA_CPU_LIBRARY`` and ``FFA_CUDA_LIBRARY`` name other files to load; ``FFA_CPU_ISA``, one of
+CPU_ISAS, lowers the instruction set that is used.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffa_kernels.errors import FFAError
+from ffa_kernels.errors import NativeError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ABI_VERSION = 9
+# As in csrc/cpu/dispatch.cpp: each has what stands before it.
+CPU_ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 DIRECTORY = Path(__file__).resolve().parent.parent / "_lib"
 
 _POINTERS = POINTER(c_void_p)
@@ -108,10 +111,6 @@ _CUDA_LAUNCHERS: dict[str, tuple[Any, ...]] = {
     ),
     "check_device": (),
 }
-
-
-class NativeError(FFAError, RuntimeError):
-    """A compiled library that is missing, does not fit, or refused a launch."""
 
 
 class Library:
@@ -208,7 +207,9 @@ def _path(kind: str) -> Path:
 @functools.cache
 def _open(kind: str) -> Library | str:
     """The library, or the reason why there is none."""
-    path = _path(kind)
+    path, isa = _path(kind), os.environ.get("FFA_CPU_ISA")
+    if kind == "cpu" and isa is not None and isa not in CPU_ISAS:
+        return f"FFA_CPU_ISA is {isa!r}; accepted: {', '.join(CPU_ISAS)}"
     if not path.exists():
         if os.environ.get(variable := f"FFA_{kind.upper()}_LIBRARY"):
             return f"{variable} names {path}, which does not exist"

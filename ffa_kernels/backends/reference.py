@@ -1,6 +1,6 @@
 """Every op in plain PyTorch: the definition that other backends are tested against.
 
-Runs on any device and in any floating-point dtype, fp64 included. Symbols as in the design:
+Runs on any device and in any floating-point dtype, fp64 included. Symbols:
 g = dL/dy, h = x A^T, u = g B, G_i = the gradient of record i.
 """
 

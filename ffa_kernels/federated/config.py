@@ -375,7 +375,7 @@ def load(path: str | Path) -> Config:
     if len(content) > _MOST_BYTES:
         raise ConfigError(f"config: {path} is too long; accepted: {_MOST_BYTES >> 10} KiB")
     try:
-        raw = _toml(content)
+        raw = read_toml(content)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"config: {path} is not TOML in UTF-8: {shown(error, str)}") from error
     return parse(raw, path.parent)
@@ -390,7 +390,7 @@ _TEXTS = re.compile(
 _DOTTED = re.compile(r'(?<![\w"-])(?:(?:[\w-]++|"")[ \t]*+\.[ \t]*+){8}')
 
 
-def _toml(content: bytes) -> dict[str, Any]:
+def read_toml(content: bytes) -> dict[str, Any]:
     """The document; a key of many parts, on which tomllib would spend their square, is refused."""
     text = content.decode()
     if found := _DOTTED.search(_TEXTS.sub('""', text)):

@@ -577,7 +577,7 @@ def _apart(config: Config) -> Config:
 def _document(path: str) -> tuple[dict[str, Any], Path]:
     """(a configuration as it stands in its file, the file's folder)."""
     try:
-        raw = settings._toml(Path(path).read_bytes())
+        raw = settings.read_toml(Path(path).read_bytes())
     except OSError as error:
         raise ConfigError(f"config: {path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:

@@ -1,9 +1,9 @@
 """Chooses how to train privately within a memory limit, from walks of the step itself.
 
 Ways come in the order of the time that they cost: a smaller physical batch, a loss that never has
-the logits whole, clipping per layer, gradient checkpointing, a base in bfloat16. Those that change
-what is released (clipping per layer) or the numbers (bfloat16) are taken only where the caller
-allows them, and only where none of the others would do.
+the logits whole, clipping per layer, gradient checkpointing, all that is frozen in bfloat16. Those
+that change what is released (clipping per layer) or the numbers (bfloat16) are taken only where the
+caller allows them, and only where none of the ways before them would do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ffa_kernels.losses import (
     sequence_classification_loss,
 )
 from ffa_kernels.memory.allocator import give_freed_memory_back
-from ffa_kernels.memory.walk import OPTIMIZERS, PARTS, Loss, Walked, walk
+from ffa_kernels.memory.walk import OPTIMIZERS, Loss, Walked, walk
 from ffa_kernels.nn.adapter import Adapter
 from ffa_kernels.nn.product import is_linear
 
@@ -52,7 +52,8 @@ class MemoryPlan:
         clipping: as in `make_private`.
         checkpointing: whether gradient checkpointing is on.
         chunked_loss: whether the loss is `chunked_causal_lm_loss`.
-        base_dtype: of the frozen tensors, "bfloat16", or None for what they are.
+        frozen_dtype: "bfloat16", which all that is frozen is cast to, and activations with it; or
+            None for what they are.
         batch_size, device, optimizer: as they were given.
     """
 
@@ -63,7 +64,7 @@ class MemoryPlan:
     clipping: str
     checkpointing: bool
     chunked_loss: bool
-    base_dtype: str | None
+    frozen_dtype: str | None
     batch_size: int
     device: str
     optimizer: str
@@ -79,7 +80,7 @@ class MemoryPlan:
             "clipping": self.clipping,
             "gradient checkpointing": "on" if self.checkpointing else "off",
             "loss": "chunked_causal_lm_loss" if self.chunked_loss else "on whole logits",
-            "frozen weights": self.base_dtype or "as they are",
+            "frozen weights": self.frozen_dtype or "as they are",
             "optimizer": self.optimizer,
             "device": self.device
             + (": its allocator's blocks, not measured on one" if self.device == "cuda" else ""),
@@ -163,7 +164,7 @@ def plan(
         clipping: "flat" or "per_layer", as in `make_private`.
         allow: what may be used beside a smaller physical batch: "checkpointing" and
             "chunked_loss", which cost time alone; "per_layer", which is another mechanism, and
-            "bfloat16", a frozen base of other numbers.
+            "bfloat16", frozen tensors and activations of other numbers.
         margin: the share of `memory` that is left free, for what no walk can know.
 
     Raises:
@@ -192,7 +193,7 @@ def plan(
             clipping="per_layer" if way.per_layer else "flat",
             checkpointing=way.checkpointing,
             chunked_loss=way.chunked,
-            base_dtype="bfloat16" if way.bfloat16 else None,
+            frozen_dtype="bfloat16" if way.bfloat16 else None,
             batch_size=batch_size,
             device=device,
             optimizer=optimizer,
@@ -226,8 +227,8 @@ def fit_to_memory(model: nn.Module, *, memory: int | str, **options: Any) -> Fit
         _check_head(model)
     if loss is None:
         loss = loss_of(made.chunked_loss)
-    if made.base_dtype is not None:
-        dtype = getattr(torch, made.base_dtype)
+    if made.frozen_dtype is not None:
+        dtype = getattr(torch, made.frozen_dtype)
         for p in model.parameters():
             if not p.requires_grad and p.is_floating_point():
                 p.data = p.data.to(dtype)
@@ -459,6 +460,3 @@ def _integers(*shape: int) -> Tensor:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
-
-
-__all__ = ["PARTS", "Fitted", "MemoryPlan", "example_of", "fit_to_memory", "parse_memory", "plan"]

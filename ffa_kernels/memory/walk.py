@@ -25,7 +25,7 @@ from ffa_kernels.backends.compose import by_way_of_u, plain_backward, plain_prod
 from ffa_kernels.backends.dispatch import backend_for
 from ffa_kernels.backends.grid import zero_sums
 from ffa_kernels.nn.adapter import Adapter
-from ffa_kernels.privacy.engine import _attach
+from ffa_kernels.privacy.engine import attach_taps
 from ffa_kernels.privacy.step import Trained
 
 PARTS = (
@@ -277,7 +277,7 @@ def walk(
             enable: Any = fake.gradient_checkpointing_enable
             enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         named = {name: p for name, p in fake.named_parameters() if p.requires_grad}
-        trained = _attach(fake, named, True, n)
+        trained = attach_taps(fake, named, True, n)
         # Kept alive here, as the engine, the optimizer and the caller keep them.
         held = [zero_sums(list(named.values()), [1.0])]
         moments = [

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ffa_kernels.errors import ConfigError, shown
 from ffa_kernels.files import write_atomic
 from ffa_kernels.nn.adapter import Adapter, owned_parameters
-from ffa_kernels.nn.conversion import ADAPTABLE, can_adapt, make_adapter, put_in
+from ffa_kernels.nn.conversion import ADAPTABLE, can_adapt, ends_in, make_adapter, put_in
 from ffa_kernels.nn.linear import check_adapter, is_conv1d, scaling_of
 from ffa_kernels.nn.patterns import Pattern
 from ffa_kernels.nn.peft import lora_layers
@@ -275,21 +275,17 @@ def _targets(root: nn.Module, adapted: set[str], saved: set[str]) -> tuple[list[
         if n in adapted or not (_inside(n, adapted) or _inside(n, saved))
     ]
     short = sorted({name.rsplit(".", 1)[-1] for name in adapted})
-    if {n for n in names if _ends(n, short)} == adapted:
+    if {n for n in names if ends_in(n, short)} == adapted:
         return short, []
     full = sorted(adapted)
-    excluded = sorted(n for n in names if _ends(n, full) and n not in adapted)
-    hidden = [n for n in full if _ends(n, excluded)]
+    excluded = sorted(n for n in names if ends_in(n, full) and n not in adapted)
+    hidden = [n for n in full if ends_in(n, excluded)]
     if hidden:
         raise ConfigError(
             f"model: no list of names tells PEFT to adapt {hidden[0]!r} and not {excluded[0]!r}; "
             "accepted: an adapter on both, or on neither"
         )
     return full, excluded
-
-
-def _ends(name: str, ends: Iterable[str]) -> bool:
-    return any(name == end or name.endswith("." + end) for end in ends)
 
 
 def _provenance(root: nn.Module, theirs: dict[str, Any]) -> dict[str, Any]:
@@ -488,7 +484,7 @@ def _is_target(config: dict[str, Any], name: str) -> bool:
     if isinstance(excluded, str):
         if _pattern(excluded).covers(name):
             return False
-    elif _ends(name, excluded):
+    elif ends_in(name, excluded):
         return False
     if any(f".{saved}." in f".{name}." for saved in config.get("modules_to_save") or []):
         return False
@@ -497,7 +493,7 @@ def _is_target(config: dict[str, Any], name: str) -> bool:
         return _pattern(targets).covers(name)
     if name in targets:
         return True
-    if not _ends(name, targets):
+    if not ends_in(name, targets):
         return False
     only = config.get("layers_to_transform")
     if only is None or only == []:

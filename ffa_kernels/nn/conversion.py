@@ -35,7 +35,8 @@ _HOOKS = (
 ADAPTABLE = f"torch.nn.Linear, Conv1D of transformers, {WRAPPED}"
 
 
-def _matches(name: str, suffixes: Iterable[str]) -> bool:
+def ends_in(name: str, suffixes: Iterable[str]) -> bool:
+    """Whether one of `suffixes` is the name of a module, or its last parts."""
     return any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
 
 
@@ -44,7 +45,7 @@ def _names(argument: str, value: object, modules: dict[str, nn.Module]) -> list[
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ConfigError(f"{argument} is {value!r}; accepted: a list of module names")
     for name in value:
-        if not isinstance(name, str) or not any(_matches(full, [name]) for full in modules):
+        if not isinstance(name, str) or not any(ends_in(full, [name]) for full in modules):
             known = sorted({full.rsplit(".", 1)[-1] for full in modules if full})
             near = get_close_matches(str(name), known, n=3, cutoff=0.4)
             raise ConfigError(
@@ -137,7 +138,7 @@ def convert(
     if not targets:
         raise ConfigError("target_modules is empty; accepted: at least one name")
     saved_parameters = {
-        id(p) for name, m in modules.items() if _matches(name, saved) for p in m.parameters()
+        id(p) for name, m in modules.items() if ends_in(name, saved) for p in m.parameters()
     }
     options = {"init": init, "seed": seed, "dropout": dropout, "rslora": rslora}
     adapted: dict[nn.Module, Adapter] = {}
@@ -149,7 +150,7 @@ def convert(
     was_trained = {id(p): p.requires_grad for p in model.parameters()}
     try:
         for name, module in modules.items():
-            if not _matches(name, targets):
+            if not ends_in(name, targets):
                 continue
             if any(id(p) in saved_parameters for p in module.parameters()):
                 raise ConfigError(
@@ -178,7 +179,7 @@ def convert(
         parameter.requires_grad_(False)
     put_in(model, {**smaller, **adapted})
     for name, module in modules.items():
-        if _matches(name, saved):
+        if ends_in(name, saved):
             for parameter in module.parameters():
                 parameter.requires_grad_(True)
     _multiply_faster(model)

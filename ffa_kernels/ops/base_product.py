@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ffa_kernels.backends import compose
+from ffa_kernels.errors import UnsupportedError
 from ffa_kernels.ops._library import LIBRARY
 
 
@@ -21,7 +22,7 @@ def _implementation(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tenso
 
 def _without_derivative(x: Tensor, *others: Any) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
-        raise NotImplementedError(
+        raise UnsupportedError(
             "base_product: no derivative; accepted: ffa_kernels.nn.product.Product, which has one"
         )
     with torch._C._AutoDispatchBelowAutograd():

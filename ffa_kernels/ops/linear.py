@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ffa_kernels.backends.compose import merging_pays
-from ffa_kernels.errors import ConfigError
+from ffa_kernels.errors import ConfigError, UnsupportedError
 from ffa_kernels.ops._library import (
     LIBRARY,
     check_offsets,
@@ -82,7 +82,7 @@ def _check(
     if len(shape) < 2 or shape[-1] != d_in or not dtype.is_floating_point:
         raise ConfigError(
             f"linear: x is {dtype} {tuple(shape)}; accepted: a float type, (n, ..., {d_in}), "
-            "the weight's d_in"
+            f"the d_in of {'lora_A' if weight is None else 'weight'}"
         )
     if weight_scale is not None and not _scales(weight_scale, weight):
         raise ConfigError(
@@ -281,7 +281,7 @@ class _Linear(torch.autograd.Function):
         _, wants_x, wants_B, _, _, _ = ctx.needs_input_grad
         # dx is made of B, and B's gradient of x, also where g depends on neither.
         if g.requires_grad or (wants_x and (wants_B or ctx.settings[0])):
-            raise NotImplementedError(
+            raise UnsupportedError(
                 "linear: its gradient has no gradient (create_graph=True); accepted: a first "
                 "backward"
             )
@@ -421,7 +421,7 @@ def linear(
         cu_seqlens: int32 (n + 1,), where x packs n records of many lengths into its rows: see
             `per_sample_grad`. None: the first dimension of x is the record.
         scaling: s = alpha / r.
-        dropout_p: p, honoured to 1 / 65536.
+        dropout_p: p, honoured to 1 / 65536; of no effect without a `dropout_state`.
         mean_loss: the loss is a mean over records: G is multiplied by n.
         records: how many a batch is expected to have. A backend that has two ways to round chooses
             by that and not by x's size, so that no record's gradient depends on how many others
@@ -432,14 +432,16 @@ def linear(
         y: (n, ..., d_out) of x's dtype.
 
     Raises:
-        ConfigError: shapes or dtypes that do not fit together.
+        ConfigError: shapes, dtypes or devices that do not fit together.
+        UnsupportedError: a tensor with a tangent (forward mode); in backward, a gradient of the
+            gradient.
     """
     tensors = (
         *(x, weight, bias, lora_A, lora_B, tap, norm_tap, dropout_state, cu_seqlens),
         weight_scale,
     )
     if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
-        raise NotImplementedError(
+        raise UnsupportedError(
             "linear: no derivative in forward mode (dual numbers); accepted: backward()"
         )
     merge = merging_pays(x, weight, dropout_state is not None, records)

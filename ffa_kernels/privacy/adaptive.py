@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TypeGuard
 
 from ffa_kernels.backends.grid import GRID_BITS
-from ffa_kernels.errors import ConfigError
+from ffa_kernels.errors import ConfigError, is_number
 
 # Public, and far inside what the grid of the sums and fp32 can hold: a quantile that no bound
 # reaches (all gradients zero, say) would move C for ever.
@@ -51,13 +50,13 @@ class AdaptiveClipping:
 
     def __post_init__(self) -> None:
         given = self.target_quantile
-        if not _is_number(given) or not 0 < given < 1:
+        if not is_number(given) or not 0 < given < 1:
             raise ConfigError(f"target_quantile is {given!r}; accepted: a number between 0 and 1")
         given = self.learning_rate
-        if not _is_number(given) or not 0 < given < math.inf:
+        if not is_number(given) or not 0 < given < math.inf:
             raise ConfigError(f"learning_rate is {given!r}; accepted: a finite number above 0")
         noise = self.count_noise_multiplier
-        if noise is not None and (not _is_number(noise) or not 0 < noise < _MOST_NOISE):
+        if noise is not None and (not is_number(noise) or not 0 < noise < _MOST_NOISE):
             raise ConfigError(
                 f"count_noise_multiplier is {noise!r}; accepted: None, or a number above 0 and "
                 "below 2^25"
@@ -132,13 +131,9 @@ class AdaptiveClipping:
 
 def check_bound(max_grad_norm: object) -> float:
     """`max_grad_norm` if adaptive clipping can be at it; ConfigError if not."""
-    if not _is_number(max_grad_norm) or not _LEAST_BOUND <= max_grad_norm <= _MOST_BOUND:
+    if not is_number(max_grad_norm) or not _LEAST_BOUND <= max_grad_norm <= _MOST_BOUND:
         raise ConfigError(
             f"max_grad_norm is {max_grad_norm!r}; accepted with adaptive_clipping: one number from "
             "2^-100 to 2^100"
         )
     return float(max_grad_norm)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

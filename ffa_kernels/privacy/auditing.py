@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ffa_kernels.errors import ConfigError
+from ffa_kernels.errors import ConfigError, is_number
 from ffa_kernels.nn.linear import FFALinear
 from ffa_kernels.privacy.accounting import epsilon, noise_multiplier_for
 from ffa_kernels.privacy.engine import PrivacyEngine
@@ -165,14 +165,14 @@ def audit(
     _require(fits, "target_epsilon", target_epsilon, "None where poisson_sampling=False")
     _check_delta("target_delta", target_delta)
     _require(isinstance(steps, int) and steps >= 1, "steps", steps, "an integer of 1 or more")
-    fits = _number(sample_rate) and 0 < sample_rate <= 1
+    fits = is_number(sample_rate) and 0 < sample_rate <= 1
     _require(fits, "sample_rate", sample_rate, "a number in (0, 1]")
     _require(clipping in ("flat", "per_layer"), "clipping", clipping, "flat, per_layer")
     if canaries is None:
         canaries = 131072 if clipping == "flat" else 16384
     fits = isinstance(canaries, int) and canaries >= 64
     _require(fits, "canaries", canaries, "None or an integer of 64 or more")
-    fits = _number(max_grad_norm) and 0 < max_grad_norm < math.inf
+    fits = is_number(max_grad_norm) and 0 < max_grad_norm < math.inf
     _require(fits, "max_grad_norm", max_grad_norm, "a positive number")
     _check_confidence(confidence)
     fits = seed is None or (isinstance(seed, int) and seed >= 0)
@@ -324,7 +324,7 @@ def one_run_epsilon(scores: _Array, included: _Flags, delta: float, confidence: 
         ConfigError: an argument that is not accepted.
     """
     scores, included = _checked(scores, included, confidence)
-    _require(_number(delta) and 0 <= delta < 1, "delta", delta, "a number in [0, 1)")
+    _require(is_number(delta) and 0 <= delta < 1, "delta", delta, "a number in [0, 1)")
     m, centre = len(scores), _centre(scores)
     correct = ((scores > centre) == included)[np.argsort(-np.abs(scores - centre), kind="stable")]
     best = 0.0
@@ -420,7 +420,7 @@ def epsilon_of_mu(mu: float, delta: float) -> float:
     Raises:
         ConfigError: an argument that is not accepted.
     """
-    _require(_number(mu) and mu >= 0, "mu", mu, "a number of 0 or more")
+    _require(is_number(mu) and mu >= 0, "mu", mu, "a number of 0 or more")
     _check_delta("delta", delta)
     if mu == 0:
         return 0.0
@@ -433,7 +433,7 @@ def mu_of_epsilon(epsilon: float, delta: float) -> float:
     Raises:
         ConfigError: an argument that is not accepted.
     """
-    fits = _number(epsilon) and 0 <= epsilon < math.inf
+    fits = is_number(epsilon) and 0 <= epsilon < math.inf
     _require(fits, "epsilon", epsilon, "a number of 0 or more")
     _check_delta("delta", delta)
     return _last(lambda mu: mu == 0 or _gaussian_delta(epsilon, mu) <= delta)
@@ -476,16 +476,12 @@ def _checked(scores: object, included: object, confidence: object) -> tuple[_Arr
     return values, coins
 
 
-def _number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _check_delta(name: str, value: object) -> None:
     _require(isinstance(value, float) and 0 < value < 1, name, value, "a number in (0, 1)")
 
 
 def _check_confidence(value: object) -> None:
-    _require(_number(value) and 0.5 <= value < 1, "confidence", value, "a number in [0.5, 1)")
+    _require(is_number(value) and 0.5 <= value < 1, "confidence", value, "a number in [0.5, 1)")
 
 
 def _require(fits: object, name: str, value: object, accepted: str) -> None:

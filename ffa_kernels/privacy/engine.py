@@ -394,7 +394,7 @@ class PrivacyEngine:
         if ranks is not None:
             agree(ranks, ranks.together(guard.frozen_values))
         records = round(min(data.batch_size, max_physical_batch_size or math.inf))
-        trained = _attach(module, mine.names, loss_reduction == "mean", records)
+        trained = attach_taps(module, mine.names, loss_reduction == "mean", records)
         step = PrivateStep(
             trained,
             mechanism,
@@ -713,7 +713,7 @@ def _rate_and_steps(
     return size / records, math.ceil(records / size)
 
 
-def _attach(
+def attach_taps(
     module: nn.Module, trained: dict[str, nn.Parameter], mean_loss: bool, records: int
 ) -> list[Trained]:
     """Makes every layer with trained tensors record them; so many records are expected at once."""

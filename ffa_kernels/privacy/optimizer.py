@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from ffa_kernels.errors import PrivacyError
+from ffa_kernels.errors import PrivacyError, UnsupportedError
 from ffa_kernels.privacy.step import PrivateStep
 
 _SHARED_FLAGS = ("nesterov", "maximize", "decoupled_weight_decay")
@@ -91,7 +91,7 @@ class PrivateOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the set of clipped tensors is fixed by make_private."""
-        raise NotImplementedError("add_param_group: add the group before make_private")
+        raise UnsupportedError("add_param_group: add the group before make_private")
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(self.__dict__)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffa_kernels.errors import PrivacyError
+from ffa_kernels.errors import CoupledError, PrivacyError
 from ffa_kernels.nn.record_taps import RecordTaps
 from ffa_kernels.privacy.keys import generators_kept
 
@@ -37,10 +37,6 @@ _PROBED = (1, 2, 4, 8)
 _IGNORED = -100
 
 Holders = Sequence[tuple[nn.Parameter, Sequence[tuple[RecordTaps, str]]]]
-
-
-class CoupledError(PrivacyError):
-    """One record's gradient depends on another record."""
 
 
 class Probe:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ffa_kernels import ops
+from ffa_kernels.backends.grid import zero_sums
 from ffa_kernels.errors import PrivacyError
 from ffa_kernels.nn.record_taps import RecordTaps
 from ffa_kernels.privacy.adaptive import AdaptiveClipping, check_bound
@@ -147,14 +147,7 @@ class PrivateStep:
         self.plan: Plan | None = None
         self.probe: Probe | None = None
         self._noise_state, self._stream, self._charge = noise_state, stream, charge
-        self._sums = [
-            torch.zeros(
-                t.parameter.shape,
-                dtype=torch.float64 if math.isinf(self._bound(k)) else torch.int64,
-                device=t.parameter.device,
-            )
-            for k, t in enumerate(self.trained)
-        ]
+        self._sums = zero_sums([t.parameter for t in self.trained], mechanism.scaled_bounds)
         self._stats = torch.zeros(2, dtype=torch.int64, device=self._sums[0].device)
         # Of the draw under way, for adaptive clipping: records within the bound less those beyond.
         self._count: Tensor | None = None

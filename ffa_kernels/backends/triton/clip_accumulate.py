@@ -1,4 +1,5 @@
-"""Clips each record's gradient and adds it to the sums, all tensors in two launches.
+"""Clips each record's gradient and adds it to the sums, in two launches for each dtype and
+alignment of tensors.
 
     norm_i^2 = sum over the group of |G_i|^2            fp64, or as backward's kernels gave it
     c_i      = min(1, C / norm_i)                       0 for a record that is left out
@@ -352,9 +353,9 @@ def clip_accumulate(
         dtypes=tuple([t.dtype for t in grads]),
         bounds=bounds,
         inverse_grids=inverse_grids,
-        grad_samples=addresses(grads, device),
-        squares=addresses(known, device),
-        sums=addresses(sums, device),
+        grad_samples=addresses(grads),
+        squares=addresses(known),
+        sums=addresses(sums),
     )
     plan = plan_of(content, device)
     factors = write_norms(plan, n, stats, keep, len(max_grad_norm))

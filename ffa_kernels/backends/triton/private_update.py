@@ -1,4 +1,4 @@
-"""The logical step in one launch over all tensors: noise, then the optimizer.
+"""The logical step: noise, then the optimizer, a launch for each dtype and alignment of tensors.
 
     grad  = (sum + round(sigma z / grid)) grid / L
     param = optimizer(param, grad)
@@ -54,7 +54,6 @@ from ffa_kernels.backends.triton.tables import (
     whole,
     word,
 )
-from ffa_kernels.errors import ConfigError
 
 _WARPS = 4
 
@@ -245,11 +244,6 @@ def _update(
 ) -> Tensor | None:
     """The step from `sums`, or from `grads` where there are any: then the factors come back."""
     device, count = params[0].device, len(params)
-    named = {"rng_state": rng_state, "hyper": hyper, "stats": stats, "keep": keep}
-    for name, tensor in (named | {f"steps[{k}]": step for k, step in enumerate(steps)}).items():
-        # A kernel cannot follow the address of another device's tensor.
-        if tensor is not None and tensor.device != device:
-            raise ConfigError(f"{op}: {name} is on {tensor.device}; accepted: {device}")
     bounds, inverse_grids = bounds_and_grids(max_grad_norm, count)
     noise_std = noise_multiplier * math.sqrt(sum(c * c for c in max_grad_norm))
     noisy = noise_multiplier > 0
@@ -264,13 +258,13 @@ def _update(
         dtypes=tuple([t.dtype for t in params]),
         bounds=bounds,
         inverse_grids=inverse_grids,
-        grad_samples=addresses(grads, device),
-        squares=addresses(squares, device),
-        sums=addresses(sums, device),
-        params=addresses(params, device),
-        exp_avgs=addresses(exp_avgs, device),
-        exp_avg_sqs=addresses(exp_avg_sqs, device),
-        steps=addresses(steps, device),
+        grad_samples=addresses(grads),
+        squares=addresses(squares),
+        sums=addresses(sums),
+        params=addresses(params),
+        exp_avgs=addresses(exp_avgs),
+        exp_avg_sqs=addresses(exp_avg_sqs),
+        steps=addresses(steps),
         tensor_ids=tuple(tensor_ids),
         noises=tuple([noise_std * inverse for inverse in inverse_grids]) if noisy else (),
         expected_batch_size=expected_batch_size,

@@ -118,16 +118,7 @@ class Plan:
         return sum(launch.chunks for launch in self.launches)
 
 
-def addresses(tensors: Sequence[Tensor], device: torch.device) -> tuple[int, ...]:
-    """Of tensors on `device`; a kernel would read any other's all the same.
-
-    Raises:
-        ConfigError: one of them is elsewhere.
-    """
-    index = -1 if device.index is None else device.index
-    if any([t.get_device() != index for t in tensors]):
-        others = {str(t.device) for t in tensors} - {str(device)}
-        raise ConfigError(f"a tensor is on {', '.join(others)}; accepted: {device}, as the others")
+def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple([t.data_ptr() for t in tensors])
 
 
