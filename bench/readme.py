@@ -31,7 +31,7 @@ def _read(name: str) -> Any:
 
 def demo() -> str:
     """`make demo`, and the probe beside it."""
-    run, probe = _read("demo.json"), _read("probe.json")
+    run, probe = _read("demo.json"), _read("linear_probe.json")
     minutes, seconds = divmod(round(run["seconds"]), 60)
     spread = f"{probe['accuracy_mean']:.3f} ± {probe['accuracy_stdev']:.3f}"
     return table(

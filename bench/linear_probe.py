@@ -3,7 +3,7 @@
 The same four sites, split, federation and epsilon as the demo, with a budget of its own: only the
 head is trained, on features that are computed once. The noise is secret and new in each repeat.
 
-    python bench/probe.py path/to/vaderSentiment-3.3.2.tar.gz
+    python bench/linear_probe.py path/to/vaderSentiment-3.3.2.tar.gz
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ffa_kernels.federated.data import Records, load_demo, train_test_split
 from ffa_kernels.federated.models import build_minilm_classifier
 from ffa_kernels.privacy import PrivacyEngine, noise_multiplier_for
 
-RESULT = Path(__file__).parent / "results" / "probe.json"
+RESULT = Path(__file__).parent / "results" / "linear_probe.json"
 
 
 @dataclass(frozen=True)
