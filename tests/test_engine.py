@@ -21,6 +21,7 @@ from torch.utils.data import (
 )
 
 import ffa_kernels as ffa
+from ffa_kernels import ops
 from ffa_kernels.errors import ConfigError, PrivacyError
 from ffa_kernels.privacy import PrivacyEngine
 
@@ -841,12 +842,86 @@ def test_two_iterations_at_once_do_not_mix_their_draws():
 
     one, other = iter(loader), iter(loader)
     train_on(next(one))
-    train_on(next(other))
+    with pytest.raises(PrivacyError, match="begins while another one is under way"):
+        next(other)
     with pytest.raises(PrivacyError, match="goes on with a draw that was given up"):
         next(one)
-    # The other's draw is whole.
-    train_on(next(other))
+    for batch in loader:
+        train_on(batch)
     assert engine.ledger.steps == 1
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_glance_at_another_batch_is_not_taken_for_this_one(stepped):
+    """Its number of records and of padding rows are not this one's."""
+    engine, model, optimizer, loader = drawing(18, 9, 12)
+    with pytest.raises(PrivacyError, match="begins while another one is under way"):
+        for (x,) in loader:
+            if stepped:
+                model(x).square().mean().backward()
+                optimizer.step()
+            next(iter(loader))
+    with pytest.raises(PrivacyError, match="no batch is under way"):
+        model(x)
+    assert engine.ledger.steps == stepped
+
+
+def test_an_iteration_that_nobody_can_go_on_with_is_not_under_way():
+    _, model, optimizer, loader = drawing(18, 9, None)
+    kept = [iter(loader)]
+    kept.append(kept)
+    next(kept[0])
+    del kept
+    for (x,) in loader:
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def test_a_dropped_batch_gives_up_its_draw():
+    """What is left is no sample in which each record is with the same probability."""
+    engine, model, optimizer, loader = drawing(9, 9, 5)
+    with pytest.raises(PrivacyError, match="a batch of it was dropped"):
+        for k, (x,) in enumerate(loader):
+            model(x).square().mean().backward()
+            if k == 0:
+                optimizer.zero_grad()
+    assert engine.ledger.steps == 0
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_batch_is_added_once_though_its_step_was_interrupted(dropped, monkeypatch):
+    """An interrupt comes when an op returns: the sum has the batch by then."""
+    engine, model, optimizer, loader = drawing(9, 9, 5)
+    clip = ops.clip_accumulate
+
+    def interrupted(*arguments, **options):
+        clip(*arguments, **options)
+        raise KeyboardInterrupt
+
+    (x,) = next(iter(loader))
+    model(x).square().mean().backward()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ops, "clip_accumulate", interrupted)
+        optimizer.step()
+    if dropped:
+        optimizer.zero_grad()
+    with pytest.raises(PrivacyError, match="no batch is under way"):
+        model(x)
+    with pytest.raises(PrivacyError, match="without a batch"):
+        optimizer.step()
+    assert not any(total.any() for total in optimizer.private_step._sums)
+    for (x,) in loader:
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert engine.ledger.steps == 1
+
+
+def test_a_record_that_a_subset_has_twice_is_refused():
+    twice = torch.utils.data.Subset(torch.utils.data.Subset(data(), [3, 4, 3]), [0, 1, 2])
+    with pytest.raises(ConfigError, match="Subset has a record more than once"):
+        private(converted(), loader=DataLoader(twice, batch_size=1))
+    once = torch.utils.data.Subset(torch.utils.data.Subset(data(), [3, 4, 3]), [0, 1])
+    private(converted(), loader=DataLoader(once, batch_size=1))
 
 
 def test_a_draw_in_which_an_error_was_caught_is_not_released():

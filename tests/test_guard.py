@@ -470,3 +470,77 @@ def test_the_checksum_is_of_values_not_of_where_they_lie():
     order = torch.arange(3000, dtype=torch.int64)
     assert checksum(order).item() != checksum(order.flip(0).roll(1)).item()
     assert checksums([whole, torch.empty(3, device="meta")])[1] is None
+
+
+class Statistics(nn.Module):
+    """Takes a mean from the records that it sees first, as layers with such initialisation do."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.second = nn.Linear(WIDTH, CLASSES)
+        if way == "filled":
+            self.register_buffer("mean", None)
+        if way == "grown":
+            self.register_buffer("mean", torch.zeros(0), persistent=False)
+
+    def forward(self, x):
+        mean = x.detach().mean(0)
+        if self.way == "filled" and self.mean is None:
+            self.mean = mean
+        if self.way == "registered" and not hasattr(self, "mean"):
+            self.register_buffer("mean", mean)
+        if self.way == "parameter" and not hasattr(self, "mean"):
+            self.mean = nn.Parameter(mean, requires_grad=False)
+        if self.way == "layer" and not hasattr(self, "inner"):
+            self.inner = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        if self.way == "grown":
+            self.mean = mean if len(self.mean) == 0 else 0.5 * (self.mean + mean)
+        return self.second(x - getattr(self, "mean", 0.0))
+
+
+@pytest.mark.parametrize("way", ["filled", "registered", "parameter", "layer"])
+def test_what_forward_makes_for_a_state_dict_is_refused(way):
+    engine = PrivacyEngine()
+    model, optimizer, loader = private(Statistics(way), engine=engine)
+    message = r"(mean|inner\.weight) was made since make_private"
+    with pytest.raises(PrivacyError, match=message):
+        train(model, optimizer, loader)
+    with pytest.raises(PrivacyError, match=message):
+        engine.check()
+    if way != "layer":
+        with pytest.raises(PrivacyError, match=message):
+            model.state_dict()
+
+
+def test_a_buffer_of_no_state_dict_keeps_what_it_first_held():
+    model, optimizer, loader = private(Statistics("grown"))
+    train(model, optimizer, loader)
+    with pytest.raises(PrivacyError, match=r"buffer mean .* moved in private training"):
+        train(model, optimizer, loader)
+
+
+def test_a_layer_that_is_added_after_training_is_saved():
+    model, optimizer, loader = private(converted())
+    train(model, optimizer, loader)
+    model.extra = nn.Linear(2, 2).requires_grad_(False)
+    assert "extra.weight" in model.state_dict()
+
+
+def test_an_adapter_is_saved_as_a_state_dict_is(tmp_path):
+    class Centred(Net):
+        def forward(self, x):
+            self.head.mean.lerp_(x.detach().mean(0), 0.1)
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = Centred()
+    model.head.register_buffer("mean", torch.zeros(WIDTH))
+    ffa.convert(model, r=2, target_modules=["first"], modules_to_save=["head"])
+    model, optimizer, loader = private(model)
+    with pytest.raises(PrivacyError, match=r"buffer head\.mean moved"):
+        train(model, optimizer, loader)
+    for save in (lambda: model.state_dict(), lambda: ffa.save_adapter(model, tmp_path / "adapter")):
+        with pytest.raises(PrivacyError, match=r"buffer head\.mean moved"):
+            save()
+    assert not (tmp_path / "adapter").exists()

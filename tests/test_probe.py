@@ -536,3 +536,36 @@ def test_four_batches_of_the_first_eight_are_probed_and_each_by_no_more_than_it_
         counts.append(forwards)
     # Two runs that should agree, and four in which one of two records is another; no labels.
     assert counts == [7, 7, 1, 7, 1, 1, 1, 7, 1, 1]
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_every_forward_of_a_batch_is_probed(order):
+    """A contrast of records in one forward is found whatever another one makes of them."""
+
+    class Two(Net):
+        def forward(self, x, contrast=False):
+            rows = super().forward(x).mean(dim=1)
+            if not contrast:
+                return rows
+            return nn.functional.cross_entropy(rows @ rows.detach().t(), torch.arange(len(x)))
+
+    engine, model, optimizer, loader = private(Two())
+
+    with pytest.raises(PrivacyError, match="couples records"):
+        for (x,) in loader:
+            contrasts = [order == "first", order == "last"]
+            sum(model(x, contrast).square().mean() for contrast in contrasts).backward()
+            optimizer.step()
+    assert engine.ledger.steps == 0
+
+
+def test_a_short_run_that_could_not_be_probed_is_told_so():
+    _, model, optimizer, loader = private(Net())
+    (x,) = next(iter(loader))
+    model.head(model.body(x)).square().mean().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="could not be probed .*called by parts"):
+        model.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.state_dict()

@@ -60,11 +60,15 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         directory: made if it is not there; other files in it stay.
 
     Raises:
-        ConfigError: no adapted layer, or something trained that PEFT's LoRA files cannot hold;
-            nothing is written then.
+        ConfigError: no adapted layer, or something trained that PEFT's LoRA files cannot hold.
+        PrivacyError: what `state_dict()` of a private model refuses. Nothing is written then.
     """
     from safetensors.torch import save
 
+    # Whoever looks at a model before it is saved looks at this one, as at its state_dict.
+    for module in model.modules():
+        for hook in module._state_dict_pre_hooks.values():
+            hook(module, "", False)
     root, theirs = _base_of(model)
     layers = _adapters(root, "a model that convert() adapted")
     saved = _saved_by_owner(root, layers)

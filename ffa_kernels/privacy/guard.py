@@ -159,6 +159,8 @@ class Guard:
         for watched in self._watched:
             watched.value = values[id(watched.tensor)]
         self._buffers = _buffer_values(module)
+        self._kept = _kept_names(module)
+        self._layers: weakref.WeakSet[nn.Module] = weakref.WeakSet(module.modules())
 
     def _values(self) -> dict[int, int | None]:
         tensors = list({id(w.tensor): w.tensor for w in self._watched}.values())
@@ -303,8 +305,10 @@ class Guard:
                 continue
             if watched.index is None and values[id(watched.tensor)] != watched.value:
                 raise PrivacyError(_moved(watched.name))
+        self._check_new(module, saving)
         for name, value in _buffer_values(module).items():
-            if self._buffers.get(name, value) != value:
+            # A table's first value, or that of a new shape, is what it must keep.
+            if self._buffers.setdefault(name, value) != value:
                 raise PrivacyError(
                     f"buffer {name} moved in private training: it would be saved with the model, "
                     "or change what later batches make of other records, but no noise covers what "
@@ -362,6 +366,22 @@ class Guard:
                 "convert) first, then make its optimizer, then call make_private"
             )
 
+    def _check_new(self, module: nn.Module, saving: bool) -> None:
+        """Nothing that a state_dict holds may have come since; of a layer that has, where it may
+        have been put there to be saved."""
+        for name, layer in module.named_modules():
+            if saving and layer not in self._layers:
+                continue
+            for local in _kept(layer):
+                full = f"{name}.{local}".lstrip(".")
+                if full not in self._kept:
+                    raise PrivacyError(
+                        f"{full} was made since make_private: it would be saved with the model, "
+                        "but no noise covers what it may have learned from records; accepted: "
+                        "buffers and frozen parameters that are there, with their values, before "
+                        "make_private"
+                    )
+
     def _merged(self, module: nn.Module) -> set[int]:
         """Places that a merge has changed for good reason, or whose layer was replaced."""
         here = {id(layer) for layer in module.modules()}
@@ -397,6 +417,21 @@ def _places(
         for local, parameter in place.items():
             if parameter is not None:
                 yield name, place, local, parameter, inside.get(id(layer))
+
+
+def _kept(layer: nn.Module) -> Iterator[str]:
+    """The layer's own parameters and buffers that a state_dict holds."""
+    for local, tensor in (*layer._parameters.items(), *layer._buffers.items()):
+        if tensor is not None and local not in layer._non_persistent_buffers_set:
+            yield local
+
+
+def _kept_names(module: nn.Module) -> set[str]:
+    return {
+        f"{name}.{local}".lstrip(".")
+        for name, layer in module.named_modules()
+        for local in _kept(layer)
+    }
 
 
 def _buffer_values(module: nn.Module) -> dict[str, int | None]:

@@ -55,10 +55,10 @@ class Probe:
         self._module = weakref.ref(module)
         self._holders, self._loss_scale, self._per_layer = holders, loss_scale, per_layer
         self._batches = 0
-        self._seen: _Seen | None = None
+        self._seen: list[_Seen] = []
         # A forward of the probe's own is none of a batch.
         self._running = False
-        self._concluded = False
+        self._concluded = self._warned = False
         self._why = "the model's forward was not seen (compiled, or called by parts)"
         self._hook = module.register_forward_hook(_saw_forward, with_kwargs=True)
 
@@ -87,17 +87,22 @@ class Probe:
         autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), device)
         picked = _unlike((args, kwargs), records, kept)
         outputs = list(_tensors(output))
-        self._seen = _Seen(
+        seen = _Seen(
             batch=_rows((args, kwargs), records, picked),
             records=len(picked),
             autocast=autocast,
             shapes=[tuple(t.shape) for t in outputs],
             used=[False] * len(outputs),
         )
+        self._seen.append(seen)
         for k, tensor in enumerate(outputs):
             if tensor.requires_grad:
                 # What is trained on is what a gradient comes to; a loss that is only shown is not.
-                tensor.register_hook(_mark(self._seen.used, k))  # type: ignore[no-untyped-call]
+                tensor.register_hook(_mark(seen.used, k))  # type: ignore[no-untyped-call]
+
+    def begin(self) -> None:
+        """A batch begins: what was seen of the last one, if that was not stepped, is forgotten."""
+        self._seen.clear()
 
     def run(self, kept: int) -> None:
         """Probes what was seen of a physical batch with `kept` records.
@@ -105,23 +110,18 @@ class Probe:
         Raises:
             CoupledError: a record's gradient depends on another record.
         """
-        seen, self._seen = self._seen, None
+        every, self._seen = self._seen, []
         if self.done or kept < 2:
             return
         module, number = self._module(), self._batches + 1
-        if seen is not None and module is not None:
-            enabled, dtype, device = seen.autocast
-
-            def loss_of(batch: Any, scalars: bool) -> Tensor | None:
-                with torch.autocast(device, dtype=dtype, enabled=enabled):
-                    output = module(*batch[0], **batch[1])
-                return _trained_on(list(_tensors(output)), seen, scalars)
-
-            what = "the model's loss, or one of its layers,"
+        for seen in every:
             # Apart: a loss is made of outputs that got a gradient by its way.
-            for scalars in seen.kinds:
-                made = functools.partial(loss_of, scalars=scalars)
-                self._attempt(made, seen.batch, seen.records, what, enabled)
+            for scalars in seen.kinds if module is not None else ():
+                self._attempt(
+                    functools.partial(_loss_again, module, seen, scalars),
+                    *(seen.batch, seen.records, "the model's loss, or one of its layers,"),
+                    seen.autocast[0],
+                )
         self._count(number)
 
     def attempt(
@@ -168,10 +168,14 @@ class Probe:
 
     def _count(self, number: int) -> None:
         self._batches = number
-        if not self.done:
-            return
-        self._hook.remove()
-        if not self._concluded:
+        if self.done:
+            self._hook.remove()
+            self.warn_unless_concluded()
+
+    def warn_unless_concluded(self) -> None:
+        """Once, where no batch of those that came could be probed."""
+        if self._batches and not self._concluded and not self._warned:
+            self._warned = True
             warnings.warn(
                 f"records could not be probed for dependence on each other: {self._why}; "
                 "PrivacyEngine.check_loss probes a loss by itself",
@@ -404,6 +408,14 @@ def _saw_forward(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None
     piece = step.piece
     if piece is not None:
         step.probe.saw(args, kwargs, output, piece.records, piece.kept)
+
+
+def _loss_again(module: Any, seen: _Seen, scalars: bool, batch: Any) -> Tensor | None:
+    """A loss on the outputs of a forward like the one that was seen."""
+    enabled, dtype, device = seen.autocast
+    with torch.autocast(device, dtype=dtype, enabled=enabled):
+        output = module(*batch[0], **batch[1])
+    return _trained_on(list(_tensors(output)), seen, scalars)
 
 
 def _trained_on(outputs: list[Tensor], seen: _Seen, scalars: bool) -> Tensor | None:

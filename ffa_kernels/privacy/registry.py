@@ -157,7 +157,8 @@ def _is_twin(other: Path, path: Path, name: str) -> bool:
 
 
 def fingerprint(loader: DataLoader[Any]) -> str:
-    """A digest of a loader's records, in any order: their number, and 256 of them, evenly spaced.
+    """A digest of a loader's records: their number, and 256 of them, evenly spaced. Up to 256 may
+    be in any order; of more, another order picks others.
 
     It is computed from private records and covered by no epsilon: for this machine alone. Where
     reading a record twice gives two values (random augmentation), only number and type count.

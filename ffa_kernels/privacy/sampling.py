@@ -6,6 +6,7 @@ memory; a draw is never truncated, and an empty one still makes a step.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 from collections import deque
@@ -22,6 +23,7 @@ from torch.utils.data import (
     RandomSampler,
     Sampler,
     SequentialSampler,
+    Subset,
 )
 
 from ffa_kernels.errors import ConfigError, PrivacyError
@@ -149,7 +151,7 @@ class PrivateDataLoader(DataLoader[Any]):
         physical_size: the most rows of a physical batch, None for one of the draw's size.
         announce: called with the Piece just before its batch is yielded.
         pad: pad every physical batch to `physical_size`; otherwise a draw is cut evenly.
-        restart: called when an iteration begins.
+        restart: called when an iteration begins, with whether no other one is under way.
         finish: called when an iteration has come to its end.
         reseed: called before anything is drawn for a batch: orders, workers' seeds, augmentations.
     """
@@ -161,7 +163,7 @@ class PrivateDataLoader(DataLoader[Any]):
         physical_size: int | None,
         announce: Callable[[Piece], None],
         pad: bool = True,
-        restart: Callable[[], None] = lambda: None,
+        restart: Callable[[bool], None] = lambda alone: None,
         finish: Callable[[], None] = lambda: None,
         reseed: Callable[[], None] = lambda: None,
     ) -> None:
@@ -169,6 +171,7 @@ class PrivateDataLoader(DataLoader[Any]):
         self._physical = _PhysicalBatches(logical, physical_size, pad, len(dataset))
         self._announce, self._restart, self._finish = announce, restart, finish
         self._reseed = reseed
+        self._under_way = 0
         workers: dict[str, Any] = {}
         if loader.num_workers > 0:
             workers = {
@@ -188,16 +191,23 @@ class PrivateDataLoader(DataLoader[Any]):
         )
 
     def __iter__(self) -> Any:
-        self._restart()
-        self._reseed()
-        batches = super().__iter__()
-        pieces = self._physical.pieces
-        for batch in batches:
-            piece = pieces.popleft()
-            padded = _padded(batch, max(piece.kept, 1), piece.records)
-            self._announce(piece)
-            yield padded
+        if self._under_way:
+            # One that nobody can go on with may wait for the collector.
+            gc.collect()
+        self._restart(not self._under_way)
+        self._under_way += 1
+        try:
             self._reseed()
+            batches = super().__iter__()
+            pieces = self._physical.pieces
+            for batch in batches:
+                piece = pieces.popleft()
+                padded = _padded(batch, max(piece.kept, 1), piece.records)
+                self._announce(piece)
+                yield padded
+                self._reseed()
+        finally:
+            self._under_way -= 1
         self._finish()
 
 
@@ -228,6 +238,15 @@ def check_loader(loader: object, max_physical_batch_size: object) -> tuple[DataL
     records = len(loader.dataset)
     if records == 0:
         raise ConfigError("data_loader holds no records; accepted: one or more")
+    picked, dataset = list(range(records)), loader.dataset
+    while isinstance(dataset, Subset):
+        picked = [int(dataset.indices[k]) for k in picked]
+        dataset = dataset.dataset
+    if len({k % len(dataset) for k in picked}) < records:
+        raise ConfigError(
+            "data_loader's torch.utils.data.Subset has a record more than once, which multiplies "
+            "what that record can change; accepted: different indices"
+        )
     return loader, records
 
 

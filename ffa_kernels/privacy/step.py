@@ -213,11 +213,14 @@ class PrivateStep:
                 "next. To add up several batches in one update, give the loader their whole size "
                 "and make_private max_physical_batch_size="
             )
+        if self._piece is not None and not piece.first:
+            # Its batch was dropped: what is left of the draw is no Poisson sample.
+            self.abandon()
         if not piece.first and piece.draw != self._draw:
             raise PrivacyError(
-                "a batch goes on with a draw that was given up, by an error or by another "
-                "iteration of the loader that has begun: what is summed now is no part of it; "
-                "accepted: one iteration at a time, and a new one after an error"
+                "a batch goes on with a draw that was given up, by an error, because a batch of it "
+                "was dropped, or by another iteration of the loader that has begun: what is summed "
+                "now is no part of it; accepted: one iteration at a time, and a new one then"
             )
         for t, form in zip(self.trained, self._forms, strict=True):
             p = t.parameter
@@ -232,6 +235,8 @@ class PrivateStep:
         self._piece, self._draw, self._dropped, self._ran = piece, piece.draw, False, False
         self._records = self._records or piece.kept > 0
         self._whole = None
+        if self.probe is not None:
+            self.probe.begin()
         self._clipped.clear()
         self._arrived.clear()
         device = self._sums[0].device
@@ -347,11 +352,26 @@ class PrivateStep:
             )
         self.mechanism = replace(self.mechanism, max_grad_norm=(bound,))
 
-    def restart(self) -> None:
-        """A new iteration of the data begins: what was under way is not released."""
-        if not self.detached:
+    def restart(self, alone: bool = True) -> None:
+        """A new iteration of the data begins: what was under way is not released.
+
+        Args:
+            alone: no other iteration of the loader can go on.
+
+        Raises:
+            PrivacyError: another can, and its batch might be trained on as if it were this one's.
+        """
+        if self.detached:
+            return
+        if not alone:
             self.abandon()
-            self.end_epoch()
+            raise PrivacyError(
+                "an iteration of the loader begins while another one is under way, so that it is "
+                "not known whose batch the model gets next; accepted: one at a time (to look at "
+                "records, a loader of your own; an iterator that is not wanted any more, deleted)"
+            )
+        self.abandon()
+        self.end_epoch()
 
     def end_epoch(self) -> None:
         """Reads the values that the guard compares; on several ranks, also each other's.
@@ -361,6 +381,7 @@ class PrivateStep:
         """
         if self.detached or not self.guard.pending:
             return
+        self._warn_unless_probed()
         if self.ranks is None:
             self.guard.check()
             return
@@ -382,7 +403,12 @@ class PrivateStep:
     def check(self, saving: bool = False) -> None:
         """The guard's check on this process, unless the model has another step by now."""
         if not self.detached:
+            self._warn_unless_probed()
             self.guard.check(saving)
+
+    def _warn_unless_probed(self) -> None:
+        if self.probe is not None:
+            self.probe.warn_unless_concluded()
 
     def detach(self) -> None:
         """Ends this step's life: the model belongs to another engine from now on."""
@@ -445,23 +471,29 @@ class PrivateStep:
         grads = [grad for k in present if (grad := self._taps[k].grad) is not None]
         squares = [self._squares(k, piece.records) for k in present]
         whole = piece.first and piece.last and len(present) == len(self.trained)
-        if whole and self.ranks is None:
-            # All there is of this draw: clipped, summed and noised in one op, by `release`.
-            self._whole = _Whole(grads, squares, self._keep)
-        elif present:
-            bounds = self.mechanism.scaled_bounds
-            self._summed = True
-            factors = ops.clip_accumulate(
-                grads,
-                [self._sums[k] for k in present],
-                self._stats,
-                self._keep,
-                [bounds[k] for k in present] if self.mechanism.per_layer else list(bounds),
-                squares=squares,
-            )
-            if self._count is not None:
-                self._count += _within_less_beyond(factors)
-        self._end_batch()
+        try:
+            # First: an interrupt may come once the sum has grown, and the batch must not be there
+            # to be added again.
+            self._end_batch()
+            if whole and self.ranks is None:
+                # All there is of this draw: clipped, summed and noised in one op, by `release`.
+                self._whole = _Whole(grads, squares, self._keep)
+            elif present:
+                bounds = self.mechanism.scaled_bounds
+                self._summed = True
+                factors = ops.clip_accumulate(
+                    grads,
+                    [self._sums[k] for k in present],
+                    self._stats,
+                    self._keep,
+                    [bounds[k] for k in present] if self.mechanism.per_layer else list(bounds),
+                    squares=squares,
+                )
+                if self._count is not None:
+                    self._count += _within_less_beyond(factors)
+        except BaseException:
+            self.abandon()
+            raise
         return piece.last
 
     def _squares(self, k: int, records: int) -> Tensor:
