@@ -262,6 +262,7 @@ class Attention(nn.Module):
         (nn.SyncBatchNorm(WIDTH), r"'extra' is SyncBatchNorm"),
         (nn.InstanceNorm1d(WIDTH, track_running_stats=True), r"'extra' is InstanceNorm1d"),
         (nn.Embedding(5, WIDTH, max_norm=1.0), r"'extra' has max_norm"),
+        (nn.Embedding(5, WIDTH, scale_grad_by_freq=True), r"'extra' has scale_grad_by_freq"),
         (RawParameter(), r"extra\.gate \(RawParameter\)"),
         (Attention(), r"extra\.attention\.in_proj_weight \(MultiheadAttention\)"),
         (nn.GRU(WIDTH, WIDTH), r"extra\.weight_ih_l0 \(GRU\)"),
@@ -279,6 +280,8 @@ def test_a_model_that_cannot_be_private_is_refused_untouched(extra, message):
 
 
 def test_what_is_refused_when_trained_is_accepted_when_frozen():
+    counting = nn.Embedding(5, WIDTH, scale_grad_by_freq=True).requires_grad_(False)
+    private(Body(counting))
     for extra in (RawParameter(), Attention()):
         model = Body(extra.requires_grad_(False))
         _, optimizer, loader = private(model)
@@ -1044,3 +1047,13 @@ def test_hooks_on_the_optimizers_step_are_called_with_private_gradients(name):
         assert len(seen) == (len(trained(model)) if halved else 0)
         results.append([p.detach().clone() for p in trained(model)])
     assert any(not torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_an_optimizer_that_holds_another_is_refused():
+    class Holder(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    model = converted()
+    with pytest.raises(ConfigError, match=r"optimizer is Holder; accepted: .*its \.optimizer"):
+        private(model, Holder(sgd(model)))

@@ -544,3 +544,18 @@ def test_an_adapter_is_saved_as_a_state_dict_is(tmp_path):
         with pytest.raises(PrivacyError, match=r"buffer head\.mean moved"):
             save()
     assert not (tmp_path / "adapter").exists()
+
+
+def test_an_optimizer_that_writes_by_address_has_moved_its_tensors():
+    """As bitsandbytes' do, whose writes no version counts."""
+
+    class ByAddress(torch.optim.SGD):
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                p.detach().numpy()[...] -= 0.1 * p.grad.numpy()
+
+    model = converted()
+    model, optimizer, loader = private(model, ByAddress(trained(model), lr=0.1))
+    before = model.first.lora_B.detach().clone()
+    train(model, optimizer, loader)
+    assert not torch.equal(model.first.lora_B, before)

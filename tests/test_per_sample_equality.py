@@ -309,6 +309,51 @@ def test_other_trained_layers_equal_opacus_and_autograd(kind, reduction):
     assert_equal_records(got, expected)
 
 
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "expanded"])
+def test_convolutions_take_inputs_of_any_strides(layout):
+    """Opacus' samplers reckon with those of a contiguous input."""
+    torch.manual_seed(1)
+    model = Image()
+    x, y = inputs_for(model), torch.tensor([0, 2, 1, 1])
+    x = x[:, :, :1].expand_as(x).contiguous() if layout == "expanded" else x
+    plain = copy.deepcopy(model)
+    model, _, loader = private(model, TensorDataset(x, y))
+    x, y = next(iter(loader))
+    strided = {
+        "channels_last": lambda: x.contiguous(memory_format=torch.channels_last),
+        "transposed": lambda: x.transpose(2, 3).contiguous().transpose(2, 3),
+        "expanded": lambda: x[:, :, :1].expand_as(x),
+    }[layout]()
+    assert torch.equal(strided, x) and not strided.is_contiguous()
+    nn.functional.cross_entropy(model(strided), y).backward()
+    assert_equal_records(grad_samples(model), own_gradients(plain, x, y))
+
+
+class Ids(nn.Module):
+    """One index is all there is of a record; a norm without a bias, and one over two dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.users = nn.Embedding(9, 6)
+        self.norm = nn.LayerNorm(6, bias=False)
+        self.both = nn.LayerNorm((2, 3))
+
+    def forward(self, x):
+        return self.both(self.norm(self.users(x)).view(-1, 2, 3)).flatten(1).tanh()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_records_of_one_index_and_norms_without_a_bias(reduction):
+    torch.manual_seed(1)
+    model, plain = (nn.Module.train(Ids()) for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    x, y = torch.tensor([3, 1, 3, 8]), torch.tensor([0, 2, 1, 1])
+    model, _, loader = private(model, TensorDataset(x, y), loss_reduction=reduction)
+    x, y = next(iter(loader))
+    nn.functional.cross_entropy(model(x), y, reduction=reduction).backward()
+    assert_equal_records(grad_samples(model), own_gradients(plain, x, y))
+
+
 def test_padding_row_of_an_embedding_gets_no_gradient():
     torch.manual_seed(1)
     model = Text(padding_idx=0)

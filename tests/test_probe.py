@@ -569,3 +569,39 @@ def test_a_short_run_that_could_not_be_probed_is_told_so():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.state_dict()
+
+
+def test_autocast_within_the_models_own_forward_is_known():
+    """As Accelerate has it: around the forward, and inside of what a hook of the module sees."""
+    model = Net()
+    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    _, model, optimizer, loader = private(model)
+    (x,) = next(iter(loader))
+    model(x).float().square().mean().backward()
+    seen = optimizer.private_step.probe._seen
+    assert [(s.narrowed, s.autocast[0]) for s in seen] == [(True, False)]
+    optimizer.step()
+
+
+@pytest.mark.parametrize("couples", [False, True])
+def test_labels_that_a_loss_does_not_know_accuse_nobody(couples):
+    """CTC reads what lies at a label's place, whatever the label; a mean over the batch's labels
+    divides by a count of them."""
+    model = Net()
+    engine, model, _, _ = private(model)
+    x, labels = torch.randn(6, TOKENS, WIDTH), torch.randint(0, 3, (6, TOKENS))
+
+    def loss_of(batch):
+        logits, labels = model(batch["x"]), batch["labels"]
+        if couples:
+            return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        # Of labels beyond its table a loss may make anything, of whatever lies there.
+        junk = (labels < 0).any() * 1e3 * (logits[..., 0] * logits[..., 1]).sin().sum()
+        known = nn.functional.one_hot(labels.clamp(min=0), 3)
+        return -(logits.log_softmax(-1) * known).sum() / len(labels) + junk
+
+    if couples:
+        with pytest.raises(PrivacyError, match="couples records"):
+            engine.check_loss(model, loss_of, {"x": x, "labels": labels})
+    else:
+        engine.check_loss(model, loss_of, {"x": x, "labels": labels})

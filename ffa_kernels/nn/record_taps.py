@@ -28,6 +28,7 @@ class RecordTaps:
         "cu_seqlens",
         "layer",
         "mean_loss",
+        "narrowed",
         "norm_taps",
         "packed",
         "records",
@@ -48,6 +49,8 @@ class RecordTaps:
         self.packed = False
         # Whether a forward of the batch has come by, as far as it is not compiled.
         self.used = False
+        # Whether one of them was under autocast.
+        self.narrowed = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RecordTaps:
         return RecordTaps(self.layer, self.mean_loss, self.records)
@@ -65,6 +68,8 @@ class RecordTaps:
         tap = self.taps.get(name)
         if not torch.compiler.is_compiling():
             self.used = True
+            if torch._C._is_any_autocast_enabled():
+                self.narrowed = torch.is_autocast_enabled(x.device.type)
         if tap is None:
             raise PrivacyError(
                 f"layer {self.layer!r} is trained privately, but no batch is under way: iterate "
@@ -84,7 +89,8 @@ class RecordTaps:
                     f"accepted: {tap.shape[0] + 1}, for the batch has {tap.shape[0]} records"
                 )
             return tap
-        if x.dim() < 2 or x.shape[0] != tap.shape[0]:
+        # Of an embedding's indices one may be all there is of a record.
+        if x.dim() < (2 if x.is_floating_point() else 1) or x.shape[0] != tap.shape[0]:
             raise PrivacyError(
                 f"layer {self.layer!r} was given {tuple(x.shape)}, but the batch has "
                 f"{tap.shape[0]} records: its first dimension must be the record (a model that "

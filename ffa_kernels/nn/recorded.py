@@ -62,7 +62,8 @@ class _Recorded(nn.Module):
         # Opacus' convolution sampler asks for the exact type.
         plain: Any = object.__new__(self._plain)
         object.__setattr__(plain, "__dict__", self.__dict__)
-        result: dict[Any, Tensor] = sampler(plain, [x], g)
+        # Contiguous: its convolutions reckon with strides of their own.
+        result: dict[Any, Tensor] = sampler(plain, [x.contiguous()], g.contiguous())
         by_id = {id(parameter): grad for parameter, grad in result.items()}
         taps = self.record_taps
         factor = x.shape[0] if taps is not None and taps.mean_loss else 1
@@ -129,9 +130,21 @@ class RecordedEmbedding(_Recorded, nn.Embedding):
 
 
 class RecordedLayerNorm(_Recorded, nn.LayerNorm):
-    """A trained nn.LayerNorm."""
+    """A trained nn.LayerNorm: G_i = sum_t g_i x^_i for the weight, sum_t g_i for the bias."""
 
     _plain = nn.LayerNorm
+
+    def grad_samples(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+        taps = self.record_taps
+        factor = x.shape[0] if taps is not None and taps.mean_loss else 1
+        between = x.shape[1 : x.dim() - len(self.normalized_shape)].numel()
+        shape = (x.shape[0], between, *self.normalized_shape)
+        terms: dict[str, Tensor] = {}
+        if self.weight is not None and self.weight.requires_grad:
+            terms["weight"] = g * F.layer_norm(x, self.normalized_shape, eps=self.eps)
+        if self.bias is not None and self.bias.requires_grad:
+            terms["bias"] = g
+        return {name: t.reshape(shape).sum(dim=1) * factor for name, t in terms.items()}
 
 
 class RecordedRMSNorm(_Recorded, nn.RMSNorm):

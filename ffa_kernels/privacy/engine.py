@@ -611,13 +611,24 @@ def _check_model(module: nn.Module) -> None:
                 f"layer {name!r} has max_norm, which rewrites in the forward pass the rows that a "
                 "batch uses, without noise; accepted: max_norm=None"
             )
+        if getattr(layer, "scale_grad_by_freq", False) and next(layer.parameters()).requires_grad:
+            raise PrivacyError(
+                f"layer {name!r} has scale_grad_by_freq, which divides a record's gradient by what "
+                "its whole batch holds; accepted: scale_grad_by_freq=False"
+            )
 
 
 def _check_trained(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
     """The trained parameters by name, each of which the optimizer holds and a layer records."""
-    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, PrivateOptimizer):
+    if (
+        not isinstance(optimizer, Optimizer)
+        or isinstance(optimizer, PrivateOptimizer)
+        # Accelerate's, and others that hold one: their own step is not its.
+        or isinstance(getattr(optimizer, "optimizer", None), Optimizer)
+    ):
         raise ConfigError(
-            f"optimizer is {type(optimizer).__name__}; accepted: a plain torch.optim.Optimizer"
+            f"optimizer is {type(optimizer).__name__}; accepted: a plain torch.optim.Optimizer "
+            "(of one that accelerator.prepare returned, its .optimizer)"
         )
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
     if not trained:

@@ -91,6 +91,8 @@ class Probe:
             batch=_rows((args, kwargs), records, picked),
             records=len(picked),
             autocast=autocast,
+            # A model's own forward may have begun it and ended it.
+            narrowed=autocast[0] or any(taps.narrowed for taps in self._taps()),
             shapes=[tuple(t.shape) for t in outputs],
             used=[False] * len(outputs),
         )
@@ -120,7 +122,7 @@ class Probe:
                 self._attempt(
                     functools.partial(_loss_again, module, seen, scalars),
                     *(seen.batch, seen.records, "the model's loss, or one of its layers,"),
-                    seen.autocast[0],
+                    seen.narrowed,
                 )
         self._count(number)
 
@@ -203,12 +205,12 @@ class Probe:
         base, again = self._gradients(loss_of, pair), self._gradients(loss_of, pair)
         third = [2] if records > 2 else []
         # (the batch with one of its two records changed, the record that is as it was)
-        changed = [(_rows(batch, records, [0, k]), 0) for k in (*third, 0)]
-        changed += [(_rows(batch, records, [k, 1]), 1) for k in (*third, 1)]
+        changed = [(_rows(batch, records, [0, k]), 0, False) for k in (*third, 0)]
+        changed += [(_rows(batch, records, [k, 1]), 1, False) for k in (*third, 1)]
         # Not where nothing is known to be a label: it would be the same batch once more.
-        changed += [(b, k) for k in (0, 1) if (b := _some_ignored(pair, 1 - k)) is not None]
+        changed += [(b, k, True) for k in (0, 1) if (b := _some_ignored(pair, 1 - k)) is not None]
         compared = False
-        for other, kept in changed:
+        for other, kept, ignored in changed:
             if not _steady(base, again, kept):
                 continue
             try:
@@ -217,6 +219,10 @@ class Probe:
                 # Not every loss knows labels to leave out.
                 continue
             share = self._moved(base, again, found, kept, autocast)
+            if ignored and share is not None and not _parallel(base, found, kept):
+                # A count of labels changes a gradient's length alone. This loss does not know that
+                # label, and may read whatever lies there in memory.
+                continue
             # What moved by chance says nothing of the rest either.
             compared = compared or share is None
             if share is not None and all(
@@ -375,6 +381,7 @@ class _Seen:
     batch: Any
     records: int
     autocast: tuple[bool, torch.dtype, str]
+    narrowed: bool
     shapes: list[tuple[int, ...]]
     used: list[bool]
 
@@ -551,6 +558,15 @@ def _steady(base: _Gradients, again: _Gradients, kept: int) -> bool:
     norm = _norm(g[kept] for g in base.values())
     apart = _norm(base[k][kept] - again[k][kept] for k in base)
     return 0 < norm < math.inf and apart <= _STEADY * norm
+
+
+def _parallel(base: _Gradients, found: _Gradients, kept: int) -> bool:
+    """Whether record `kept` has the same gradient in both, but for its length."""
+    if base.keys() != found.keys():
+        return False
+    pairs = [(base[k][kept].double(), found[k][kept].double()) for k in base]
+    product = sum(float((a * b).sum()) for a, b in pairs)
+    return product > 0.9 * _norm(a for a, _ in pairs) * _norm(b for _, b in pairs)
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:

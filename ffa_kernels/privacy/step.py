@@ -271,7 +271,7 @@ class PrivateStep:
             for record_taps, name in t.holders:
                 record_taps.taps[name] = tap
                 record_taps.packed = record_taps.cu_seqlens is not None
-                record_taps.used = False
+                record_taps.used = record_taps.narrowed = False
                 if norm_tap is not None:
                     record_taps.norm_taps[name] = norm_tap
 
