@@ -91,13 +91,18 @@ def _run(command: list[str]) -> str:
 def _find(variable: str, candidates: tuple[str, ...]) -> list[str] | None:
     """The compiler named by an environment variable, else the first candidate that exists."""
     if variable in os.environ:
-        words = shlex.split(os.environ[variable])
+        try:
+            words = shlex.split(os.environ[variable])
+        except ValueError as error:
+            raise CompileError(f"{variable} is {os.environ[variable]!r}: {error}") from error
         return words if words and shutil.which(words[0]) else None
     return next(([found] for name in candidates if (found := shutil.which(name))), None)
 
 
 def _version(compiler: list[str]) -> str:
     lines = [line for line in _run([*compiler, "--version"]).splitlines() if line.strip()]
+    if not lines:
+        raise CompileError(f"{shlex.join(compiler)} --version says nothing: no compiler")
     release = next((line for line in lines if "release" in line), lines[0])
     return release.strip()
 
@@ -109,8 +114,15 @@ def _contraction(compiler: list[str]) -> list[str]:
     return [_CONTRACT, _GCC_CONTRACT] if knows else [_CONTRACT]
 
 
+def _number(variable: str, word: str) -> int:
+    digits = re.sub(r"\D", "", word)
+    if not digits:
+        raise CompileError(f"{variable} has {word!r}; accepted: whole numbers")
+    return int(digits)
+
+
 def _compile_all(commands: list[list[str]]) -> list[str]:
-    jobs = int(os.environ.get("FFA_BUILD_JOBS", os.cpu_count() or 1))
+    jobs = _number("FFA_BUILD_JOBS", os.environ.get("FFA_BUILD_JOBS", str(os.cpu_count() or 1)))
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         return list(pool.map(_run, commands))
 
@@ -151,7 +163,8 @@ def _build_cpu(
 def _cuda_archs(compiler: list[str]) -> list[int]:
     """The archs named by FFA_CUDA_ARCHS, or those of CUDA_ARCHS that this nvcc knows."""
     if os.environ.get("FFA_CUDA_ARCHS"):
-        return sorted(int(re.sub(r"\D", "", a)) for a in os.environ["FFA_CUDA_ARCHS"].split())
+        named = os.environ["FFA_CUDA_ARCHS"].split()
+        return sorted(_number("FFA_CUDA_ARCHS", arch) for arch in named)
     known = re.findall(r"compute_(\d+)", _run([*compiler, "--list-gpu-arch"]))
     return [arch for arch in CUDA_ARCHS if str(arch) in known]
 
@@ -231,12 +244,11 @@ def _build_one(kind: str, target: Path, old: dict[str, Any]) -> dict[str, Any]:
         "cuda": (_build_cuda, "NVCC", ("nvcc", "/usr/local/cuda/bin/nvcc")),
     }[kind]
     entry: dict[str, Any] = {"built": False, "compiler": None, "flags": [], "reason": ""}
-    compiler = _find(variable, candidates)
-    if compiler is None:
-        target.unlink(missing_ok=True)
-        named = f"{variable}={os.environ[variable]!r}" if variable in os.environ else candidates[0]
-        return entry | {"reason": f"no compiler found ({named})"}
     try:
+        compiler = _find(variable, candidates)
+        if compiler is None:
+            wish = f"{variable}={os.environ[variable]!r}" if variable in os.environ else ""
+            raise CompileError(f"no compiler found ({wish or candidates[0]})")
         entry["compiler"] = f"{shlex.join(compiler)} ({_version(compiler)})"
         wishes = [_sources_digest(kind), entry["compiler"], os.environ.get("FFA_CUDA_ARCHS", "")]
         entry["digest"] = hashlib.sha256("\0".join(wishes).encode()).hexdigest()
@@ -247,7 +259,8 @@ def _build_one(kind: str, target: Path, old: dict[str, Any]) -> dict[str, Any]:
             fresh = target.with_suffix(".tmp")
             entry["flags"] = build(compiler, Path(work), fresh)
             fresh.replace(target)
-    except CompileError as error:
+    # OSError: what was named for a compiler may leave nothing behind.
+    except (CompileError, OSError) as error:
         target.unlink(missing_ok=True)
         return entry | {"reason": str(error)}
     return entry | {"built": True}

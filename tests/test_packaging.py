@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("csrc", "ffa_kernels", "bench", "tests", "examples")
 SITE_PACKAGES = sysconfig.get_paths()["purelib"]
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
@@ -47,9 +48,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a clone holds, without anything built."""
     copy = tmp_path_factory.mktemp("source") / "ffa-kernels"
     unwanted = shutil.ignore_patterns("__pycache__", "_lib", "*.so", "*.egg-info")
-    for name in ("csrc", "ffa_kernels", "tests"):
+    for name in SOURCES:
         shutil.copytree(ROOT / name, copy / name, ignore=unwanted)
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "Makefile"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "Makefile", "SECURITY.md"):
         shutil.copy(ROOT / name, copy / name)
     (copy / "README.md").write_text("# ffa-kernels\n")
     return copy
@@ -145,10 +146,9 @@ def _entries(tree: Any, key: str) -> list[dict[str, Any]]:
 def test_sdist_carries_all_sources_and_nothing_built(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    folders = ("csrc", "ffa_kernels", "bench", "tests", "examples")
     wanted = {
         path.relative_to(ROOT).as_posix()
-        for folder in folders
+        for folder in SOURCES
         for path in (ROOT / folder).rglob("*.*")
         if path.is_file() and not {"__pycache__", "_lib"} & set(path.parts)
     }
@@ -233,6 +233,33 @@ def _needs_library() -> None:
     state = native.describe()["cpu"]
     if not state["available"]:
         pytest.skip(state["reason"])
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("CXX", "true", "libffa_cpu"),
+        ("CXX", "echo", "libffa_cpu"),
+        ("CXX", "'", "CXX is"),
+        ("FFA_BUILD_JOBS", "many", "FFA_BUILD_JOBS has 'many'; accepted: whole numbers"),
+        ("FFA_CUDA_ARCHS", "new", "FFA_CUDA_ARCHS has 'new'; accepted: whole numbers"),
+    ],
+)
+@needs_compiler
+def test_a_wish_that_no_compiler_can_meet_never_fails_the_install(
+    source: Path, tmp_path: Path, build_env: dict[str, str], variable: str, value: str, reason: str
+) -> None:
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(source / "csrc")!r})
+        import build
+        from pathlib import Path
+        report = build.build(Path({str(tmp_path / "out")!r}))
+        kind = "cuda" if {variable!r} == "FFA_CUDA_ARCHS" else "cpu"
+        assert not report[kind]["built"] and {reason!r} in report[kind]["reason"], report
+    """
+    wishes = {"NVCC": ""} | ({"NVCC": "echo compute_75", "CXX": ""} if "CUDA" in variable else {})
+    _python(code, cwd=tmp_path, **build_env | wishes | {variable: value})
 
 
 def test_one_openmp_runtime_in_the_process() -> None:
