@@ -605,3 +605,24 @@ def test_labels_that_a_loss_does_not_know_accuse_nobody(couples):
             engine.check_loss(model, loss_of, {"x": x, "labels": labels})
     else:
         engine.check_loss(model, loss_of, {"x": x, "labels": labels})
+
+
+def test_a_probe_takes_no_more_memory_than_a_step():
+    """Where the outputs are most of it, as a language model's are: else no plan would hold."""
+    model = Net()
+    model.head = nn.Linear(WIDTH, 20_000).requires_grad_(False)
+    _, model, optimizer, loader = private(model, batch_size=4)
+    peaks = []
+    for (x,) in loader:
+        with torch.profiler.profile(profile_memory=True) as account:
+            model(x).square().sum(dim=(1, 2)).mean().backward()
+            optimizer.step()
+        held = peak = 0
+        events = account.profiler.kineto_results.events()
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                peak = max(peak, held)
+        peaks.append(peak)
+    # The third batch is none of those that are probed.
+    assert max(peaks[:2]) < 1.02 * peaks[2]

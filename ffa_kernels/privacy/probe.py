@@ -417,6 +417,31 @@ def _saw_forward(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None
         step.probe.saw(args, kwargs, output, piece.records, piece.kept)
 
 
+class _Terms(torch.autograd.Function):
+    """The sum of w y + y^2 / 2 over the elements y of rows, with other weights along a row.
+
+    Not linear, so that what mixes records in backward alone is seen as well. By hand, since logits
+    may be most of what a step has in memory: the one temporary of their size is the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        weighted = (rows @ _Terms.weights(rows)).sum()
+        total: Tensor = weighted + torch.linalg.vector_norm(rows).square() / 2
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        gradient: Tensor = (rows + _Terms.weights(rows)).mul_(grads[0])
+        return gradient
+
+    @staticmethod
+    def weights(rows: Tensor) -> Tensor:
+        return torch.arange(rows.shape[1], device=rows.device, dtype=rows.dtype).cos_()
+
+
 def _loss_again(module: Any, seen: _Seen, scalars: bool, batch: Any) -> Tensor | None:
     """A loss on the outputs of a forward like the one that was seen."""
     enabled, dtype, device = seen.autocast
@@ -426,10 +451,7 @@ def _loss_again(module: Any, seen: _Seen, scalars: bool, batch: Any) -> Tensor |
 
 
 def _trained_on(outputs: list[Tensor], seen: _Seen, scalars: bool) -> Tensor | None:
-    """A loss on what the user's is made of: scalars themselves, or of rows terms of each alone.
-
-    Not linear, so that what mixes records in backward alone is seen as well.
-    """
+    """A loss on what the user's is made of: scalars themselves, or of rows terms of each alone."""
     if len(outputs) != len(seen.used):
         return None
     total: list[Tensor] = []
@@ -446,8 +468,7 @@ def _trained_on(outputs: list[Tensor], seen: _Seen, scalars: bool) -> Tensor | N
         if len(changed) != 1 or tensor.shape[changed[0]] != 2:
             return None
         rows = tensor.movedim(changed[0], 0).reshape(2, -1).float()
-        weights = torch.arange(rows.shape[1], device=rows.device).cos()
-        total.append((rows * weights).sum() + rows.square().sum() / 2)
+        total.append(_Terms.apply(rows))  # type: ignore[no-untyped-call]
     return torch.stack([t.to(total[0].device) for t in total]).sum() if total else None
 
 
