@@ -23,6 +23,7 @@ from ffa_kernels.losses import causal_lm_loss, sequence_classification_loss
 from ffa_kernels.privacy import Ledger, PrivacyEngine, epsilon, noise_multiplier_for
 from ffa_kernels.privacy.accounting import check_delta
 from ffa_kernels.privacy.adaptive import AdaptiveClipping, check_bound
+from ffa_kernels.privacy.keys import generators_kept
 from ffa_kernels.privacy.optimizer import PrivateOptimizer
 from ffa_kernels.privacy.sampling import Piece, PrivateDataLoader, check_loader
 from ffa_kernels.privacy.step import Plan, PrivateStep
@@ -198,6 +199,9 @@ class PrivateTrainer(Trainer):
         bound, self._bound_of_checkpoint = self._bound_of_checkpoint, None
         model: Any = self.model
         assert draws is not None
+        base, kind = self._base_and_kind()
+        if kind == "ForCausalLM" and self.compute_loss_func is None:
+            _check_shift(base)
         records = len(draws.dataset)
         check_delta(delta, records)
         done: int = self.state.global_step
@@ -433,13 +437,9 @@ class PrivateTrainer(Trainer):
                     f"{tuple(labels.shape[:1])}, each record's own loss"
                 )
             return losses
-        base: Any = self.model
-        if hasattr(base, "get_base_model"):
-            base = base.get_base_model()
-        name, kind = type(base).__name__, getattr(base, "loss_type", None)
+        base, kind = self._base_and_kind()
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        # GPT-2's class has another name than its kind.
-        if kind == "ForCausalLM" or name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        if kind == "ForCausalLM":
             return causal_lm_loss(logits, labels, reduction="none")
         if kind == "ForSequenceClassification":
             problem_type = base.config.problem_type
@@ -447,9 +447,19 @@ class PrivateTrainer(Trainer):
                 logits, labels, problem_type=problem_type, reduction="none"
             )
         raise ConfigError(
-            f"model is {name}, whose loss for each record is not known here; "
+            f"model is {type(base).__name__}, whose loss for each record is not known here; "
             "accepted: a causal language model, a sequence classifier, or compute_loss_func"
         )
+
+    def _base_and_kind(self) -> tuple[Any, str | None]:
+        """The model without PEFT's around it, and the name of its kind of loss."""
+        base: Any = self.model
+        if hasattr(base, "get_base_model"):
+            base = base.get_base_model()
+        # GPT-2's class has another name than its kind.
+        if type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            return base, "ForCausalLM"
+        return base, getattr(base, "loss_type", None)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with the epsilon spent so far."""
@@ -550,6 +560,36 @@ class _Privately(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._end_if_spent()
+
+
+def _check_shift(model: Any) -> None:
+    """Of some causal language models (BART's decoder) the own loss takes labels that are shifted
+    already: shifted here again, they would be those of the token after the next.
+
+    Raises:
+        ConfigError: the model is one of them.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
+    ids = torch.arange(4, device=device).view(1, 4)
+    try:
+        with torch.no_grad(), generators_kept():
+            made = model.eval()(input_ids=ids, labels=ids)
+        own, logits = made.loss.float(), made.logits.float()
+        plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+        shifted = causal_lm_loss(logits, ids)
+    except Exception:
+        # It takes more than ids, or makes no loss of its own: nothing is known of it.
+        return
+    finally:
+        for module, training in modes:
+            module.training = training
+    if torch.isclose(own, plain, rtol=1e-4) and not torch.isclose(own, shifted, rtol=1e-4):
+        raise ConfigError(
+            f"model is {type(model).__name__}, whose own loss takes labels that are shifted "
+            "already, and PrivateTrainer's would shift them again; accepted: a compute_loss_func "
+            "that does as the model's own"
+        )
 
 
 def _check_args(args: TrainingArguments) -> None:

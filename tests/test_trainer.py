@@ -828,3 +828,27 @@ def test_workers_read_ahead_and_the_engine_does_not(tmp_path):
     alone.train()
     ours, theirs = trained(trainer.model), trained(alone.model)
     assert all(torch.equal(ours[n], theirs[n]) and (ours[n] != 0).any() for n in theirs)
+
+
+def test_a_causal_model_whose_labels_are_shifted_already_is_refused(tmp_path):
+    """BART's decoder takes labels as they are to be predicted: shifted again they would be those
+    of the token after the next."""
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=40, d_model=16, decoder_layers=1, encoder_layers=1, decoder_attention_heads=2,
+        encoder_attention_heads=2, decoder_ffn_dim=16, encoder_ffn_dim=16,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    model = ffa.convert(transformers.BartForCausalLM(config), r=2, target_modules=["fc1"])
+    ids = torch.randint(3, 40, (12, 6))
+    records = [{"input_ids": row, "labels": row} for row in ids]
+    trainer = trainer_of(tmp_path, model, records)
+    with pytest.raises(ConfigError, match="BartForCausalLM, whose own loss takes labels that are"):
+        trainer.train()
+    assert trainer.engine.ledger.steps == 0 and model.training
+
+    def losses(outputs, labels, num_items_in_batch=None):
+        rows = nn.functional.cross_entropy(outputs.logits.mT, labels, reduction="none")
+        return rows.mean(dim=1)
+
+    trainer_of(tmp_path / "own", model, records, compute_loss_func=losses).train()
