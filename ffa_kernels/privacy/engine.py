@@ -344,28 +344,15 @@ class PrivacyEngine:
             bounds = _bounds(max_grad_norm, clipping, len(names), noise_multiplier, loss_scale)
             return _Local(data, names, bounds)
 
-        if ranks is None:
-            mine = local()
-            data = _all_data(None, [mine.data], poisson)
-        else:
-            made: list[_Local] = []
-
-            def told() -> tuple[_Data, dict[str, Any]]:
-                made.append(local())
-                return made[0].data, {
-                    **{"noise_multiplier": noise_multiplier, "max_grad_norm": made[0].bounds},
-                    **{"clipping": clipping, "loss_scale": loss_scale, "poisson_sampling": poisson},
-                    "adaptive_clipping": adaptive_clipping,
-                    "optimizer": type(optimizer).__name__,
-                    "the seed": self.seed,
-                    "module's trained tensors": [
-                        (name, str(p.dtype), tuple(p.shape)) for name, p in made[0].names.items()
-                    ],
-                }
-
-            facts = ranks.together(told)
-            agree(ranks, [fact for _, fact in facts])
-            mine, data = made[0], _all_data(ranks, [d for d, _ in facts], poisson)
+        settings = {
+            "noise_multiplier": noise_multiplier,
+            "clipping": clipping,
+            "loss_scale": loss_scale,
+            "poisson_sampling": poisson,
+            "adaptive_clipping": adaptive_clipping,
+            "optimizer": type(optimizer).__name__,
+        }
+        mine, data = self._agreed(ranks, local, poisson, settings)
         if target_delta is not None:
             check_delta(target_delta, data.records)
         if adaptive_clipping is not None:
@@ -414,14 +401,65 @@ class PrivacyEngine:
             if ranks is not None:
                 stream = SecretStream(f"sampling on rank {ranks.rank}", self.seed)
             logical = PoissonSampler(mine.data.records, data.sample_rate, data.steps, stream)
-        adapters = [
+        dropping = [
             m for m in module.modules() if isinstance(m, Adapter) and m.adapter_dropout() > 0
         ]
+        private_loader = self._private_loader(
+            loader, logical, max_physical_batch_size, pad_physical_batches, step, dropping
+        )
+        if self.seed is None:
+            # Masks and augmentations follow the order of the records: under a public seed one
+            # record more would give all after it others. Unless nobody knows them.
+            forget_seeds()
+        return module, PrivateOptimizer(optimizer, step), private_loader
+
+    def _agreed(
+        self,
+        ranks: Ranks | None,
+        local: Callable[[], _Local],
+        poisson: bool,
+        settings: dict[str, Any],
+    ) -> tuple[_Local, _Data]:
+        """What `local` finds here, and the data of all ranks, which must have all else in common.
+
+        Raises:
+            ConfigError: what `local` raises on any rank, or settings that differ.
+        """
+        if ranks is None:
+            mine = local()
+            return mine, _all_data(None, [mine.data], poisson)
+        made: list[_Local] = []
+
+        def told() -> tuple[_Data, dict[str, Any]]:
+            made.append(local())
+            return made[0].data, {
+                **settings,
+                "max_grad_norm": made[0].bounds,
+                "the seed": self.seed,
+                "module's trained tensors": [
+                    (name, str(p.dtype), tuple(p.shape)) for name, p in made[0].names.items()
+                ],
+            }
+
+        facts = ranks.together(told)
+        agree(ranks, [fact for _, fact in facts])
+        return made[0], _all_data(ranks, [data for data, _ in facts], poisson)
+
+    def _private_loader(
+        self,
+        loader: DataLoader[Any],
+        logical: Any,
+        physical_size: int | None,
+        pad: bool,
+        step: PrivateStep,
+        dropping: Sequence[Adapter],
+    ) -> PrivateDataLoader:
+        """The loader whose batches `step` is told of; `dropping` are the adapters with dropout."""
         keys = {
             device: torch.zeros(4, dtype=torch.int64, device=device)
-            for device in {layer.trained_B().device for layer in adapters}
+            for device in {layer.trained_B().device for layer in dropping}
         }
-        for layer in adapters:
+        for layer in dropping:
             layer._dropout_key = keys[layer.trained_B().device]
 
         def announce(piece: Piece) -> None:
@@ -445,21 +483,9 @@ class PrivacyEngine:
                 )
                 forget_seeds()
 
-        private_loader = PrivateDataLoader(
-            loader,
-            logical,
-            max_physical_batch_size,
-            announce,
-            pad_physical_batches,
-            step.restart,
-            step.end_epoch,
-            reseed,
+        return PrivateDataLoader(
+            loader, logical, physical_size, announce, pad, step.restart, step.end_epoch, reseed
         )
-        if self.seed is None:
-            # Masks and augmentations follow the order of the records: under a public seed one
-            # record more would give all after it others. Unless nobody knows them.
-            forget_seeds()
-        return module, PrivateOptimizer(optimizer, step), private_loader
 
     def _data(self, data_loader: object, max_physical_batch_size: object, poisson: object) -> _Data:
         loader, records = check_loader(data_loader, max_physical_batch_size)
