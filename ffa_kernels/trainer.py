@@ -623,8 +623,8 @@ def _check_args(args: TrainingArguments) -> None:
         (
             getattr(args, "train_sampling_strategy", "random") != "random"
             or getattr(args, "group_by_length", False),
-            "train_sampling_strategy picks who comes together; accepted: 'random', which stands "
-            "for Poisson sampling here",
+            f"train_sampling_strategy is {getattr(args, 'train_sampling_strategy', None)!r}, which "
+            "picks who comes together; accepted: 'random', which stands for Poisson sampling here",
         ),
         (
             str(getattr(args, "include_num_input_tokens_seen", "no")) not in ("no", "False"),

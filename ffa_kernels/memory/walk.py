@@ -166,10 +166,11 @@ def _served(device: str, func: Any, args: tuple[Any, ...]) -> Any:
         if name in ("linear", "linear_backward", "per_sample_grad", "per_sample_backward"):
             return getattr(reference, name)(*args)
         if name == "clip_accumulate":
-            return _reference_clip(*args)
+            return _reference_clip(args[0], args[5])
         if name == "private_step":
             sums = zero_sums(args[4], args[11])
-            _reference_clip(args[0], args[1], sums, args[2], args[3], args[11])
+            _reference_clip(args[0], args[11])
+            del sums
             return func(*args)
         return func(*args)
     if name == "per_sample_backward":
@@ -205,14 +206,7 @@ def _served(device: str, func: Any, args: tuple[Any, ...]) -> Any:
     return out
 
 
-def _reference_clip(
-    grads: list[Tensor],
-    squares: Any,
-    sums: list[Tensor],
-    stats: Any,
-    keep: Any,
-    bounds: list[float],
-) -> Tensor:
+def _reference_clip(grads: list[Tensor], bounds: list[float]) -> Tensor:
     """`reference.clip_accumulate` with every record kept: which ones are, no fake tensor knows."""
     n = len(grads[0])
     rows = [g.reshape(n, math.prod(g.shape[1:])).double() for g in grads]
@@ -307,7 +301,7 @@ def walk(
             made.backward()  # type: ignore[no-untyped-call]
             counted.in_backward = False
             del made
-            _step(named, taps, held[0], moments, optimizer, state, per_layer)
+            _step(named, taps, moments, optimizer, state, per_layer)
         counted.look()
     return Walked(counted.peak, counted.parts())
 
@@ -345,7 +339,6 @@ def _tap(
 def _step(
     named: dict[str, nn.Parameter],
     taps: list[Tensor],
-    sums: list[Tensor],
     moments: list[list[Tensor]],
     optimizer: str,
     state: Tensor,

@@ -658,7 +658,10 @@ def _check_trained(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Para
         )
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
     if not trained:
-        raise ConfigError("module trains nothing: no parameter requires a gradient")
+        raise ConfigError(
+            f"module is {type(module).__name__} and trains nothing: no parameter requires a "
+            "gradient; accepted: a model after convert()"
+        )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, p in trained.items() if id(p) not in held]
     own = {id(p) for p in module.parameters()}

@@ -67,7 +67,5 @@ _HOMES = {
 
 if installed():
     for _op, _home in _HOMES.items():
-        if importlib.util.find_spec(f"{__name__}.{_home}") is None:
-            continue
         # Over the submodule of the same name, which the import has bound.
         globals()[_op] = getattr(importlib.import_module(f"{__name__}.{_home}"), _op)
