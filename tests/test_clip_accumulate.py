@@ -3,6 +3,7 @@
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -431,3 +432,38 @@ def test_opcheck(backend, bounds):
     squares = [torch.stack([g.double().flatten(1).square().sum(1), torch.ones(4)]) for g in grads]
     arguments = (grads, squares, empty_sums(grads, bounds), stats, keep, bounds)
     torch.library.opcheck(torch.ops.ffa.clip_accumulate.default, arguments)
+
+
+def test_what_lies_at_one_address_twice_is_refused():
+    """It would be counted on once for two, and only be found out after the sum has grown."""
+    arguments = ([torch.ones(1, 2)], [torch.zeros(2, dtype=torch.int64)])
+    stats = torch.zeros(1, dtype=torch.int64).expand(2)
+    with pytest.raises(ConfigError, match=r"stats is .*accepted: .*of its own elements"):
+        ops.clip_accumulate(*arguments, stats, None, 1.0)
+    assert not arguments[1][0].any()
+
+
+@pytest.mark.parametrize("bound", ["1", torch.tensor(1.0), None])
+def test_a_bound_that_is_no_number_is_named(bound):
+    with pytest.raises((ConfigError, TypeError), match=r"max_grad_norm|0-d"):
+        ops.clip_accumulate(
+            *([torch.ones(1, 2)], [torch.zeros(2, dtype=torch.int64)]),
+            *(torch.zeros(2, dtype=torch.int64), None, bound),
+        )
+
+
+def test_a_bound_of_numpys_is_a_number():
+    total = torch.zeros(2, dtype=torch.int64)
+    ops.clip_accumulate(
+        [torch.ones(1, 2)], [total], torch.zeros(2, dtype=torch.int64), None, np.float32(1.0)
+    )
+    assert total.all()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_known_norms_of_many_ranks_are_not_too_small():
+    """Numbers that are alike round alike, and a long sum's rounding would outgrow the margin."""
+    value, r = 3534837.0, 16384
+    _, G, squares = ops.per_sample_grad(torch.ones(1, 1, 192), torch.full((1, 1, r), value), None)
+    exact = int(value) ** 2 * G.numel()
+    assert (value == G).all() and abs(Fraction(squares[0, 0].item()) / exact - 1) < 2**-41

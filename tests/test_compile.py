@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import ffa_kernels as ffa
 from ffa_kernels import ops
 from ffa_kernels.backends.dispatch import OPS
 
@@ -113,3 +114,12 @@ def test_compiled_gradients_of_linear_equal_eager(backend):
     compiled = torch.compile(ops.linear, fullgraph=True, backend="aot_eager")
     for mine, theirs in zip(gradients_of(compiled), gradients_of(ops.linear), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def test_an_exported_layer_takes_any_number_of_rows():
+    torch.manual_seed(0)
+    model = ffa.convert(nn.Sequential(nn.Linear(64, 64)), r=4, target_modules=["0"]).eval()
+    rows = torch.export.Dim("rows")
+    made = torch.export.export(model, (torch.randn(3, 64),), dynamic_shapes=({0: rows},))
+    x = torch.randn(700, 64)
+    torch.testing.assert_close(made.module()(x), model(x), rtol=1e-4, atol=1e-4)

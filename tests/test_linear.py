@@ -941,3 +941,41 @@ def test_a_tensor_without_its_values_at_its_address(backend, odd, based, name):
         results.append((y, dx, G, squares))
     for found, wanted in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_dropout_rounds_a_record_as_it_does_among_others():
+    """Where the last chunk of masked rows is one row, PyTorch's product rounds it otherwise."""
+    torch.manual_seed(0)
+    x, state = torch.randn(4, 43, 1024), torch.arange(5)
+    W, A, B = torch.randn(64, 1024), torch.randn(8, 1024), torch.randn(64, 8)
+    seen = []
+    for n in (3, 4):
+        tap = torch.zeros(n, 64, 8, requires_grad=True)
+        part = x[:n].clone().requires_grad_()
+        y = ops.linear(part, W, None, A, B, tap=tap, dropout_state=state, dropout_p=0.1, records=8)
+        y.backward(torch.ones_like(y))
+        seen.append((y[2].detach(), tap.grad[2], part.grad[2]))
+    for one, other in zip(*seen, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_scale_of_fewer_bits_does_not_round_the_product():
+    x, W = torch.randn(4, 1, 33), torch.randint(-128, 128, (40, 33), dtype=torch.int8)
+    scale = torch.full((40, 1), 1000.0, dtype=torch.float16)
+    y = ops.linear(x, W, None, torch.zeros(2, 33), torch.zeros(40, 2), weight_scale=scale)
+    expected = (x.double() @ (1000.0 * W.double()).t()).float()
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+def test_a_few_rows_of_an_evaluation_are_right(rows):
+    torch.manual_seed(0)
+    x, W, b = torch.randn(rows, 1, 300), torch.randn(260, 300), torch.randn(260)
+    A, B = torch.randn(4, 300), torch.randn(260, 4)
+    wide = W.double() + 0.5 * B.double() @ A.double()
+    expected = x.double() @ wide.t() + b
+    with torch.no_grad():
+        y = ops.linear(x, W, b, A, B, scaling=0.5)
+    torch.testing.assert_close(y, expected.float(), rtol=1e-4, atol=1e-4)

@@ -195,3 +195,16 @@ def test_opcheck(backend, packed):
     given = inputs((3, 4), 5, 6, 2, torch.float32)
     offsets = torch.tensor([0, 1, 3], dtype=torch.int32) if packed else None
     torch.library.opcheck(torch.ops.ffa.per_sample_backward.default, (*given, offsets, 0.5, True))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_lazily_negated_A_is_read_by_its_values():
+    torch.manual_seed(0)
+    g, h, W = torch.randn(2, 3, 16), torch.randn(2, 3, 4), torch.randn(16, 8)
+    A, B = torch.randn(4, 8), torch.randn(16, 4)
+    negated = torch.complex(torch.zeros_like(A), -A).conj().imag
+    assert negated.is_neg() and torch.equal(negated, A)
+    # The dispatcher, which a call without gradients goes around, would make it plain.
+    with torch.no_grad():
+        dx, _, _ = ops.per_sample_backward(g, h, W, negated, B)
+    torch.testing.assert_close(dx, g @ W + (g @ B) @ A, rtol=1e-5, atol=1e-5)

@@ -11,10 +11,6 @@
 namespace ffa::FFA_ISA {
 namespace {
 
-// Norms are summed in blocks of this many elements and the blocks in order, so that the split over
-// threads never shows in the bits.
-constexpr int64_t kNormBlock = 16384;
-
 int64_t blocks_of(int64_t numel) { return (numel + kNormBlock - 1) / kNormBlock; }
 
 // One call's norm is the record's; the norms of several calls do not add up to it.
@@ -28,6 +24,7 @@ double sum_squares_of(const Records& r, int64_t k, int64_t first, int64_t count)
              : sum_squares(static_cast<const double*>(r.grad_samples[k]) + first, count);
 }
 
+// A norm's blocks are added up in order: the split over threads never shows in the bits.
 struct NormBlock {
   int64_t tensor, first, count;
   double square;

@@ -90,7 +90,7 @@ FFA_HD void chacha20_rows(const ChaChaStream& stream, uint32_t first, uint32_t* 
 
 // fp64 sum of squares in one fixed order, whatever the instruction set or the number of threads.
 template <class T>
-inline double sum_squares(const T* v, int64_t count) {
+inline double sum_squares_of_block(const T* v, int64_t count) {
   constexpr int kLanes = 16;
   double acc[kLanes] = {};
   int64_t i = 0;
@@ -108,6 +108,20 @@ inline double sum_squares(const T* v, int64_t count) {
     for (int lane = 0; lane < half; ++lane) acc[lane] += acc[lane + half];
   }
   return acc[0];
+}
+
+// The squares of blocks of this many elements are summed by themselves, and the blocks in order: so
+// few are added up in one number that its rounding stays far below the margin of `clip_factor`.
+constexpr int64_t kNormBlock = 16384;
+
+template <class T>
+inline double sum_squares(const T* v, int64_t count) {
+  double total = 0.0;
+  for (int64_t at = 0; at < count; at += kNormBlock) {
+    const int64_t left = count - at;
+    total += sum_squares_of_block(v + at, left < kNormBlock ? left : kNormBlock);
+  }
+  return total;
 }
 
 }  // namespace ffa::FFA_ISA

@@ -102,6 +102,8 @@ BY_TILES = native.prefers_fp32_product() == 2
 # Rows that parting W costs, and what slowing down does, in elements of W times rows. Measured with
 # frozen layers of 384 to 2048 features, forward and backward, on a processor with 2 MiB of L2.
 _PARTING, _SLOWING = 40, 9e7
+# torch 2.6 does not tell.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 # Records of a batch, where a choice must not depend on how many there are.
 _USUAL_RECORDS = 6
 
@@ -149,7 +151,10 @@ def merging_pays(x: Tensor, weight: Tensor | None, dropout: bool, records: int =
     expected = records * (1 if x.dim() == 2 else USUAL_TOKENS)
     rows = expected or math.prod(x.shape[:-1])
     d_out, d_in = weight.shape
-    return rows * (d_out + d_in) > 4 * d_out * d_in and can_merge(weight, x, dropout)
+    # In an exported graph the number of rows is open, and no guard is to close it.
+    if not can_merge(weight, x, dropout) or is_exporting():
+        return False
+    return rows * (d_out + d_in) > 4 * d_out * d_in
 
 
 def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -194,7 +199,8 @@ def plain_product(
     """x W^T + b in x's dtype. A W of fewer bits is multiplied in its own type, where the device has
     instructions for that; x, b and the product are then rounded to it."""
     if scale is not None:
-        weight = (weight * scale).to(rows.dtype)
+        wide = torch.promote_types(rows.dtype, scale.dtype)
+        weight = (weight.to(wide) * scale).to(rows.dtype)
     if weight.dtype == rows.dtype:
         return F.linear(rows, weight, bias)
     if rows.device.type == "cpu" and WIDENS_BF16:

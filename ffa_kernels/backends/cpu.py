@@ -37,6 +37,9 @@ _FACTORS = {torch.float32: 0, torch.bfloat16: 3, torch.int8: 4}
 _OPTIMIZERS = {"none": 0, "sgd": 1, "adam": 2, "adamw": 3}
 # Elements of x whose dropout is in flight at a time: the scratch stays in L2.
 _DROPOUT_CHUNK = 1 << 17
+# Fewer rows repay no packing of W. In training how a record is rounded must all the same not depend
+# on how many others there are.
+LEAST_ROWS = 4
 
 # Of tensors that are no subclass's.
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -115,7 +118,7 @@ def _dropped_product(
 ) -> None:
     """h = dropout(x) A^T, with x (rows, d_in) masked a chunk of rows at a time."""
     library, columns = native.load("cpu"), x.shape[1]
-    state = dropout_state.contiguous()
+    state = _dense(dropout_state)
     chunks = _dropout_chunks(*x.shape)
     scratch = x.new_empty((chunks[0][1] if chunks else 0, columns))
     for start, end in chunks:
@@ -125,7 +128,8 @@ def _dropped_product(
             *("dropout", state.data_ptr(), dropout_p, start, end - start, columns),
             *(_dtype_code(x.dtype), rows.data_ptr(), masked.data_ptr(), _threads()),
         )
-        torch.mm(masked, lora_A.t(), out=h[start:end])
+        # Not BLAS, which rounds a row otherwise where it is the chunk's only one.
+        _project(masked, lora_A, h[start:end])
 
 
 def has_product(
@@ -310,7 +314,9 @@ def linear(
         projected = (None, None)
         rows = x.view(math.prod(lead), x.shape[-1])
         _dropped_product(rows, lora_A, dropout_state, dropout_p, h.view(len(rows), r))
-    if weight is not None and has_product(x, weight, None, weight_scale):
+    few = tap is None and math.prod(lead) < LEAST_ROWS
+    packs = weight is not None and not (few and weight.dtype == x.dtype)
+    if weight is not None and packs and has_product(x, weight, None, weight_scale):
         if dropout_state is None:
             _project(x, lora_A, h)
         return product(x, weight, bias, h, lora_B.t(), scaling, weight_scale), h
@@ -353,14 +359,17 @@ def linear_backward(
             dx = plain_backward(g, weight, weight_scale).contiguous()
         _rank_term("linear_backward", u.contiguous(), lora_A.t(), scaling, dx, weight is not None)
         return dx
-    library, state = native.load("cpu"), dropout_state.contiguous()
-    g_rows, u_rows = g.flatten(0, -2), u.flatten(0, -2)
+    library, state = native.load("cpu"), _dense(dropout_state)
+    g_rows, u_rows = g.flatten(0, -2), u.contiguous().flatten(0, -2)
     if weight is None:
         dx = g.new_zeros(len(g_rows), columns)
     else:
         dx = base_product(g, weight.t(), None, scale).view(len(g_rows), columns)
-    for start, end in _dropout_chunks(*dx.shape):
-        adapter = u_rows[start:end] @ lora_A
+    chunks = _dropout_chunks(*dx.shape)
+    scratch = dx.new_empty((chunks[0][1] if chunks else 0, columns))
+    for start, end in chunks:
+        adapter = scratch[: end - start]
+        _rank_term("linear_backward", u_rows[start:end], lora_A.t(), 1.0, adapter)
         library.call(
             *("dropout_add", state.data_ptr(), dropout_p, scaling, start, end - start),
             *(columns, _dtype_code(dx.dtype), adapter.data_ptr()),
@@ -409,7 +418,7 @@ def per_sample_backward(
     """dx = g W + s u A (..., d_in), and G and |G_i|^2 as `per_sample_grad`."""
     if has_product(g, weight.t()):
         u, grad, squares = per_sample_grad(g, h, lora_B, cu_seqlens, scaling, mean_loss)
-        return product(g, weight.t(), None, u, lora_A, scaling), grad, squares
+        return product(g, weight.t(), None, u, _dense(lora_A), scaling), grad, squares
     (d_out, r), d_in, rows = lora_B.shape, lora_A.shape[1], math.prod(g.shape[:-1])
     n = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     g, h, lora_A, lora_B = _dense(g), _dense(h), _dense(lora_A), _dense(lora_B)

@@ -17,9 +17,6 @@ from ffa_kernels.ops.base_product import base_product
 
 # A smaller matrix is multiplied in less time than the way to our product takes.
 _LEAST_NUMEL = 1 << 16
-# In evaluation fewer rows repay no packing of W. In training how a record is rounded must not
-# depend on how many others there are.
-_LEAST_ROWS = 4
 
 
 def parameter(layer: nn.Module, name: str) -> Any:
@@ -60,8 +57,6 @@ _apply: Any = super(torch.autograd.Function, Product).apply
 
 # What fp32 rows are multiplied with here. Read once: a compiler can not ask the library.
 _MULTIPLIED = frozenset(filter(cpu.multiplies, (torch.float32, torch.bfloat16, torch.int8)))
-# torch 2.6 does not tell.
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 def _is_an_op(x: Tensor, weight: Tensor) -> bool:
@@ -69,7 +64,7 @@ def _is_an_op(x: Tensor, weight: Tensor) -> bool:
     has PyTorch's own operators: it may be run where this library is not."""
     return (
         torch.compiler.is_compiling()
-        and not _is_exporting()
+        and not compose.is_exporting()
         and type(x) in cpu.PLAIN
         and type(weight) in cpu.PLAIN
         and x.is_cpu
@@ -132,7 +127,7 @@ class FrozenFp32Linear(nn.Linear):
             or weight.dtype != input.dtype
             or weight.requires_grad
             or (bias is not None and bias.requires_grad)
-            or not (self.training or records or math.prod(input.shape[:-1]) >= _LEAST_ROWS)
+            or not (self.training or records or math.prod(input.shape[:-1]) >= cpu.LEAST_ROWS)
         ):
             return F.linear(input, weight, bias)
         if records and input.requires_grad:

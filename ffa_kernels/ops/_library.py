@@ -145,8 +145,12 @@ def check_devices(
 def check_rng_state(op: str, argument: str, state: torch.Tensor) -> None:
     """The layout of `rng_state`: int64 (5,), a 256-bit key as four words, then the step."""
     require(
-        state.dtype == torch.int64 and tuple(state.shape) == (5,),
-        lambda: f"{op}: {argument} is {state.dtype} {tuple(state.shape)}; accepted: int64 (5,)",
+        # Words that lie at one address could not be counted on by themselves.
+        state.dtype == torch.int64 and tuple(state.shape) == (5,) and state.stride(0) != 0,
+        lambda: (
+            f"{op}: {argument} is {state.dtype} {tuple(state.shape)}; accepted: int64 (5,), of "
+            "its own elements"
+        ),
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
 
+from ffa_kernels.errors import ConfigError, shown
 from ffa_kernels.ops._library import (
     call_in_place,
     check_devices,
@@ -22,8 +24,12 @@ _SMALLEST_BOUND, _LARGEST_BOUND = 2.0**-500, 2.0**500
 
 def bounds_of(max_grad_norm: float | Sequence[float]) -> list[float]:
     """One bound or several, as a list."""
-    if isinstance(max_grad_norm, (int, float)):
+    if isinstance(max_grad_norm, Real):
         return [float(max_grad_norm)]
+    if isinstance(max_grad_norm, str) or not isinstance(max_grad_norm, Iterable):
+        raise ConfigError(
+            f"max_grad_norm is {shown(max_grad_norm)}; accepted: a number, or a list of numbers"
+        )
     return list(max_grad_norm)
 
 
@@ -79,6 +85,10 @@ def check_records(
     lists = {"grad_samples": grad_samples, "squares": squares}
     kept = {} if keep is None else {"keep": keep}
     check_devices(op, totals[0], {**lists, "stats": stats, **kept})
+    require(
+        grad_samples[0].dim() > 0,
+        lambda: f"{op}: grad_samples[0] is a scalar; accepted: (n, *shape), n records",
+    )
     n = grad_samples[0].shape[0]
     wanted = [(n, *total.shape) for total in totals]
     require_same(
@@ -105,8 +115,11 @@ def check_records(
         ),
     )
     require(
-        stats.dtype == torch.int64 and tuple(stats.shape) == (2,),
-        lambda: f"{op}: stats is {stats.dtype} {tuple(stats.shape)}; accepted: int64 (2,)",
+        stats.dtype == torch.int64 and tuple(stats.shape) == (2,) and stats.stride(0) != 0,
+        lambda: (
+            f"{op}: stats is {stats.dtype} {tuple(stats.shape)}; accepted: int64 (2,), of its own "
+            "elements"
+        ),
     )
 
 

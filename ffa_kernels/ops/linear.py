@@ -119,8 +119,8 @@ def _check(
     if cu_seqlens is None:
         n = shape[0]
     else:
-        n = cu_seqlens.shape[0] - 1
         check_offsets("linear", cu_seqlens, math.prod(shape[:-1]), device)
+        n = cu_seqlens.shape[0] - 1
     if tap is not None and (tap.shape != (n, d_out, shape_A[0]) or not tap.dtype.is_floating_point):
         raise ConfigError(
             f"linear: tap is {tap.dtype} {tuple(tap.shape)}; accepted: a float type, "
