@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -13,7 +14,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import ffa_kernels as ffa
 from ffa_kernels.errors import ConfigError
@@ -208,6 +216,62 @@ def test_pefts_own_methods_still_work(tmp_path):
     assert_as_close_as(logits(merged), adapted, back)
     merged = ffa.merge(copy.deepcopy(model))
     assert_as_close_as(logits(merged), adapted, back)
+
+
+class SharedWeight(nn.Module):
+    """Two layers of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.b.weight = self.a.weight
+
+    def forward(self, tokens):
+        return SimpleNamespace(logits=self.b(self.a(tokens.float() / 20).tanh()))
+
+
+def replicated_llama():
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=12, intermediate_size=20, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+REPLICATED = {"target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 2]]}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    "make,options",
+    [
+        (SharedWeight, {"target_modules": ["a", "b"]}),
+        (gpt2, {"target_modules": ["c_attn", "lm_head"]}),
+        (replicated_llama, REPLICATED),
+    ],
+    ids=["two layers", "tied head", "layer_replication"],
+)
+def test_merge_leaves_a_weight_that_others_share(make, options):
+    model = randomise(ffa.convert(with_lora(make(), **options)))
+    adapted, training = logits(model), model.training
+    plain = ffa.merge(model)
+    torch.testing.assert_close(logits(plain), adapted, rtol=1e-4, atol=1e-4)
+    assert not trained(plain) and plain.training == training
+
+
+def test_merge_adds_once_what_peft_has_merged_already():
+    model = randomise(ffa.convert(with_lora(bert())))
+    adapted = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(ffa.merge(model)), adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_replicated_layers_are_not_saved_for_a_model_without_them(tmp_path):
+    model = ffa.convert(with_lora(replicated_llama(), **REPLICATED))
+    with pytest.raises(ConfigError, match=r"layer_replication .*; accepted: model.save_pretrained"):
+        ffa.save_adapter(model, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

@@ -70,6 +70,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         for hook in module._state_dict_pre_hooks.values():
             hook(module, "", False)
     root, theirs = _base_of(model)
+    if theirs.get("layer_replication"):
+        raise ConfigError(
+            f"model is PEFT's with layer_replication {theirs['layer_replication']}, whose layers "
+            "no plain model has; accepted: model.save_pretrained()"
+        )
     layers = _adapters(root, "a model that convert() adapted")
     saved = _saved_by_owner(root, layers)
     config = {**_config(root, layers, saved), **_provenance(root, theirs)}

@@ -6,6 +6,7 @@ whose forward is this library's op. So saving, merging and unloading stay PEFT's
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -110,8 +111,13 @@ class _TakenOver(Adapter):
         layer: Any = self
         if isinstance(self.base_layer, FrozenLinear) or self.frozen_weight() is None:
             return plain_linear(self.merged_weight(), self.base_layer, self.training)
-        layer.merge(safe_merge=True)
-        plain: nn.Module = layer.get_base_layer()
+        weight = self.base_weight() if layer.merged else self.merged_weight()
+        if is_conv1d(self.base_layer):
+            weight = weight.t().contiguous()
+        # A new layer and a new weight: others may share the old ones.
+        plain = copy.copy(layer.base_layer)
+        merged = nn.Parameter(weight, requires_grad=False)
+        plain._parameters = {**plain._parameters, "weight": merged}
         return plain.train(self.training)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
