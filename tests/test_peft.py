@@ -648,3 +648,62 @@ def test_an_adapter_added_after_convert_is_not_left_out_in_silence():
         logits(model)
     model.set_adapter("default")
     assert logits(model).isfinite().all()
+
+
+class OneUnderTwoNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.query = nn.Linear(6, 6)
+        self.key = self.query
+
+    def forward(self, tokens):
+        x = tokens.float() / 20
+        return SimpleNamespace(logits=self.query(x) + self.key(x.sin()))
+
+
+class SharedBlock(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.encoder = self.decoder = block
+
+    def forward(self, tokens):
+        return SimpleNamespace(logits=self.decoder(self.encoder(tokens).logits * 20).logits)
+
+
+def test_a_layer_of_two_names_is_not_saved_for_peft_to_adapt_one(tmp_path):
+    model = ffa.convert(OneUnderTwoNames(), r=2, target_modules=["query"])
+    with pytest.raises(ConfigError, match=r"'query' and 'key' are one adapted layer, .* the first"):
+        ffa.save_adapter(model, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_file_that_adapts_one_of_two_names_needs_the_plain_layer_under_the_other(tmp_path):
+    theirs = randomise(with_lora(OneUnderTwoNames(), target_modules=["query"]))
+    theirs.save_pretrained(tmp_path / "theirs")
+    plain = OneUnderTwoNames()
+    for model in (plain, ffa.convert(OneUnderTwoNames(), r=4, alpha=6, target_modules=["key"])):
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ConfigError, match=r"'query' and 'key' are one layer .* leaves 'key'"):
+            ffa.load_adapter(model, tmp_path / "theirs")
+        after = model.state_dict()
+        assert list(after) == list(before) and all(torch.equal(after[n], before[n]) for n in after)
+    # Taken over, PEFT's model has the plain layer there, and its file is the same.
+    model = ffa.convert(with_lora(OneUnderTwoNames(), target_modules=["query"]))
+    ffa.load_adapter(model, tmp_path / "theirs")
+    torch.testing.assert_close(logits(model), logits(theirs))
+    ffa.save_adapter(model, tmp_path / "ours")
+    back = PeftModel.from_pretrained(OneUnderTwoNames(), tmp_path / "ours")
+    assert torch.equal(logits(back), logits(theirs))
+
+
+def test_a_block_of_two_names_is_adapted_under_both_by_peft_too(tmp_path):
+    def make():
+        block = OneUnderTwoNames()
+        block.key = nn.Linear(6, 6)
+        return SharedBlock(block)
+
+    model = randomise(ffa.convert(make(), r=2, target_modules=["query"]))
+    ffa.save_adapter(model, tmp_path)
+    for back in (PeftModel.from_pretrained(make(), tmp_path), ffa.load_adapter(make(), tmp_path)):
+        torch.testing.assert_close(logits(back), logits(model))

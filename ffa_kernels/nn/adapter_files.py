@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,7 +60,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         directory: made if it is not there; other files in it stay.
 
     Raises:
-        ConfigError: no adapted layer, or something trained that PEFT's LoRA files cannot hold.
+        ConfigError: no adapted layer, one under several names, or something trained that PEFT's
+            LoRA files cannot hold.
         PrivacyError: what `state_dict()` of a private model refuses. Nothing is written then.
     """
     from safetensors.torch import save
@@ -76,6 +77,14 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             "no plain model has; accepted: model.save_pretrained()"
         )
     layers = _adapters(root, "a model that convert() adapted")
+    names = _places(root)
+    for layer in layers.values():
+        if len(names[layer]) > 1:
+            raise ConfigError(
+                f"model: {' and '.join(map(repr, names[layer]))} are one adapted layer, of which "
+                "PEFT would adapt the first name and leave the others plain; accepted: a layer of "
+                "one name"
+            )
     saved = _saved_by_owner(root, layers)
     config = {**_config(root, layers, saved), **_provenance(root, theirs)}
     tensors: dict[str, Tensor] = {}
@@ -155,6 +164,30 @@ def _adapters(root: nn.Module, accepted: str) -> dict[str, Adapter]:
                 f"model: layer {name!r} holds the adapters {', '.join(held)}; accepted: one"
             )
     return layers
+
+
+def _places(root: nn.Module) -> dict[nn.Module, list[str]]:
+    """The names of each module, one for every place that holds it: PEFT, which sees a module once,
+    puts an adapter into the first of them. A place inside a module of many names is one place."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, parent in root.named_modules():
+        for last, child in parent._modules.items():
+            if child is not None:
+                found.setdefault(child, []).append(f"{name}.{last}".lstrip("."))
+    return found
+
+
+def _check_places(root: nn.Module, layers: Iterable[nn.Module], adapted: Container[str]) -> None:
+    """Raises ConfigError where the file adapts a layer under some of its names alone."""
+    names = _places(root)
+    for layer in layers:
+        plain = [name for name in names[layer] if name not in adapted]
+        if plain and len(names[layer]) > 1:
+            raise ConfigError(
+                f"directory: {' and '.join(map(repr, names[layer]))} are one layer in the model, "
+                f"of which the adapter leaves {plain[0]!r} plain; accepted: a model that has them "
+                "apart, or an adapter of all these names"
+            )
 
 
 def _wrapped_by_peft(root: nn.Module) -> dict[str, Any]:
@@ -573,6 +606,7 @@ def _fill(
             + (f"the file has nothing for {', '.join(lacking[:3])}; " if lacking else "")
             + "accepted: the same layers in both"
         )
+    _check_places(root, layers.values(), pairs)
     _missing(config, (n for n, _ in root.named_modules() if not _inside(n, layers)), set(pairs))
     for name, (A, B) in pairs.items():
         layer = layers[name]
@@ -637,6 +671,7 @@ def _convert_to(
                 f"directory: {first!r} and {name!r} are one layer in the model, with different "
                 "tensors in the file; accepted: the model that the adapter was made for"
             )
+    _check_places(root, found, pairs)
     _missing(config, (n for n, m in modules.items() if m not in found), set(pairs))
     wanted = _wanted_by_peft(modules, config.get("modules_to_save") or [])
     for name in wanted:
