@@ -467,6 +467,53 @@ def test_a_layer_with_a_forward_of_its_own_is_not_taken_for_a_linear_one():
         FFALinear.from_linear(Doubled(4, 3), r=2)
 
 
+def hooked_by_accelerate(layer: nn.Module) -> nn.Module:
+    hooks = pytest.importorskip("accelerate.hooks")
+    hook = hooks.ModelHook()
+    hook.post_forward = lambda module, output: 2 * output
+    return hooks.add_hook_to_module(layer, hook)
+
+
+def patched(layer: nn.Module) -> nn.Module:
+    layer.forward = lambda x: 2 * nn.functional.linear(x, layer.weight, layer.bias)
+    return layer
+
+
+@pytest.mark.parametrize("base_dtype", [None, "bf16"])
+@pytest.mark.parametrize("spoil", [hooked_by_accelerate, patched])
+def test_a_layer_that_is_more_than_its_weights_is_refused_and_else_left_alone(
+    spoil, base_dtype, tmp_path
+):
+    model = nn.Sequential(spoil(nn.Linear(4, 3)), nn.Linear(3, 3))
+    x = torch.randn(2, 4)
+    wanted = model(x)
+    with pytest.raises(ConfigError, match=r"layer '0' has a .*; accepted: a layer with"):
+        ffa.convert(model, target_modules=["0"], r=2, base_dtype=base_dtype)
+    with pytest.raises(ConfigError, match=r"linear has a .*; accepted: a layer with"):
+        FFALinear.from_linear(model[0], r=2)
+    plain = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+    ffa.save_adapter(ffa.convert(plain, target_modules=["0"], r=2), tmp_path)
+    with pytest.raises(ConfigError, match=r"layer '0' has a .*; accepted: a layer with"):
+        ffa.load_adapter(model, tmp_path)
+    assert torch.equal(model(x), wanted) and all(p.requires_grad for p in model.parameters())
+    ffa.convert(model, target_modules=["1"], r=2, base_dtype=base_dtype)
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model(x), wanted, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("spoil", [hooked_by_accelerate, patched])
+def test_a_base_of_pefts_that_is_more_than_its_weights_is_refused(spoil):
+    peft = pytest.importorskip("peft")
+    model = nn.Sequential(spoil(nn.Linear(4, 3)))
+    theirs = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
+    with pytest.raises(ConfigError, match=r"layer '.*0' has a base layer that has a .*; accepted:"):
+        ffa.convert(theirs)
+    theirs = peft.get_peft_model(nn.Sequential(nn.Linear(4, 3)), theirs.peft_config["default"])
+    hooked_by_accelerate(theirs.base_model.model[0])
+    with pytest.raises(ConfigError, match=r"layer '.*0' has a forward of its own"):
+        ffa.convert(theirs)
+
+
 @pytest.mark.parametrize("seed", ["1", 1.0, True, None])
 def test_a_seed_that_is_no_integer_is_refused(seed):
     model = nn.Sequential(nn.Linear(4, 3))

@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from ffa_kernels.errors import ConfigError, shown
 from ffa_kernels.files import write_atomic
 from ffa_kernels.nn.adapter import Adapter, owned_parameters
-from ffa_kernels.nn.conversion import ADAPTABLE, can_adapt, ends_in, make_adapter, put_in
+from ffa_kernels.nn.conversion import (
+    ADAPTABLE,
+    can_adapt,
+    check_replaceable,
+    ends_in,
+    make_adapter,
+    put_in,
+)
 from ffa_kernels.nn.linear import check_adapter, is_conv1d, scaling_of
 from ffa_kernels.nn.patterns import Pattern
 from ffa_kernels.nn.peft import lora_layers
@@ -660,6 +667,7 @@ def _convert_to(
                 f"directory: layer {name!r} is {type(module).__name__} in the model; accepted: "
                 f"{ADAPTABLE}"
             )
+        check_replaceable(name, module)
         _settings(config, name, A)
         conv = is_conv1d(module)
         d_in = module.weight.shape[0] if conv else module.in_features

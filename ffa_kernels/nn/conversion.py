@@ -12,7 +12,14 @@ from ffa_kernels.errors import ConfigError
 from ffa_kernels.nn import opacus
 from ffa_kernels.nn.adapter import Adapter
 from ffa_kernels.nn.frozen import Shrinker, check_base_dtype
-from ffa_kernels.nn.linear import OWN_WEIGHT, FFALinear, check_adapter, is_conv1d, owns_weight
+from ffa_kernels.nn.linear import (
+    OWN_WEIGHT,
+    FFALinear,
+    check_adapter,
+    is_conv1d,
+    more_than_weights,
+    owns_weight,
+)
 from ffa_kernels.nn.peft import lora_layers, take_over
 from ffa_kernels.nn.product import as_before, is_linear, multiply_faster
 from ffa_kernels.nn.recorded import plain_again
@@ -163,6 +170,7 @@ def convert(
                     f"target_modules names {name!r}, which is {type(module).__name__}; accepted: "
                     f"{ADAPTABLE}{OWN_WEIGHT if made else ''}"
                 )
+            check_replaceable(name, module)
             if name == "":
                 raise ConfigError(
                     "target_modules names the model itself; accepted: layers inside it "
@@ -214,10 +222,21 @@ def can_adapt(module: nn.Module) -> bool:
     return can_wrap(module) or is_conv1d(module)
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the adapter takes the place of `module`, and does not hold it."""
+    return is_plain_linear(module) or is_conv1d(module)
+
+
+def check_replaceable(name: str, module: nn.Module) -> None:
+    """Raises ConfigError where an adapter of a layer that `can_adapt` would leave out a part."""
+    more = more_than_weights(module) if _is_plain(module) else None
+    if more is not None:
+        raise ConfigError(f"layer {name!r} {more}")
+
+
 def make_adapter(module: nn.Module, r: int, alpha: float, **options: Any) -> Adapter:
     """The adapter of a layer that `can_adapt`; options as in `FFALinear`."""
-    plain = is_plain_linear(module) or is_conv1d(module)
-    make: Callable[..., Adapter] = FFALinear.from_linear if plain else FFAWrapped
+    make: Callable[..., Adapter] = FFALinear.from_linear if _is_plain(module) else FFAWrapped
     return make(module, r, alpha, **options)
 
 

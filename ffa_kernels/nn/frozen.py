@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ffa_kernels.errors import ConfigError
-from ffa_kernels.nn.linear import is_conv1d
+from ffa_kernels.nn.linear import is_conv1d, more_than_weights
 from ffa_kernels.nn.product import Product, is_linear
 
 BASE_DTYPES = ("bf16", "int8")
@@ -134,8 +134,9 @@ class Shrinker:
     def layers(self, modules: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:
         """What takes the place of each nn.Linear, Conv1D and nn.Embedding among `modules`.
 
-        Of these classes alone, not of subclasses, whose forward may do otherwise; and only where
-        the weight is an ordinary matrix of more bytes, and finite.
+        Of these classes alone, not of subclasses, whose forward may do otherwise, nor of layers
+        that are more than their weights; and only where the weight is an ordinary matrix of more
+        bytes, and finite.
         """
         found: dict[nn.Module, nn.Module] = {}
         for module in modules:
@@ -154,7 +155,11 @@ class Shrinker:
 
     def _takes(self, layer: Any) -> bool:
         weight = layer.weight
-        if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
+        if (
+            more_than_weights(layer) is not None
+            or type(weight) is not nn.Parameter
+            or type(weight.data) is not Tensor
+        ):
             return False
         if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.sparse):
             return False

@@ -51,6 +51,17 @@ def owns_weight(layer: nn.Module) -> bool:
     return layer._parameters.get("weight") is not None
 
 
+def more_than_weights(layer: nn.Module) -> str | None:
+    """What a layer is beside its class' forward, if anything: what computes in its place would
+    leave it out."""
+    if "forward" in vars(layer):
+        return (
+            "has a forward of its own, set on the instance; accepted: a layer with its class' "
+            "forward (accelerate.hooks.remove_hook_from_module takes accelerate's off)"
+        )
+    return None
+
+
 class OwnAdapter(Adapter):
     """An adapter that holds `lora_A` and `lora_B` itself; another base's, PEFT's lie elsewhere."""
 
@@ -172,8 +183,8 @@ class FFALinear(OwnAdapter):
         """Adapts `linear`: its weight and bias are taken over, not copied, and frozen.
 
         Raises:
-            ConfigError: `linear` is neither nn.Linear nor transformers' Conv1D, or an argument is
-                not accepted.
+            ConfigError: `linear` is neither nn.Linear nor transformers' Conv1D, or more than that,
+                or an argument is not accepted.
         """
         check_adapter(r, alpha, dropout, init)
         plain = type(linear).forward is nn.Linear.forward or is_linear(linear) or is_conv1d(linear)
@@ -182,6 +193,9 @@ class FFALinear(OwnAdapter):
                 f"linear is {type(linear).__name__}; accepted: torch.nn.Linear, or Conv1D of "
                 f"transformers, with no other forward{OWN_WEIGHT}"
             )
+        more = more_than_weights(linear)
+        if more is not None:
+            raise ConfigError(f"linear {more}")
         adapted = cls.__new__(cls)
         nn.Module.__init__(adapted)
         adapted._adopt(linear, r, alpha, init, seed, layer, dropout, rslora)

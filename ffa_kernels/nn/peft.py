@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ffa_kernels.errors import ConfigError
 from ffa_kernels.nn.adapter import Adapter
 from ffa_kernels.nn.frozen import FrozenLinear
-from ffa_kernels.nn.linear import is_conv1d
+from ffa_kernels.nn.linear import is_conv1d, more_than_weights
 from ffa_kernels.nn.record_taps import tapping
 from ffa_kernels.nn.wrapped import (
     WRAPPED,
@@ -198,6 +198,13 @@ def _refusal(layer: Any, known: dict[type[nn.Module], type[_TakenOver]]) -> str 
             f"has the base layer {type(base).__name__}; accepted: torch.nn.Linear, Conv1D, "
             f"{WRAPPED}"
         )
+    # A base that makes its product itself is called, and so is what was set on it.
+    called = not is_plain_linear(base) and not is_conv1d(base)
+    more = None if called else more_than_weights(base)
+    if more is not None:
+        return f"has a base layer that {more}"
+    if "forward" in vars(layer):
+        return more_than_weights(layer)
     return None
 
 
