@@ -270,6 +270,45 @@ def test_merging_and_saving(name, kind, tmp_path):
     assert relative(theirs(input_ids=tokens()).logits, wanted) < CLOSE[kind]
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("by_peft", [False, True], ids=["ours", "PEFT's"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_merged_model_is_of_its_own_classes_and_loads_as_they_do(name, kind, by_peft, tmp_path):
+    model, targets = MODELS[name]()
+    classes = {n: type(m) for n, m in model.named_modules()}
+    like = {n: (v.shape, v.dtype) for n, v in model.state_dict().items()}
+    inner = get_peft_model(model, LoraConfig(target_modules=targets)) if by_peft else model
+    options = {} if by_peft else {"r": 4, "target_modules": targets}
+    ffa.convert(inner.eval(), base_dtype=kind, **options)
+    wanted = model(input_ids=tokens()).logits
+    seen = []
+    model.get_input_embeddings().register_forward_hook(lambda m, *_: seen.append(type(m)))
+    ffa.merge(inner)
+    assert relative(model(input_ids=tokens()).logits, wanted) < CLOSE[kind]
+    assert seen == [nn.Embedding]
+    assert {n: type(m) for n, m in model.named_modules()} == classes
+    assert {n: (v.shape, v.dtype) for n, v in model.state_dict().items()} == like
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not any(m.training for m in model.modules())
+    fresh = MODELS[name]()[0]
+    assert model.get_input_embeddings().padding_idx == fresh.get_input_embeddings().padding_idx
+    model.save_pretrained(tmp_path)
+    back, told = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert torch.equal(back.eval()(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_tied_weights_are_one_again_after_a_merge(name, kind):
+    model = converted(name, kind)
+    ffa.merge(model)
+    weight = model.get_input_embeddings().weight
+    assert type(weight) is nn.Parameter and model.get_output_embeddings().weight is weight
+    assert not weight.requires_grad
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_peft_model(kind):
     base, targets = bert()

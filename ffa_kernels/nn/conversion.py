@@ -11,7 +11,7 @@ from torch import nn
 from ffa_kernels.errors import ConfigError
 from ffa_kernels.nn import opacus
 from ffa_kernels.nn.adapter import Adapter
-from ffa_kernels.nn.frozen import Shrinker, check_base_dtype
+from ffa_kernels.nn.frozen import Shrinker, check_base_dtype, plain_layers
 from ffa_kernels.nn.linear import (
     OWN_WEIGHT,
     FFALinear,
@@ -260,7 +260,8 @@ def merge(model: M) -> M:
     """Replaces every adapted layer of `model` in place by a plain one with weight W + s B A.
 
     Heads and other trained layers that an engine made record are plain layers again too, and so
-    are frozen ones that were made faster.
+    are frozen ones that were made faster, or smaller by `base_dtype`: these have the dtype that
+    they had, and the values that they computed with.
 
     Returns:
         `model`.
@@ -275,6 +276,7 @@ def merge(model: M) -> M:
     plain = {layer: layer.merged_layer() for layer in set(layers.values())}
     for name, layer in layers.items():
         _replace(model, name, plain[layer])
+    put_in(model, plain_layers(model.modules()))
     for module in model.modules():
         plain_again(module)
         as_before(module)

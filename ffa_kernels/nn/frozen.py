@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ffa_kernels.errors import ConfigError
-from ffa_kernels.nn.linear import is_conv1d, more_than_weights
+from ffa_kernels.nn.linear import is_conv1d, more_than_weights, plain_layer
 from ffa_kernels.nn.product import Product, is_linear
 
 BASE_DTYPES = ("bf16", "int8")
@@ -55,6 +55,10 @@ class _Frozen(nn.Module):
         """W made anew, for models that read it instead of calling the layer."""
         return self.dequantized()
 
+    def plain(self, weight: nn.Parameter) -> nn.Module:
+        """A layer of the class that was there before, with this weight."""
+        raise NotImplementedError
+
 
 class FrozenLinear(_Frozen):
     """y = x W^T + b in x's dtype; a `FrozenBase`, which the adapters take as it is.
@@ -90,8 +94,23 @@ class FrozenLinear(_Frozen):
         )
         return y
 
+    def plain(self, weight: nn.Parameter) -> nn.Module:
+        return plain_layer(weight, self.bias, self.training, fan_in_fan_out=False)
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, stored={self.stored.dtype}"
+
+
+class FrozenConv1D(FrozenLinear):
+    """A FrozenLinear where Conv1D of transformers was, whose own weight is (d_in, d_out)."""
+
+    @property
+    def weight(self) -> Tensor:
+        """W^T made anew, as Conv1D has it."""
+        return self.dequantized().t().contiguous()
+
+    def plain(self, weight: nn.Parameter) -> nn.Module:
+        return plain_layer(weight, self.bias, self.training, fan_in_fan_out=True)
 
 
 class FrozenEmbedding(_Frozen):
@@ -120,8 +139,28 @@ class FrozenEmbedding(_Frozen):
             rows = rows * F.embedding(input, self.scale)
         return rows.to(self.like.dtype)
 
+    def plain(self, weight: nn.Parameter) -> nn.Module:
+        rows, width = weight.shape
+        made = nn.Embedding(rows, width, padding_idx=self.padding_idx, device="meta")
+        made.weight = weight
+        return made.train(self.training)
+
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, stored={self.stored.dtype}"
+
+
+def plain_layers(modules: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:
+    """What takes the place of each frozen layer among `modules`: one of the class that was there,
+    with W in its old dtype. Weights that were tied are one again."""
+    weights: dict[int, nn.Parameter] = {}
+    found: dict[nn.Module, nn.Module] = {}
+    for module in modules:
+        if isinstance(module, _Frozen):
+            key = id(module.stored)
+            if key not in weights:
+                weights[key] = nn.Parameter(module.weight, requires_grad=False)
+            found[module] = module.plain(weights[key])
+    return found
 
 
 class Shrinker:
@@ -149,7 +188,8 @@ class Shrinker:
             if embedding:
                 made = FrozenEmbedding(stored, scale, weight.dtype, layer.padding_idx)
             else:
-                made = FrozenLinear(stored, scale, weight.dtype, layer.bias)
+                make = FrozenConv1D if conv1d else FrozenLinear
+                made = make(stored, scale, weight.dtype, layer.bias)
             found[module] = made.train(module.training)
         return found
 

@@ -51,6 +51,24 @@ def owns_weight(layer: nn.Module) -> bool:
     return layer._parameters.get("weight") is not None
 
 
+def plain_layer(
+    weight: nn.Parameter, bias: nn.Parameter | None, training: bool, fan_in_fan_out: bool
+) -> nn.Module:
+    """nn.Linear of this weight (d_out, d_in), or a Conv1D of transformers of (d_in, d_out)."""
+    plain: Any
+    if fan_in_fan_out:
+        from transformers.pytorch_utils import Conv1D
+
+        make: Any = Conv1D
+        plain = make(0, 0)
+        plain.nx, plain.nf = weight.shape
+    else:
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    plain.weight, plain.bias = weight, bias
+    result: nn.Module = plain.train(training)
+    return result
+
+
 def more_than_weights(layer: nn.Module) -> str | None:
     """What a layer is beside its class' forward, if anything: what computes in its place would
     leave it out."""
@@ -274,16 +292,7 @@ class FFALinear(OwnAdapter):
     def merged_layer(self) -> nn.Module:
         """A plain layer of the kind that was adapted, with weight W + s B A and this bias."""
         weight = self.merged_weight()
-        plain: Any
         if self.fan_in_fan_out:
-            from transformers.pytorch_utils import Conv1D
-
-            make: Any = Conv1D
-            plain, weight = make(0, 0), weight.t().contiguous()
-            plain.nf, plain.nx = self.out_features, self.in_features
-        else:
-            plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter(weight, requires_grad=False)
-        plain.bias = self.bias
-        result: nn.Module = plain.train(self.training)
-        return result
+            weight = weight.t().contiguous()
+        merged = nn.Parameter(weight, requires_grad=False)
+        return plain_layer(merged, self.bias, self.training, self.fan_in_fan_out)

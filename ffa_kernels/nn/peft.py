@@ -24,8 +24,8 @@ from ffa_kernels.nn.wrapped import (
     dequantized,
     is_plain_linear,
     multiplied,
-    plain_linear,
     prepare,
+    unwrapped,
 )
 
 M = TypeVar("M", bound=nn.Module)
@@ -107,15 +107,16 @@ class _TakenOver(Adapter):
             yield from modules.values()
 
     def merged_layer(self) -> nn.Module:
-        """The plain layer inside, with weight W + s B A; nn.Linear where that is quantised."""
+        """The plain layer inside, with weight W + s B A; no longer quantised."""
         layer: Any = self
-        if isinstance(self.base_layer, FrozenLinear) or self.frozen_weight() is None:
-            return plain_linear(self.merged_weight(), self.base_layer, self.training)
+        base: Any = self.base_layer
+        if isinstance(base, FrozenLinear) or self.frozen_weight() is None:
+            return unwrapped(self.merged_weight(), base, self.training)
         weight = self.base_weight() if layer.merged else self.merged_weight()
-        if is_conv1d(self.base_layer):
+        if is_conv1d(base):
             weight = weight.t().contiguous()
         # A new layer and a new weight: others may share the old ones.
-        plain = copy.copy(layer.base_layer)
+        plain: nn.Module = copy.copy(base)
         merged = nn.Parameter(weight, requires_grad=False)
         plain._parameters = {**plain._parameters, "weight": merged}
         return plain.train(self.training)
