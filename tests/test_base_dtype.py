@@ -6,12 +6,14 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
@@ -307,6 +309,51 @@ def test_tied_weights_are_one_again_after_a_merge(name, kind):
     weight = model.get_input_embeddings().weight
     assert type(weight) is nn.Parameter and model.get_output_embeddings().weight is weight
     assert not weight.requires_grad
+
+
+def masked_bert():
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+        vocab_size=VOCABULARY,
+    )  # fmt: skip
+    return BertForMaskedLM(config), ["query"]
+
+
+TIED = {
+    "llama": (llama, []),
+    "an adapted head": (llama, ["lm_head"]),
+    "gpt2": (gpt2, []),
+    "bert": (masked_bert, []),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TIED)
+def test_a_model_of_tied_weights_is_saved_and_loaded(name, kind, tmp_path):
+    make, more = TIED[name]
+
+    def smaller(seed):
+        model, targets = make()
+        return ffa.convert(
+            model.eval(), 4, target_modules=[*targets, *more], seed=seed, base_dtype=kind
+        )
+
+    model = smaller(0)
+    known = {n for n in model.all_tied_weights_keys if n.endswith((".stored", ".scale"))}
+    assert len(known) == (1 if kind == "bf16" else 2)
+    wanted = model(input_ids=tokens()).logits
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert known.isdisjoint(tensors) and not any(n.endswith("like") for n in tensors)
+    other = copy.deepcopy(smaller(1))
+    missing, unexpected = other.load_state_dict(tensors, strict=False)
+    assert known <= set(missing) and not unexpected
+    assert torch.equal(other(input_ids=tokens()).logits, wanted)
+    ffa.merge(model)
+    assert model.all_tied_weights_keys == make()[0].all_tied_weights_keys
+    model.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,7 @@ from torch import nn
 from ffa_kernels.errors import ConfigError
 from ffa_kernels.nn import opacus
 from ffa_kernels.nn.adapter import Adapter
-from ffa_kernels.nn.frozen import Shrinker, check_base_dtype, plain_layers
+from ffa_kernels.nn.frozen import Shrinker, check_base_dtype, plain_layers, rename_ties
 from ffa_kernels.nn.linear import (
     OWN_WEIGHT,
     FFALinear,
@@ -248,6 +248,7 @@ def put_in(model: nn.Module, adapted: Mapping[nn.Module, nn.Module]) -> None:
     for old, new in adapted.items():
         for name in _HOOKS:
             setattr(new, name, getattr(old, name))
+    rename_ties(model)
     _call_the_layers(model)
 
 

@@ -6,6 +6,9 @@ that they had; nothing is packed or kept beside the weights themselves.
 
 from __future__ import annotations
 
+import inspect
+import itertools
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -161,6 +164,55 @@ def plain_layers(modules: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:
                 weights[key] = nn.Parameter(module.weight, requires_grad=False)
             found[module] = module.plain(weights[key])
     return found
+
+
+class _Ties(dict[str, str]):
+    """Names of tied weights, and what stood in their place `before`."""
+
+    def __init__(self, names: dict[str, str], before: dict[str, str]) -> None:
+        super().__init__(names)
+        self.before = before
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Ties, (dict(self), self.before)
+
+
+def rename_ties(model: nn.Module) -> None:
+    """Tells transformers, which knows tied weights by name, what their names are now: of frozen
+    layers those of what is stored, and without any frozen layer those that there were."""
+    for module in model.modules():
+        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+            # Not by getattr: PEFT's wrappers answer with what lies inside them.
+            names = inspect.getattr_static(module, attribute, None)
+            if isinstance(names, dict):
+                before = names.before if isinstance(names, _Ties) else names
+                now = _renamed(before, module)
+                if now != names:
+                    setattr(module, attribute, before if now == before else _Ties(now, before))
+
+
+def _renamed(ties: dict[str, str], model: nn.Module) -> dict[str, str]:
+    """`ties`, as {pattern of names: pattern of names}, with those of frozen layers spelled out."""
+    frozen = {n: m for n, m in model.named_modules() if isinstance(m, _Frozen)}
+
+    def found(pattern: str) -> list[str]:
+        # An adapter holds its layer inside.
+        outer = {name: f"{name.removesuffix('.base_layer')}.weight" for name in frozen}
+        return [name for name, weight in outer.items() if re.match(pattern, weight)]
+
+    renamed: dict[str, str] = {}
+    for target, source in ties.items():
+        both = found(target), found(source)
+        # A pattern of whole modules covers any name in them.
+        if not target.endswith("weight") or both == ([], []):
+            renamed[target] = source
+            continue
+        for one, other in itertools.product(*both):
+            if frozen[one].stored is frozen[other].stored:
+                renamed[f"{one}.stored"] = f"{other}.stored"
+                if frozen[one].scale is not None:
+                    renamed[f"{one}.scale"] = f"{other}.scale"
+    return renamed
 
 
 class Shrinker:
