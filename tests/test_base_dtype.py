@@ -15,6 +15,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -354,6 +356,48 @@ def test_a_model_of_tied_weights_is_saved_and_loaded(name, kind, tmp_path):
     ffa.merge(model)
     assert model.all_tied_weights_keys == make()[0].all_tied_weights_keys
     model.save_pretrained(tmp_path)
+
+
+def distilbert(seed=0):
+    torch.manual_seed(seed)
+    config = DistilBertConfig(vocab_size=VOCABULARY, dim=16, hidden_dim=24, n_layers=1, n_heads=2)
+    return DistilBertForSequenceClassification(config).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_frozen_module_that_peft_keeps_beside_a_head_goes_by_its_own_name(kind, tmp_path):
+    options = {"r": 2, "target_modules": ["q_lin"], "modules_to_save": ["classifier"]}
+
+    def smaller():
+        return ffa.convert(distilbert(), base_dtype=kind, **options)
+
+    model = smaller()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_()
+    wanted = model(input_ids=tokens()).logits
+    ffa.save_adapter(model, tmp_path / "ours")
+    # PEFT's modules_to_save takes any module whose name ends so.
+    tensors = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    kept = tensors["base_model.model.pre_classifier.weight"]
+    assert torch.equal(kept, model.pre_classifier.dequantized())
+    assert not any("stored" in n or "scale" in n for n in tensors)
+    for back in (
+        PeftModel.from_pretrained(distilbert(), tmp_path / "ours"),
+        ffa.load_adapter(distilbert(), tmp_path / "ours"),
+    ):
+        assert relative(back(input_ids=tokens()).logits, wanted) < CLOSE[kind]
+    # Of a base that was not rounded, as well.
+    ffa.save_adapter(ffa.convert(distilbert(), **options), tmp_path / "wide")
+    for folder in ("wide", "ours"):
+        back = ffa.load_adapter(smaller(), tmp_path / folder)
+        assert torch.equal(back.pre_classifier.stored, model.pre_classifier.stored)
+    assert torch.equal(back(input_ids=tokens()).logits, wanted)
+    ffa.save_adapter(ffa.convert(distilbert(seed=1), **options), tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"'pre_classifier.weight' is not what .*; accepted:"):
+        ffa.load_adapter(back, tmp_path / "other")
+    assert torch.equal(back(input_ids=tokens()).logits, wanted)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -30,6 +30,7 @@ from ffa_kernels.nn.conversion import (
     make_adapter,
     put_in,
 )
+from ffa_kernels.nn.frozen import frozen_weights, plain_state
 from ffa_kernels.nn.linear import check_adapter, is_conv1d, scaling_of
 from ffa_kernels.nn.patterns import Pattern
 from ffa_kernels.nn.peft import lora_layers
@@ -99,7 +100,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         tensors[f"{name}.lora_A.weight"] = layer.frozen_A()
         tensors[f"{name}.lora_B.weight"] = layer.trained_B()
     for name, module in saved.items():
-        tensors.update({f"{name}.{key}": value for key, value in module.state_dict().items()})
+        tensors.update({f"{name}.{key}": value for key, value in plain_state(module).items()})
     # Copies: safetensors takes no two tensors of one memory, which tied weights are.
     kept = {_PREFIX + k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
@@ -637,14 +638,23 @@ def _fill(
     plain = [n for n, _ in root.named_modules() if not any(n.startswith(w + ".") for w in wrapped)]
     for name in _wanted_by_peft(plain, config.get("modules_to_save") or []):
         saved.setdefault(name, root.get_submodule(name))
-    places = {f"{n}.{k}": v for n, m in saved.items() for k, v in m.state_dict().items()}
+    places = {f"{n}.{k}": v for n, m in saved.items() for k, v in plain_state(m).items()}
     _fit_others(places, others)
+    frozen = frozen_weights(root)
+    for name in sorted(others.keys() & frozen.keys()):
+        if not frozen[name].holds(others[name]):
+            raise ConfigError(
+                f"directory: tensor {name!r} is not what the model keeps in "
+                f"{frozen[name].stored.dtype}; accepted: that weight up to its rounding, or a "
+                "model converted with this module in modules_to_save"
+            )
     with torch.no_grad():
         for name, (A, B) in pairs.items():
             layers[name].frozen_A().copy_(A)
             layers[name].trained_B().copy_(B)
         for name, tensor in others.items():
-            # state_dict's tensors are the parameters' own memory.
+            # state_dict's tensors are the parameters' own memory; those of frozen layers, made for
+            # the comparison above, are not, and what is stored stays.
             places[name].copy_(tensor)
 
 

@@ -58,6 +58,12 @@ class _Frozen(nn.Module):
         """W made anew, for models that read it instead of calling the layer."""
         return self.dequantized()
 
+    def holds(self, weight: Tensor) -> bool:
+        """Whether `weight`, of the form that `self.weight` has, is W but for its rounding here."""
+        W = self.dequantized().double()
+        step = W.abs() / 256 if self.scale is None else self.scale
+        return bool(((weight.to(W) - W).abs() <= step).all())
+
     def plain(self, weight: nn.Parameter) -> nn.Module:
         """A layer of the class that was there before, with this weight."""
         raise NotImplementedError
@@ -112,6 +118,9 @@ class FrozenConv1D(FrozenLinear):
         """W^T made anew, as Conv1D has it."""
         return self.dequantized().t().contiguous()
 
+    def holds(self, weight: Tensor) -> bool:
+        return super().holds(weight.t())
+
     def plain(self, weight: nn.Parameter) -> nn.Module:
         return plain_layer(weight, self.bias, self.training, fan_in_fan_out=True)
 
@@ -164,6 +173,25 @@ def plain_layers(modules: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:
                 weights[key] = nn.Parameter(module.weight, requires_grad=False)
             found[module] = module.plain(weights[key])
     return found
+
+
+def frozen_weights(model: nn.Module) -> dict[str, _Frozen]:
+    """Each frozen layer of `model`, by the name that its weight had."""
+    return {
+        f"{name}.weight".lstrip("."): module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, _Frozen)
+    }
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """`model.state_dict()` with W made anew, as it was called before, for what is stored of it."""
+    state = dict(model.state_dict())
+    for name, layer in frozen_weights(model).items():
+        state[name] = layer.weight
+        for held in ("stored", "scale"):
+            state.pop(name.removesuffix("weight") + held, None)
+    return state
 
 
 class _Ties(dict[str, str]):
