@@ -77,9 +77,9 @@ def convert(
 ) -> M:
     """Adapts the named linear layers of `model` in place and freezes all else.
 
-    A layer's hooks go on to the one that takes its place. On a processor whose fp32 products this
-    library makes faster than PyTorch, the frozen nn.Linear layers that are not adapted become
-    `FrozenFp32Linear`, a subclass of nn.Linear.
+    A layer's hooks and attributes go on to the one that takes its place. On a processor whose fp32
+    products this library makes faster than PyTorch, the frozen nn.Linear layers that are not
+    adapted become `FrozenFp32Linear`, a subclass of nn.Linear.
 
     A PEFT LoRA model needs no further arguments but `base_dtype`: its own layers are taken over as
     they stand, with its ranks, scalings, dropout, names and `modules_to_save`; A is frozen from
@@ -241,13 +241,18 @@ def make_adapter(module: nn.Module, r: int, alpha: float, **options: Any) -> Ada
 
 
 def put_in(model: nn.Module, adapted: Mapping[nn.Module, nn.Module]) -> None:
-    """Puts each new layer where its old one was, under every name that had it, with its hooks."""
+    """Puts each new layer where its old one was, under every name that had it, with its hooks, and
+    with what else was set on it, where the new one does not hold it whole."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in adapted:
             _replace(model, name, adapted[module])
     for old, new in adapted.items():
         for name in _HOOKS:
             setattr(new, name, getattr(old, name))
+        if old not in new.modules():
+            for name, value in vars(old).items():
+                if not hasattr(new, name):
+                    setattr(new, name, value)
     rename_ties(model)
     _call_the_layers(model)
 

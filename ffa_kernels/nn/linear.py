@@ -70,12 +70,21 @@ def plain_layer(
 
 
 def more_than_weights(layer: nn.Module) -> str | None:
-    """What a layer is beside its class' forward, if anything: what computes in its place would
-    leave it out."""
+    """What a layer is beside its weight, its bias and its class' forward, if anything: what
+    computes in its place would leave it out."""
     if "forward" in vars(layer):
         return (
             "has a forward of its own, set on the instance; accepted: a layer with its class' "
             "forward (accelerate.hooks.remove_hook_from_module takes accelerate's off)"
+        )
+    parameters = [name for name in layer._parameters if name not in ("weight", "bias")]
+    # A bias that is pruned is made anew from another parameter.
+    made = [name for name in ("bias",) if name in vars(layer)]
+    more = [*parameters, *made, *layer._buffers, *layer._modules]
+    if more:
+        return (
+            f"has {', '.join(more)} beside a weight and a bias of its own; accepted: a layer with "
+            "these alone (pruning made permanent first)"
         )
     return None
 
