@@ -429,6 +429,19 @@ def test_hooks_on_an_adapted_layer_stay_and_can_be_removed():
     assert heard == [1]
 
 
+@pytest.mark.parametrize("convert", [ffa.convert, by_peft])
+@pytest.mark.parametrize("base_dtype", [None, "int8"])
+def test_a_single_row_is_taken_as_nn_linear_takes_it(convert, base_dtype):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+    model = convert(model, r=2, target_modules=["0"], base_dtype=base_dtype)
+    x = torch.randn(4, requires_grad=True)
+    y = model(x)
+    assert y.shape == (3,) and torch.equal(y, model(x.unsqueeze(0))[0])
+    y.sum().backward()
+    assert x.grad.shape == (4,)
+    assert [p.grad is not None for p in model.parameters() if p.requires_grad] == [True]
+
+
 def test_the_input_may_be_named_as_nn_linear_names_it():
     x = torch.randn(2, 4)
     for base_dtype in (None, "bf16"):

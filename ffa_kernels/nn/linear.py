@@ -13,6 +13,7 @@ from ffa_kernels.errors import ConfigError, shown
 from ffa_kernels.nn.adapter import Adapter
 from ffa_kernels.nn.init import INITS, frozen_A, pissa_A
 from ffa_kernels.nn.product import is_linear, parameter
+from ffa_kernels.nn.record_taps import tapping
 
 
 def check_adapter(r: object, alpha: object, dropout: object, init: object) -> None:
@@ -139,7 +140,10 @@ class OwnAdapter(Adapter):
 
     # As nn.Linear names it.
     def forward(self, input: Tensor) -> Tensor:
-        """x (n, ..., d_in) to y (n, ..., d_out)."""
+        """x (n, ..., d_in) to y (n, ..., d_out); or (d_in,) to (d_out,), which is no batch to train
+        privately on."""
+        if input.dim() == 1 and not tapping(self, self.record_taps):
+            return self.adapted_forward(input.unsqueeze(0)).squeeze(0)
         return self.adapted_forward(input)
 
     def extra_repr(self) -> str:

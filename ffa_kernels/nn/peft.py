@@ -122,7 +122,8 @@ class _TakenOver(Adapter):
         return plain.train(self.training)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x (n, ..., d_in) to y (n, ..., d_out)."""
+        """x (n, ..., d_in) to y (n, ..., d_out); or (d_in,) to (d_out,), which is no batch to train
+        privately on."""
         layer: Any = self
         if args or kwargs:
             raise ConfigError(
@@ -138,6 +139,8 @@ class _TakenOver(Adapter):
         if layer.disable_adapters or layer.merged or heard:
             y: Tensor = self._theirs.forward(self, x)
             return y
+        if x.dim() == 1 and not tapping(self, self.record_taps):
+            return self.adapted_forward(x.unsqueeze(0)).squeeze(0)
         return self.adapted_forward(x)
 
 
