@@ -6,13 +6,17 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -268,6 +272,132 @@ def test_merging_and_saving(name, kind, tmp_path):
     assert relative(model(input_ids=tokens()).logits, wanted) < CLOSE[kind]
     theirs = PeftModel.from_pretrained(MODELS[name]()[0].train(), tmp_path)
     assert relative(theirs(input_ids=tokens()).logits, wanted) < CLOSE[kind]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("by_peft", [False, True], ids=["ours", "PEFT's"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_merged_model_is_of_its_own_classes_and_loads_as_they_do(name, kind, by_peft, tmp_path):
+    model, targets = MODELS[name]()
+    classes = {n: type(m) for n, m in model.named_modules()}
+    like = {n: (v.shape, v.dtype) for n, v in model.state_dict().items()}
+    inner = get_peft_model(model, LoraConfig(target_modules=targets)) if by_peft else model
+    options = {} if by_peft else {"r": 4, "target_modules": targets}
+    ffa.convert(inner.eval(), base_dtype=kind, **options)
+    wanted = model(input_ids=tokens()).logits
+    seen = []
+    model.get_input_embeddings().register_forward_hook(lambda m, *_: seen.append(type(m)))
+    ffa.merge(inner)
+    assert relative(model(input_ids=tokens()).logits, wanted) < CLOSE[kind]
+    assert seen == [nn.Embedding]
+    assert {n: type(m) for n, m in model.named_modules()} == classes
+    assert {n: (v.shape, v.dtype) for n, v in model.state_dict().items()} == like
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not any(m.training for m in model.modules())
+    fresh = MODELS[name]()[0]
+    assert model.get_input_embeddings().padding_idx == fresh.get_input_embeddings().padding_idx
+    model.save_pretrained(tmp_path)
+    back, told = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert torch.equal(back.eval()(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_tied_weights_are_one_again_after_a_merge(name, kind):
+    model = converted(name, kind)
+    ffa.merge(model)
+    weight = model.get_input_embeddings().weight
+    assert type(weight) is nn.Parameter and model.get_output_embeddings().weight is weight
+    assert not weight.requires_grad
+
+
+def masked_bert():
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+        vocab_size=VOCABULARY,
+    )  # fmt: skip
+    return BertForMaskedLM(config), ["query"]
+
+
+TIED = {
+    "llama": (llama, []),
+    "an adapted head": (llama, ["lm_head"]),
+    "gpt2": (gpt2, []),
+    "bert": (masked_bert, []),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TIED)
+def test_a_model_of_tied_weights_is_saved_and_loaded(name, kind, tmp_path):
+    make, more = TIED[name]
+
+    def smaller(seed):
+        model, targets = make()
+        return ffa.convert(
+            model.eval(), 4, target_modules=[*targets, *more], seed=seed, base_dtype=kind
+        )
+
+    model = smaller(0)
+    known = {n for n in model.all_tied_weights_keys if n.endswith((".stored", ".scale"))}
+    assert len(known) == (1 if kind == "bf16" else 2)
+    wanted = model(input_ids=tokens()).logits
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert known.isdisjoint(tensors) and not any(n.endswith("like") for n in tensors)
+    other = copy.deepcopy(smaller(1))
+    missing, unexpected = other.load_state_dict(tensors, strict=False)
+    assert known <= set(missing) and not unexpected
+    assert torch.equal(other(input_ids=tokens()).logits, wanted)
+    ffa.merge(model)
+    assert model.all_tied_weights_keys == make()[0].all_tied_weights_keys
+    model.save_pretrained(tmp_path)
+
+
+def distilbert(seed=0):
+    torch.manual_seed(seed)
+    config = DistilBertConfig(vocab_size=VOCABULARY, dim=16, hidden_dim=24, n_layers=1, n_heads=2)
+    return DistilBertForSequenceClassification(config).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_frozen_module_that_peft_keeps_beside_a_head_goes_by_its_own_name(kind, tmp_path):
+    options = {"r": 2, "target_modules": ["q_lin"], "modules_to_save": ["classifier"]}
+
+    def smaller():
+        return ffa.convert(distilbert(), base_dtype=kind, **options)
+
+    model = smaller()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_()
+    wanted = model(input_ids=tokens()).logits
+    ffa.save_adapter(model, tmp_path / "ours")
+    # PEFT's modules_to_save takes any module whose name ends so.
+    tensors = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    kept = tensors["base_model.model.pre_classifier.weight"]
+    assert torch.equal(kept, model.pre_classifier.dequantized())
+    assert not any("stored" in n or "scale" in n for n in tensors)
+    for back in (
+        PeftModel.from_pretrained(distilbert(), tmp_path / "ours"),
+        ffa.load_adapter(distilbert(), tmp_path / "ours"),
+    ):
+        assert relative(back(input_ids=tokens()).logits, wanted) < CLOSE[kind]
+    # Of a base that was not rounded, as well.
+    ffa.save_adapter(ffa.convert(distilbert(), **options), tmp_path / "wide")
+    for folder in ("wide", "ours"):
+        back = ffa.load_adapter(smaller(), tmp_path / folder)
+        assert torch.equal(back.pre_classifier.stored, model.pre_classifier.stored)
+    assert torch.equal(back(input_ids=tokens()).logits, wanted)
+    ffa.save_adapter(ffa.convert(distilbert(seed=1), **options), tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"'pre_classifier.weight' is not what .*; accepted:"):
+        ffa.load_adapter(back, tmp_path / "other")
+    assert torch.equal(back(input_ids=tokens()).logits, wanted)
 
 
 @pytest.mark.parametrize("kind", KINDS)

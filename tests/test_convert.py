@@ -429,6 +429,19 @@ def test_hooks_on_an_adapted_layer_stay_and_can_be_removed():
     assert heard == [1]
 
 
+@pytest.mark.parametrize("convert", [ffa.convert, by_peft])
+@pytest.mark.parametrize("base_dtype", [None, "int8"])
+def test_a_single_row_is_taken_as_nn_linear_takes_it(convert, base_dtype):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+    model = convert(model, r=2, target_modules=["0"], base_dtype=base_dtype)
+    x = torch.randn(4, requires_grad=True)
+    y = model(x)
+    assert y.shape == (3,) and torch.equal(y, model(x.unsqueeze(0))[0])
+    y.sum().backward()
+    assert x.grad.shape == (4,)
+    assert [p.grad is not None for p in model.parameters() if p.requires_grad] == [True]
+
+
 def test_the_input_may_be_named_as_nn_linear_names_it():
     x = torch.randn(2, 4)
     for base_dtype in (None, "bf16"):
@@ -465,6 +478,92 @@ def test_a_layer_with_a_forward_of_its_own_is_not_taken_for_a_linear_one():
 
     with pytest.raises(ConfigError, match=r"linear is Doubled; accepted: torch.nn.Linear"):
         FFALinear.from_linear(Doubled(4, 3), r=2)
+
+
+def hooked_by_accelerate(layer: nn.Module) -> nn.Module:
+    hooks = pytest.importorskip("accelerate.hooks")
+    hook = hooks.ModelHook()
+    hook.post_forward = lambda module, output: 2 * output
+    return hooks.add_hook_to_module(layer, hook)
+
+
+def patched(layer: nn.Module) -> nn.Module:
+    layer.forward = lambda x: 2 * nn.functional.linear(x, layer.weight, layer.bias)
+    return layer
+
+
+def pruned_bias(layer: nn.Module) -> nn.Module:
+    from torch.nn.utils import prune
+
+    return prune.l1_unstructured(layer, "bias", 0.3)
+
+
+def masked(layer: nn.Module) -> nn.Module:
+    layer.register_buffer("mask", torch.tensor([1.0, 0.0, 1.0]))
+    layer.register_forward_hook(lambda module, x, y: y * module.mask)
+    return layer
+
+
+def scaled(layer: nn.Module) -> nn.Module:
+    layer.gain = nn.Parameter(torch.full((3,), 2.0))
+    layer.register_forward_hook(lambda module, x, y: y * module.gain)
+    return layer
+
+
+def followed(layer: nn.Module) -> nn.Module:
+    layer.norm = nn.LayerNorm(3)
+    layer.register_forward_hook(lambda module, x, y: module.norm(y))
+    return layer
+
+
+MORE = [hooked_by_accelerate, patched, pruned_bias, masked, scaled, followed]
+
+
+@pytest.mark.parametrize("base_dtype", [None, "bf16"])
+@pytest.mark.parametrize("spoil", MORE)
+def test_a_layer_that_is_more_than_its_weights_is_refused_and_else_left_alone(
+    spoil, base_dtype, tmp_path
+):
+    model = nn.Sequential(spoil(nn.Linear(4, 3)), nn.Linear(3, 3))
+    x = torch.randn(2, 4)
+    wanted = model(x)
+    with pytest.raises(ConfigError, match=r"layer '0' has .*; accepted: a layer with"):
+        ffa.convert(model, target_modules=["0"], r=2, base_dtype=base_dtype)
+    with pytest.raises(ConfigError, match=r"linear has .*; accepted: a layer with"):
+        FFALinear.from_linear(model[0], r=2)
+    plain = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+    ffa.save_adapter(ffa.convert(plain, target_modules=["0"], r=2), tmp_path)
+    with pytest.raises(ConfigError, match=r"layer '0' has .*; accepted: a layer with"):
+        ffa.load_adapter(model, tmp_path)
+    assert torch.equal(model(x), wanted) and all(p.requires_grad for p in model.parameters())
+    ffa.convert(model, target_modules=["1"], r=2, base_dtype=base_dtype)
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model(x), wanted, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("spoil", MORE)
+def test_a_base_of_pefts_that_is_more_than_its_weights_is_refused(spoil):
+    peft = pytest.importorskip("peft")
+    model = nn.Sequential(spoil(nn.Linear(4, 3)))
+    theirs = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
+    with pytest.raises(ConfigError, match=r"layer '.*0' has a base layer that has .*; accepted:"):
+        ffa.convert(theirs)
+    theirs = peft.get_peft_model(nn.Sequential(nn.Linear(4, 3)), theirs.peft_config["default"])
+    hooked_by_accelerate(theirs.base_model.model[0])
+    with pytest.raises(ConfigError, match=r"layer '.*0' has a forward of its own"):
+        ffa.convert(theirs)
+
+
+@pytest.mark.parametrize("base_dtype", [None, "bf16", "int8"])
+def test_what_was_set_on_a_layer_goes_on_to_the_one_in_its_place(base_dtype):
+    model, states = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.Linear(3, 3)), []
+    for stage, layer in enumerate(model):
+        # What a smaller layer calls so itself stays its own.
+        layer.stage, layer.scale = stage, "ours"
+        layer.register_forward_hook(lambda module, x, y: states.append(module.stage))
+    ffa.convert(model, target_modules=["1"], r=2, base_dtype=base_dtype)
+    assert model(torch.arange(5)).isfinite().all()
+    assert states == [layer.stage for layer in model] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("seed", ["1", 1.0, True, None])

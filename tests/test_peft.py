@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -13,7 +14,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import ffa_kernels as ffa
 from ffa_kernels.errors import ConfigError
@@ -208,6 +216,62 @@ def test_pefts_own_methods_still_work(tmp_path):
     assert_as_close_as(logits(merged), adapted, back)
     merged = ffa.merge(copy.deepcopy(model))
     assert_as_close_as(logits(merged), adapted, back)
+
+
+class SharedWeight(nn.Module):
+    """Two layers of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.b.weight = self.a.weight
+
+    def forward(self, tokens):
+        return SimpleNamespace(logits=self.b(self.a(tokens.float() / 20).tanh()))
+
+
+def replicated_llama():
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=12, intermediate_size=20, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+REPLICATED = {"target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 2]]}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    "make,options",
+    [
+        (SharedWeight, {"target_modules": ["a", "b"]}),
+        (gpt2, {"target_modules": ["c_attn", "lm_head"]}),
+        (replicated_llama, REPLICATED),
+    ],
+    ids=["two layers", "tied head", "layer_replication"],
+)
+def test_merge_leaves_a_weight_that_others_share(make, options):
+    model = randomise(ffa.convert(with_lora(make(), **options)))
+    adapted, training = logits(model), model.training
+    plain = ffa.merge(model)
+    torch.testing.assert_close(logits(plain), adapted, rtol=1e-4, atol=1e-4)
+    assert not trained(plain) and plain.training == training
+
+
+def test_merge_adds_once_what_peft_has_merged_already():
+    model = randomise(ffa.convert(with_lora(bert())))
+    adapted = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(ffa.merge(model)), adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_replicated_layers_are_not_saved_for_a_model_without_them(tmp_path):
+    model = ffa.convert(with_lora(replicated_llama(), **REPLICATED))
+    with pytest.raises(ConfigError, match=r"layer_replication .*; accepted: model.save_pretrained"):
+        ffa.save_adapter(model, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -584,3 +648,62 @@ def test_an_adapter_added_after_convert_is_not_left_out_in_silence():
         logits(model)
     model.set_adapter("default")
     assert logits(model).isfinite().all()
+
+
+class OneUnderTwoNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.query = nn.Linear(6, 6)
+        self.key = self.query
+
+    def forward(self, tokens):
+        x = tokens.float() / 20
+        return SimpleNamespace(logits=self.query(x) + self.key(x.sin()))
+
+
+class SharedBlock(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.encoder = self.decoder = block
+
+    def forward(self, tokens):
+        return SimpleNamespace(logits=self.decoder(self.encoder(tokens).logits * 20).logits)
+
+
+def test_a_layer_of_two_names_is_not_saved_for_peft_to_adapt_one(tmp_path):
+    model = ffa.convert(OneUnderTwoNames(), r=2, target_modules=["query"])
+    with pytest.raises(ConfigError, match=r"'query' and 'key' are one adapted layer, .* the first"):
+        ffa.save_adapter(model, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_file_that_adapts_one_of_two_names_needs_the_plain_layer_under_the_other(tmp_path):
+    theirs = randomise(with_lora(OneUnderTwoNames(), target_modules=["query"]))
+    theirs.save_pretrained(tmp_path / "theirs")
+    plain = OneUnderTwoNames()
+    for model in (plain, ffa.convert(OneUnderTwoNames(), r=4, alpha=6, target_modules=["key"])):
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ConfigError, match=r"'query' and 'key' are one layer .* leaves 'key'"):
+            ffa.load_adapter(model, tmp_path / "theirs")
+        after = model.state_dict()
+        assert list(after) == list(before) and all(torch.equal(after[n], before[n]) for n in after)
+    # Taken over, PEFT's model has the plain layer there, and its file is the same.
+    model = ffa.convert(with_lora(OneUnderTwoNames(), target_modules=["query"]))
+    ffa.load_adapter(model, tmp_path / "theirs")
+    torch.testing.assert_close(logits(model), logits(theirs))
+    ffa.save_adapter(model, tmp_path / "ours")
+    back = PeftModel.from_pretrained(OneUnderTwoNames(), tmp_path / "ours")
+    assert torch.equal(logits(back), logits(theirs))
+
+
+def test_a_block_of_two_names_is_adapted_under_both_by_peft_too(tmp_path):
+    def make():
+        block = OneUnderTwoNames()
+        block.key = nn.Linear(6, 6)
+        return SharedBlock(block)
+
+    model = randomise(ffa.convert(make(), r=2, target_modules=["query"]))
+    ffa.save_adapter(model, tmp_path)
+    for back in (PeftModel.from_pretrained(make(), tmp_path), ffa.load_adapter(make(), tmp_path)):
+        torch.testing.assert_close(logits(back), logits(model))

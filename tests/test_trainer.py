@@ -523,6 +523,39 @@ def test_a_resumed_run_goes_on_with_the_ledger_and_draws_afresh(tmp_path):
     assert len(logs) == 4 and logs == sorted(logs)
 
 
+def test_a_smaller_base_of_tied_weights_is_saved_at_each_epoch_and_resumed(tmp_path):
+    def model():
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=VOCABULARY,
+            tie_word_embeddings=True,
+        )
+        plain = transformers.LlamaForCausalLM(config)
+        return ffa.convert(plain, r=2, target_modules=["q_proj"], base_dtype="int8")
+
+    saving = {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "epoch"}
+    first = trainer_of(tmp_path, model(), changed_args=saving, callbacks=[Stop(3)])
+    first.train()
+    first.engine.ledger.close()
+    second = trainer_of(tmp_path, model(), changed_args=saving)
+    found = {}
+
+    class Begun(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            found.update(trained(second.model))
+
+    second.add_callback(Begun())
+    second.train(resume_from_checkpoint=True)
+    assert found and all(torch.equal(p, found[n]) for n, p in trained(first.model).items())
+    head, embedding = second.model.lm_head, second.model.get_input_embeddings()
+    assert head.stored is embedding.stored and head.scale is embedding.scale
+    assert second.state.global_step == 6
+
+
 ADAPTIVE = {
     "adaptive_clipping": AdaptiveClipping(target_quantile=0.9, count_noise_multiplier=2.0),
     "max_grad_norm": 1e-3,

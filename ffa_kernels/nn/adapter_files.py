@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from ffa_kernels.errors import ConfigError, shown
 from ffa_kernels.files import write_atomic
 from ffa_kernels.nn.adapter import Adapter, owned_parameters
-from ffa_kernels.nn.conversion import ADAPTABLE, can_adapt, ends_in, make_adapter, put_in
+from ffa_kernels.nn.conversion import (
+    ADAPTABLE,
+    can_adapt,
+    check_replaceable,
+    ends_in,
+    make_adapter,
+    put_in,
+)
+from ffa_kernels.nn.frozen import frozen_weights, plain_state
 from ffa_kernels.nn.linear import check_adapter, is_conv1d, scaling_of
 from ffa_kernels.nn.patterns import Pattern
 from ffa_kernels.nn.peft import lora_layers
@@ -60,7 +68,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         directory: made if it is not there; other files in it stay.
 
     Raises:
-        ConfigError: no adapted layer, or something trained that PEFT's LoRA files cannot hold.
+        ConfigError: no adapted layer, one under several names, or something trained that PEFT's
+            LoRA files cannot hold.
         PrivacyError: what `state_dict()` of a private model refuses. Nothing is written then.
     """
     from safetensors.torch import save
@@ -70,7 +79,20 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         for hook in module._state_dict_pre_hooks.values():
             hook(module, "", False)
     root, theirs = _base_of(model)
+    if theirs.get("layer_replication"):
+        raise ConfigError(
+            f"model is PEFT's with layer_replication {theirs['layer_replication']}, whose layers "
+            "no plain model has; accepted: model.save_pretrained()"
+        )
     layers = _adapters(root, "a model that convert() adapted")
+    names = _places(root)
+    for layer in layers.values():
+        if len(names[layer]) > 1:
+            raise ConfigError(
+                f"model: {' and '.join(map(repr, names[layer]))} are one adapted layer, of which "
+                "PEFT would adapt the first name and leave the others plain; accepted: a layer of "
+                "one name"
+            )
     saved = _saved_by_owner(root, layers)
     config = {**_config(root, layers, saved), **_provenance(root, theirs)}
     tensors: dict[str, Tensor] = {}
@@ -78,7 +100,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         tensors[f"{name}.lora_A.weight"] = layer.frozen_A()
         tensors[f"{name}.lora_B.weight"] = layer.trained_B()
     for name, module in saved.items():
-        tensors.update({f"{name}.{key}": value for key, value in module.state_dict().items()})
+        tensors.update({f"{name}.{key}": value for key, value in plain_state(module).items()})
     # Copies: safetensors takes no two tensors of one memory, which tied weights are.
     kept = {_PREFIX + k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
@@ -150,6 +172,30 @@ def _adapters(root: nn.Module, accepted: str) -> dict[str, Adapter]:
                 f"model: layer {name!r} holds the adapters {', '.join(held)}; accepted: one"
             )
     return layers
+
+
+def _places(root: nn.Module) -> dict[nn.Module, list[str]]:
+    """The names of each module, one for every place that holds it: PEFT, which sees a module once,
+    puts an adapter into the first of them. A place inside a module of many names is one place."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, parent in root.named_modules():
+        for last, child in parent._modules.items():
+            if child is not None:
+                found.setdefault(child, []).append(f"{name}.{last}".lstrip("."))
+    return found
+
+
+def _check_places(root: nn.Module, layers: Iterable[nn.Module], adapted: Container[str]) -> None:
+    """Raises ConfigError where the file adapts a layer under some of its names alone."""
+    names = _places(root)
+    for layer in layers:
+        plain = [name for name in names[layer] if name not in adapted]
+        if plain and len(names[layer]) > 1:
+            raise ConfigError(
+                f"directory: {' and '.join(map(repr, names[layer]))} are one layer in the model, "
+                f"of which the adapter leaves {plain[0]!r} plain; accepted: a model that has them "
+                "apart, or an adapter of all these names"
+            )
 
 
 def _wrapped_by_peft(root: nn.Module) -> dict[str, Any]:
@@ -568,6 +614,7 @@ def _fill(
             + (f"the file has nothing for {', '.join(lacking[:3])}; " if lacking else "")
             + "accepted: the same layers in both"
         )
+    _check_places(root, layers.values(), pairs)
     _missing(config, (n for n, _ in root.named_modules() if not _inside(n, layers)), set(pairs))
     for name, (A, B) in pairs.items():
         layer = layers[name]
@@ -591,14 +638,23 @@ def _fill(
     plain = [n for n, _ in root.named_modules() if not any(n.startswith(w + ".") for w in wrapped)]
     for name in _wanted_by_peft(plain, config.get("modules_to_save") or []):
         saved.setdefault(name, root.get_submodule(name))
-    places = {f"{n}.{k}": v for n, m in saved.items() for k, v in m.state_dict().items()}
+    places = {f"{n}.{k}": v for n, m in saved.items() for k, v in plain_state(m).items()}
     _fit_others(places, others)
+    frozen = frozen_weights(root)
+    for name in sorted(others.keys() & frozen.keys()):
+        if not frozen[name].holds(others[name]):
+            raise ConfigError(
+                f"directory: tensor {name!r} is not what the model keeps in "
+                f"{frozen[name].stored.dtype}; accepted: that weight up to its rounding, or a "
+                "model converted with this module in modules_to_save"
+            )
     with torch.no_grad():
         for name, (A, B) in pairs.items():
             layers[name].frozen_A().copy_(A)
             layers[name].trained_B().copy_(B)
         for name, tensor in others.items():
-            # state_dict's tensors are the parameters' own memory.
+            # state_dict's tensors are the parameters' own memory; those of frozen layers, made for
+            # the comparison above, are not, and what is stored stays.
             places[name].copy_(tensor)
 
 
@@ -621,6 +677,7 @@ def _convert_to(
                 f"directory: layer {name!r} is {type(module).__name__} in the model; accepted: "
                 f"{ADAPTABLE}"
             )
+        check_replaceable(name, module)
         _settings(config, name, A)
         conv = is_conv1d(module)
         d_in = module.weight.shape[0] if conv else module.in_features
@@ -632,6 +689,7 @@ def _convert_to(
                 f"directory: {first!r} and {name!r} are one layer in the model, with different "
                 "tensors in the file; accepted: the model that the adapter was made for"
             )
+    _check_places(root, found, pairs)
     _missing(config, (n for n, m in modules.items() if m not in found), set(pairs))
     wanted = _wanted_by_peft(modules, config.get("modules_to_save") or [])
     for name in wanted:

@@ -11,8 +11,15 @@ from torch import nn
 from ffa_kernels.errors import ConfigError
 from ffa_kernels.nn import opacus
 from ffa_kernels.nn.adapter import Adapter
-from ffa_kernels.nn.frozen import Shrinker, check_base_dtype
-from ffa_kernels.nn.linear import OWN_WEIGHT, FFALinear, check_adapter, is_conv1d, owns_weight
+from ffa_kernels.nn.frozen import Shrinker, check_base_dtype, plain_layers, rename_ties
+from ffa_kernels.nn.linear import (
+    OWN_WEIGHT,
+    FFALinear,
+    check_adapter,
+    is_conv1d,
+    more_than_weights,
+    owns_weight,
+)
 from ffa_kernels.nn.peft import lora_layers, take_over
 from ffa_kernels.nn.product import as_before, is_linear, multiply_faster
 from ffa_kernels.nn.recorded import plain_again
@@ -70,9 +77,9 @@ def convert(
 ) -> M:
     """Adapts the named linear layers of `model` in place and freezes all else.
 
-    A layer's hooks go on to the one that takes its place. On a processor whose fp32 products this
-    library makes faster than PyTorch, the frozen nn.Linear layers that are not adapted become
-    `FrozenFp32Linear`, a subclass of nn.Linear.
+    A layer's hooks and attributes go on to the one that takes its place. On a processor whose fp32
+    products this library makes faster than PyTorch, the frozen nn.Linear layers that are not
+    adapted become `FrozenFp32Linear`, a subclass of nn.Linear.
 
     A PEFT LoRA model needs no further arguments but `base_dtype`: its own layers are taken over as
     they stand, with its ranks, scalings, dropout, names and `modules_to_save`; A is frozen from
@@ -163,6 +170,7 @@ def convert(
                     f"target_modules names {name!r}, which is {type(module).__name__}; accepted: "
                     f"{ADAPTABLE}{OWN_WEIGHT if made else ''}"
                 )
+            check_replaceable(name, module)
             if name == "":
                 raise ConfigError(
                     "target_modules names the model itself; accepted: layers inside it "
@@ -214,21 +222,38 @@ def can_adapt(module: nn.Module) -> bool:
     return can_wrap(module) or is_conv1d(module)
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the adapter takes the place of `module`, and does not hold it."""
+    return is_plain_linear(module) or is_conv1d(module)
+
+
+def check_replaceable(name: str, module: nn.Module) -> None:
+    """Raises ConfigError where an adapter of a layer that `can_adapt` would leave out a part."""
+    more = more_than_weights(module) if _is_plain(module) else None
+    if more is not None:
+        raise ConfigError(f"layer {name!r} {more}")
+
+
 def make_adapter(module: nn.Module, r: int, alpha: float, **options: Any) -> Adapter:
     """The adapter of a layer that `can_adapt`; options as in `FFALinear`."""
-    plain = is_plain_linear(module) or is_conv1d(module)
-    make: Callable[..., Adapter] = FFALinear.from_linear if plain else FFAWrapped
+    make: Callable[..., Adapter] = FFALinear.from_linear if _is_plain(module) else FFAWrapped
     return make(module, r, alpha, **options)
 
 
 def put_in(model: nn.Module, adapted: Mapping[nn.Module, nn.Module]) -> None:
-    """Puts each new layer where its old one was, under every name that had it, with its hooks."""
+    """Puts each new layer where its old one was, under every name that had it, with its hooks, and
+    with what else was set on it, where the new one does not hold it whole."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in adapted:
             _replace(model, name, adapted[module])
     for old, new in adapted.items():
         for name in _HOOKS:
             setattr(new, name, getattr(old, name))
+        if old not in new.modules():
+            for name, value in vars(old).items():
+                if not hasattr(new, name):
+                    setattr(new, name, value)
+    rename_ties(model)
     _call_the_layers(model)
 
 
@@ -241,7 +266,8 @@ def merge(model: M) -> M:
     """Replaces every adapted layer of `model` in place by a plain one with weight W + s B A.
 
     Heads and other trained layers that an engine made record are plain layers again too, and so
-    are frozen ones that were made faster.
+    are frozen ones that were made faster, or smaller by `base_dtype`: these have the dtype that
+    they had, and the values that they computed with.
 
     Returns:
         `model`.
@@ -256,6 +282,7 @@ def merge(model: M) -> M:
     plain = {layer: layer.merged_layer() for layer in set(layers.values())}
     for name, layer in layers.items():
         _replace(model, name, plain[layer])
+    put_in(model, plain_layers(model.modules()))
     for module in model.modules():
         plain_again(module)
         as_before(module)

@@ -6,6 +6,9 @@ that they had; nothing is packed or kept beside the weights themselves.
 
 from __future__ import annotations
 
+import inspect
+import itertools
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ffa_kernels.errors import ConfigError
-from ffa_kernels.nn.linear import is_conv1d
+from ffa_kernels.nn.linear import is_conv1d, more_than_weights, plain_layer
 from ffa_kernels.nn.product import Product, is_linear
 
 BASE_DTYPES = ("bf16", "int8")
@@ -55,6 +58,16 @@ class _Frozen(nn.Module):
         """W made anew, for models that read it instead of calling the layer."""
         return self.dequantized()
 
+    def holds(self, weight: Tensor) -> bool:
+        """Whether `weight`, of the form that `self.weight` has, is W but for its rounding here."""
+        W = self.dequantized().double()
+        step = W.abs() / 256 if self.scale is None else self.scale
+        return bool(((weight.to(W) - W).abs() <= step).all())
+
+    def plain(self, weight: nn.Parameter) -> nn.Module:
+        """A layer of the class that was there before, with this weight."""
+        raise NotImplementedError
+
 
 class FrozenLinear(_Frozen):
     """y = x W^T + b in x's dtype; a `FrozenBase`, which the adapters take as it is.
@@ -90,8 +103,26 @@ class FrozenLinear(_Frozen):
         )
         return y
 
+    def plain(self, weight: nn.Parameter) -> nn.Module:
+        return plain_layer(weight, self.bias, self.training, fan_in_fan_out=False)
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, stored={self.stored.dtype}"
+
+
+class FrozenConv1D(FrozenLinear):
+    """A FrozenLinear where Conv1D of transformers was, whose own weight is (d_in, d_out)."""
+
+    @property
+    def weight(self) -> Tensor:
+        """W^T made anew, as Conv1D has it."""
+        return self.dequantized().t().contiguous()
+
+    def holds(self, weight: Tensor) -> bool:
+        return super().holds(weight.t())
+
+    def plain(self, weight: nn.Parameter) -> nn.Module:
+        return plain_layer(weight, self.bias, self.training, fan_in_fan_out=True)
 
 
 class FrozenEmbedding(_Frozen):
@@ -120,8 +151,96 @@ class FrozenEmbedding(_Frozen):
             rows = rows * F.embedding(input, self.scale)
         return rows.to(self.like.dtype)
 
+    def plain(self, weight: nn.Parameter) -> nn.Module:
+        rows, width = weight.shape
+        made = nn.Embedding(rows, width, padding_idx=self.padding_idx, device="meta")
+        made.weight = weight
+        return made.train(self.training)
+
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, stored={self.stored.dtype}"
+
+
+def plain_layers(modules: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:
+    """What takes the place of each frozen layer among `modules`: one of the class that was there,
+    with W in its old dtype. Weights that were tied are one again."""
+    weights: dict[int, nn.Parameter] = {}
+    found: dict[nn.Module, nn.Module] = {}
+    for module in modules:
+        if isinstance(module, _Frozen):
+            key = id(module.stored)
+            if key not in weights:
+                weights[key] = nn.Parameter(module.weight, requires_grad=False)
+            found[module] = module.plain(weights[key])
+    return found
+
+
+def frozen_weights(model: nn.Module) -> dict[str, _Frozen]:
+    """Each frozen layer of `model`, by the name that its weight had."""
+    return {
+        f"{name}.weight".lstrip("."): module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, _Frozen)
+    }
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """`model.state_dict()` with W made anew, as it was called before, for what is stored of it."""
+    state = dict(model.state_dict())
+    for name, layer in frozen_weights(model).items():
+        state[name] = layer.weight
+        for held in ("stored", "scale"):
+            state.pop(name.removesuffix("weight") + held, None)
+    return state
+
+
+class _Ties(dict[str, str]):
+    """Names of tied weights, and what stood in their place `before`."""
+
+    def __init__(self, names: dict[str, str], before: dict[str, str]) -> None:
+        super().__init__(names)
+        self.before = before
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Ties, (dict(self), self.before)
+
+
+def rename_ties(model: nn.Module) -> None:
+    """Tells transformers, which knows tied weights by name, what their names are now: of frozen
+    layers those of what is stored, and without any frozen layer those that there were."""
+    for module in model.modules():
+        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+            # Not by getattr: PEFT's wrappers answer with what lies inside them.
+            names = inspect.getattr_static(module, attribute, None)
+            if isinstance(names, dict):
+                before = names.before if isinstance(names, _Ties) else names
+                now = _renamed(before, module)
+                if now != names:
+                    setattr(module, attribute, before if now == before else _Ties(now, before))
+
+
+def _renamed(ties: dict[str, str], model: nn.Module) -> dict[str, str]:
+    """`ties`, as {pattern of names: pattern of names}, with those of frozen layers spelled out."""
+    frozen = {n: m for n, m in model.named_modules() if isinstance(m, _Frozen)}
+
+    def found(pattern: str) -> list[str]:
+        # An adapter holds its layer inside.
+        outer = {name: f"{name.removesuffix('.base_layer')}.weight" for name in frozen}
+        return [name for name, weight in outer.items() if re.match(pattern, weight)]
+
+    renamed: dict[str, str] = {}
+    for target, source in ties.items():
+        both = found(target), found(source)
+        # A pattern of whole modules covers any name in them.
+        if not target.endswith("weight") or both == ([], []):
+            renamed[target] = source
+            continue
+        for one, other in itertools.product(*both):
+            if frozen[one].stored is frozen[other].stored:
+                renamed[f"{one}.stored"] = f"{other}.stored"
+                if frozen[one].scale is not None:
+                    renamed[f"{one}.scale"] = f"{other}.scale"
+    return renamed
 
 
 class Shrinker:
@@ -134,8 +253,9 @@ class Shrinker:
     def layers(self, modules: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:
         """What takes the place of each nn.Linear, Conv1D and nn.Embedding among `modules`.
 
-        Of these classes alone, not of subclasses, whose forward may do otherwise; and only where
-        the weight is an ordinary matrix of more bytes, and finite.
+        Of these classes alone, not of subclasses, whose forward may do otherwise, nor of layers
+        that are more than their weights; and only where the weight is an ordinary matrix of more
+        bytes, and finite.
         """
         found: dict[nn.Module, nn.Module] = {}
         for module in modules:
@@ -148,13 +268,18 @@ class Shrinker:
             if embedding:
                 made = FrozenEmbedding(stored, scale, weight.dtype, layer.padding_idx)
             else:
-                made = FrozenLinear(stored, scale, weight.dtype, layer.bias)
+                make = FrozenConv1D if conv1d else FrozenLinear
+                made = make(stored, scale, weight.dtype, layer.bias)
             found[module] = made.train(module.training)
         return found
 
     def _takes(self, layer: Any) -> bool:
         weight = layer.weight
-        if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
+        if (
+            more_than_weights(layer) is not None
+            or type(weight) is not nn.Parameter
+            or type(weight.data) is not Tensor
+        ):
             return False
         if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.sparse):
             return False

@@ -13,6 +13,7 @@ from ffa_kernels.errors import ConfigError, shown
 from ffa_kernels.nn.adapter import Adapter
 from ffa_kernels.nn.init import INITS, frozen_A, pissa_A
 from ffa_kernels.nn.product import is_linear, parameter
+from ffa_kernels.nn.record_taps import tapping
 
 
 def check_adapter(r: object, alpha: object, dropout: object, init: object) -> None:
@@ -49,6 +50,44 @@ def is_conv1d(layer: nn.Module) -> bool:
 def owns_weight(layer: nn.Module) -> bool:
     """Not so where pruning or a normalisation makes the weight anew from another parameter."""
     return layer._parameters.get("weight") is not None
+
+
+def plain_layer(
+    weight: nn.Parameter, bias: nn.Parameter | None, training: bool, fan_in_fan_out: bool
+) -> nn.Module:
+    """nn.Linear of this weight (d_out, d_in), or a Conv1D of transformers of (d_in, d_out)."""
+    plain: Any
+    if fan_in_fan_out:
+        from transformers.pytorch_utils import Conv1D
+
+        make: Any = Conv1D
+        plain = make(0, 0)
+        plain.nx, plain.nf = weight.shape
+    else:
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    plain.weight, plain.bias = weight, bias
+    result: nn.Module = plain.train(training)
+    return result
+
+
+def more_than_weights(layer: nn.Module) -> str | None:
+    """What a layer is beside its weight, its bias and its class' forward, if anything: what
+    computes in its place would leave it out."""
+    if "forward" in vars(layer):
+        return (
+            "has a forward of its own, set on the instance; accepted: a layer with its class' "
+            "forward (accelerate.hooks.remove_hook_from_module takes accelerate's off)"
+        )
+    parameters = [name for name in layer._parameters if name not in ("weight", "bias")]
+    # A bias that is pruned is made anew from another parameter.
+    made = [name for name in ("bias",) if name in vars(layer)]
+    more = [*parameters, *made, *layer._buffers, *layer._modules]
+    if more:
+        return (
+            f"has {', '.join(more)} beside a weight and a bias of its own; accepted: a layer with "
+            "these alone (pruning made permanent first)"
+        )
+    return None
 
 
 class OwnAdapter(Adapter):
@@ -101,7 +140,10 @@ class OwnAdapter(Adapter):
 
     # As nn.Linear names it.
     def forward(self, input: Tensor) -> Tensor:
-        """x (n, ..., d_in) to y (n, ..., d_out)."""
+        """x (n, ..., d_in) to y (n, ..., d_out); or (d_in,) to (d_out,), which is no batch to train
+        privately on."""
+        if input.dim() == 1 and not tapping(self, self.record_taps):
+            return self.adapted_forward(input.unsqueeze(0)).squeeze(0)
         return self.adapted_forward(input)
 
     def extra_repr(self) -> str:
@@ -172,8 +214,8 @@ class FFALinear(OwnAdapter):
         """Adapts `linear`: its weight and bias are taken over, not copied, and frozen.
 
         Raises:
-            ConfigError: `linear` is neither nn.Linear nor transformers' Conv1D, or an argument is
-                not accepted.
+            ConfigError: `linear` is neither nn.Linear nor transformers' Conv1D, or more than that,
+                or an argument is not accepted.
         """
         check_adapter(r, alpha, dropout, init)
         plain = type(linear).forward is nn.Linear.forward or is_linear(linear) or is_conv1d(linear)
@@ -182,6 +224,9 @@ class FFALinear(OwnAdapter):
                 f"linear is {type(linear).__name__}; accepted: torch.nn.Linear, or Conv1D of "
                 f"transformers, with no other forward{OWN_WEIGHT}"
             )
+        more = more_than_weights(linear)
+        if more is not None:
+            raise ConfigError(f"linear {more}")
         adapted = cls.__new__(cls)
         nn.Module.__init__(adapted)
         adapted._adopt(linear, r, alpha, init, seed, layer, dropout, rslora)
@@ -260,16 +305,7 @@ class FFALinear(OwnAdapter):
     def merged_layer(self) -> nn.Module:
         """A plain layer of the kind that was adapted, with weight W + s B A and this bias."""
         weight = self.merged_weight()
-        plain: Any
         if self.fan_in_fan_out:
-            from transformers.pytorch_utils import Conv1D
-
-            make: Any = Conv1D
-            plain, weight = make(0, 0), weight.t().contiguous()
-            plain.nf, plain.nx = self.out_features, self.in_features
-        else:
-            plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter(weight, requires_grad=False)
-        plain.bias = self.bias
-        result: nn.Module = plain.train(self.training)
-        return result
+            weight = weight.t().contiguous()
+        merged = nn.Parameter(weight, requires_grad=False)
+        return plain_layer(merged, self.bias, self.training, self.fan_in_fan_out)

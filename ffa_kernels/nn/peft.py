@@ -6,6 +6,7 @@ whose forward is this library's op. So saving, merging and unloading stay PEFT's
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ffa_kernels.errors import ConfigError
 from ffa_kernels.nn.adapter import Adapter
 from ffa_kernels.nn.frozen import FrozenLinear
-from ffa_kernels.nn.linear import is_conv1d
+from ffa_kernels.nn.linear import is_conv1d, more_than_weights
 from ffa_kernels.nn.record_taps import tapping
 from ffa_kernels.nn.wrapped import (
     WRAPPED,
@@ -23,8 +24,8 @@ from ffa_kernels.nn.wrapped import (
     dequantized,
     is_plain_linear,
     multiplied,
-    plain_linear,
     prepare,
+    unwrapped,
 )
 
 M = TypeVar("M", bound=nn.Module)
@@ -106,16 +107,23 @@ class _TakenOver(Adapter):
             yield from modules.values()
 
     def merged_layer(self) -> nn.Module:
-        """The plain layer inside, with weight W + s B A; nn.Linear where that is quantised."""
+        """The plain layer inside, with weight W + s B A; no longer quantised."""
         layer: Any = self
-        if isinstance(self.base_layer, FrozenLinear) or self.frozen_weight() is None:
-            return plain_linear(self.merged_weight(), self.base_layer, self.training)
-        layer.merge(safe_merge=True)
-        plain: nn.Module = layer.get_base_layer()
+        base: Any = self.base_layer
+        if isinstance(base, FrozenLinear) or self.frozen_weight() is None:
+            return unwrapped(self.merged_weight(), base, self.training)
+        weight = self.base_weight() if layer.merged else self.merged_weight()
+        if is_conv1d(base):
+            weight = weight.t().contiguous()
+        # A new layer and a new weight: others may share the old ones.
+        plain: nn.Module = copy.copy(base)
+        merged = nn.Parameter(weight, requires_grad=False)
+        plain._parameters = {**plain._parameters, "weight": merged}
         return plain.train(self.training)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x (n, ..., d_in) to y (n, ..., d_out)."""
+        """x (n, ..., d_in) to y (n, ..., d_out); or (d_in,) to (d_out,), which is no batch to train
+        privately on."""
         layer: Any = self
         if args or kwargs:
             raise ConfigError(
@@ -131,6 +139,8 @@ class _TakenOver(Adapter):
         if layer.disable_adapters or layer.merged or heard:
             y: Tensor = self._theirs.forward(self, x)
             return y
+        if x.dim() == 1 and not tapping(self, self.record_taps):
+            return self.adapted_forward(x.unsqueeze(0)).squeeze(0)
         return self.adapted_forward(x)
 
 
@@ -192,6 +202,13 @@ def _refusal(layer: Any, known: dict[type[nn.Module], type[_TakenOver]]) -> str 
             f"has the base layer {type(base).__name__}; accepted: torch.nn.Linear, Conv1D, "
             f"{WRAPPED}"
         )
+    # A base that makes its product itself is called, and so is what was set on it.
+    called = not is_plain_linear(base) and not is_conv1d(base)
+    more = None if called else more_than_weights(base)
+    if more is not None:
+        return f"has a base layer that {more}"
+    if "forward" in vars(layer):
+        return more_than_weights(layer)
     return None
 
 

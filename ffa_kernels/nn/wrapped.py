@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ffa_kernels.errors import ConfigError
-from ffa_kernels.nn.frozen import FrozenLinear
-from ffa_kernels.nn.linear import OwnAdapter, check_adapter, owns_weight
+from ffa_kernels.nn.frozen import FrozenConv1D, FrozenLinear
+from ffa_kernels.nn.linear import OwnAdapter, check_adapter, owns_weight, plain_layer
 from ffa_kernels.nn.product import is_linear
 
 # After torch.nn.Linear, in what an error accepts.
@@ -177,13 +177,14 @@ def multiplied(layer: Any) -> tuple[Tensor | None, Tensor | None]:
     return (layer.stored, layer.scale) if isinstance(layer, FrozenLinear) else (None, None)
 
 
-def plain_linear(weight: Tensor, base_layer: Any, training: bool) -> nn.Linear:
-    """nn.Linear with this weight and `base_layer`'s bias, frozen."""
-    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    plain.weight = nn.Parameter(weight, requires_grad=False)
-    bias: Any = getattr(base_layer, "bias", None)
-    plain.bias = bias
-    return plain.train(training)
+def unwrapped(weight: Tensor, base_layer: Any, training: bool) -> nn.Module:
+    """The plain layer of W, (d_out, d_in), and `base_layer`'s bias, frozen: nn.Linear, or Conv1D
+    where there was one."""
+    conv1d = isinstance(base_layer, FrozenConv1D)
+    if conv1d:
+        weight = weight.t().contiguous()
+    bias = getattr(base_layer, "bias", None)
+    return plain_layer(nn.Parameter(weight, requires_grad=False), bias, training, conv1d)
 
 
 class FFAWrapped(OwnAdapter):
@@ -254,6 +255,6 @@ class FFAWrapped(OwnAdapter):
     def base_weight(self) -> Tensor:
         return dequantized(self.base_layer)
 
-    def merged_layer(self) -> nn.Linear:
-        """A plain nn.Linear, no longer quantised, with weight W + s B A and the layer's bias."""
-        return plain_linear(self.merged_weight(), self.base_layer, self.training)
+    def merged_layer(self) -> nn.Module:
+        """A plain layer, no longer quantised, with weight W + s B A and the layer's bias."""
+        return unwrapped(self.merged_weight(), self.base_layer, self.training)
