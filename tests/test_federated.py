@@ -721,6 +721,7 @@ def test_splits_deal_all_records_out_once(
     if data["split"] == "dirichlet":
         data = {**data, "dirichlet_alpha": 5.0}
     document["site"] = [{k: v for k, v in s.items() if k != "test"} for s in document["site"]]
+    document["privacy"]["new_ledger"] = True
     config = settled(document, tmp_path, data={**data, "min_records": 16})
     records = driver.load_records(config)
     assert len(records) == sizes

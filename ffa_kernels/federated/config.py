@@ -177,7 +177,7 @@ class Privacy:
             with max_grad_norm (adaptive clipping, arXiv 1905.03871); fixed by default.
         accountant: Opacus' "prv" or "rdp".
         new_ledger: begin another account for records that have one on this machine: for public
-            ones, say.
+            ones, say. Files that are dealt out need it: see `Data`.
     """
 
     target_epsilon: float = _key("a number above 0, or inf", lambda value: value > 0.0)
@@ -231,7 +231,9 @@ class Data:
         source: "demo" (four sites of rated sentences), or "files": the [[site]] tables.
         path: for "demo", the source distribution of vaderSentiment 3.3.2.
         split: "natural" (each source its own site), or all records pooled and dealt out, "iid" or
-            "dirichlet".
+            "dirichlet". A file's records then have no ledger beside them: each part that is dealt
+            out has one of its own, and another seed deals other parts. So this takes
+            privacy.new_ledger, and a [[site]] has a name and a file alone.
         sites: number of sites of an "iid" or "dirichlet" split.
         dirichlet_alpha: label skew of "dirichlet": small is severe.
         test_fraction: held out at every site that has no test file of its own.
@@ -524,11 +526,8 @@ def _check_together(config: Config) -> None:
             f"[data] dirichlet_alpha: got {data.dirichlet_alpha} with split = {data.split!r}; "
             "accepted: a number with 'dirichlet', none otherwise"
         )
-    if data.split != "natural" and any(site.test is not None for site in config.sites):
-        raise ConfigError(
-            f"[[site]] test: got one with split = {data.split!r}, which deals all records out; "
-            "accepted: none, or split = 'natural'"
-        )
+    if data.split != "natural":
+        _check_dealt_out(config)
     if (train.batch_size is None) == (train.sample_rate is None):
         raise ConfigError(
             f"[train] batch_size, sample_rate: got {train.batch_size} and {train.sample_rate}; "
@@ -591,6 +590,28 @@ def _check_together(config: Config) -> None:
         )
 
 
+def _check_dealt_out(config: Config) -> None:
+    """What goes with each file as a site of its own alone."""
+    given = f"with split = {config.data.split!r}, which deals all records out"
+    if config.federation.weights == "declared":
+        raise ConfigError(
+            f"[federation] weights: got 'declared' {given}; accepted: 'equal', 'records', or "
+            "split = 'natural'"
+        )
+    for key in fields(SiteFiles):
+        default = [site for site in config.sites if getattr(site, key.name) == key.default]
+        if key.default is not MISSING and len(default) < len(config.sites):
+            raise ConfigError(
+                f"[[site]] {key.name}: got one {given}; accepted: none, or split = 'natural'"
+            )
+    if config.data.source == "files" and not config.privacy.new_ledger:
+        raise ConfigError(
+            f"[privacy] new_ledger: got false {given}: the parts get ledgers, and what is released "
+            "of a file's records is not counted over runs; accepted: split = 'natural', or true "
+            "where the records are public or accounted for elsewhere"
+        )
+
+
 def _check_rebasis(config: Config) -> None:
     given = f"[federation] rebasis_every: got {config.federation.rebasis_every} with"
     for method in (config.federation.method, *config.pilot.method):
@@ -632,7 +653,7 @@ def _with_paths(config: Config, folder: Path) -> Config:
             site,
             train=_file(folder, site.train, f"[[site]] {site.name}: train"),
             test=site.test and _file(folder, site.test, f"[[site]] {site.name}: test"),
-            ledger=os.path.realpath(folder / (site.ledger or f"{site.train}.ledger.jsonl")),
+            ledger=_ledger(folder, site) if data.split == "natural" else None,
         )
         for site in config.sites
     )
@@ -640,6 +661,10 @@ def _with_paths(config: Config, folder: Path) -> Config:
     if pilot.path is not None:
         pilot = replace(pilot, path=_file(folder, pilot.path, "[pilot] path"))
     return replace(config, pilot=pilot, model=model, data=data, sites=sites)
+
+
+def _ledger(folder: Path, site: SiteFiles) -> str:
+    return os.path.realpath(folder / (site.ledger or f"{site.train}.ledger.jsonl"))
 
 
 def _file(folder: Path, given: str, where: str) -> str:

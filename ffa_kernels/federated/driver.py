@@ -76,9 +76,6 @@ def run(
     counts = {name: len(train) for name, (train, _) in records.items()}
     server = make_server(config, model, secrets.token_hex(8), counts)
     notes = restored(server, out) if resume else {}
-    # Records dealt out anew have no ledger of their own; those of a file keep one beside it.
-    natural = config.data.split == "natural"
-    ledgers = {site.name: site.ledger for site in config.sites if natural}
     with ExitStack() as open_sites:
         sites = {}
         for name in sorted(records):
@@ -88,7 +85,7 @@ def run(
             site = Site(
                 *(name, records[name][0], own, tokenizer, config, server.run),
                 folder=out / "sites" / name,
-                ledger=ledgers.get(name),
+                ledger=None if entry is None else entry.ledger,
             )
             sites[name] = open_sites.enter_context(closing(site))
         tests = {name: records[name][1] for name in sites}

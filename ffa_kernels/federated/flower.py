@@ -181,9 +181,8 @@ def _open(place: _Place, run: str, seed: int | None) -> Site:
 
 
 def _ledger(place: _Place) -> str | None:
-    # Records dealt out anew have no ledger of their own; those of a file keep one beside it.
     own = settings.site_of(place.config, place.name)
-    return own.ledger if own is not None and place.config.data.split == "natural" else None
+    return None if own is None else own.ledger
 
 
 @functools.lru_cache(maxsize=2)
