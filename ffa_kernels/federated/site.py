@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ffa_kernels.errors import ConfigError, PrivacyError, WireError
+from ffa_kernels.errors import ConfigError, LedgerError, PrivacyError, WireError
 from ffa_kernels.federated import wire
 from ffa_kernels.federated.basis import Bases, basis_of, opens
 from ffa_kernels.federated.config import Config, Train, site_of
@@ -58,12 +58,14 @@ class Site:
             round; nothing is private then, and the ledger says so.
 
     A site that is opened again for the same run goes on with the noise and the optimizer's state
-    that it had: it may live in one process for all rounds, or in a new one for each.
+    that it had: it may live in one process for all rounds, or in a new one for each. Its ledger may
+    have grown meanwhile; lines that the run has seen must be there.
 
     Raises:
         ConfigError: too few records, a delta too large for them, or a damaged state; nothing has
             been trained or charged then.
         PrivacyError: the ledger leaves no budget under the target.
+        LedgerError: the ledger lacks what the run had charged to it: an older copy, or another.
     """
 
     def __init__(
@@ -238,9 +240,22 @@ class Site:
         if state is None:
             return {
                 **{"noise_multiplier": 0.0, "first_noise_multiplier": None},
-                **{"until": 0, "optimizers": {}, "basis": 0},
+                **{"until": 0, "optimizers": {}, "basis": 0, "ledger": None},
             }, True
+        if state["ledger"] is not None:
+            self._check_ledger(*state["ledger"])
         return state, not self._fits(state["noise_multiplier"], state["until"] - ledger.steps)
+
+    def _check_ledger(self, checksum: str, steps: int) -> None:
+        """Raises LedgerError where an older copy, or another ledger, would be short of steps."""
+        try:
+            self._engine.ledger.check_extends(checksum)
+        except LedgerError as error:
+            raise LedgerError(
+                f"site {self.name!r}: {error}; it holds {self._engine.ledger.steps} steps; "
+                f"accepted: the ledger that held {steps} when run {self._run} was last here, or "
+                "what it has become since"
+            ) from error
 
     def _rounds_done(self) -> int:
         """The last round that the run has an update of; those before it will not be asked again."""
@@ -422,13 +437,14 @@ class Site:
             return None
         try:
             state = torch.load(path, weights_only=True)
-            first = state["first_noise_multiplier"]
+            first, held = state["first_noise_multiplier"], state.get("ledger")
             return {
                 "noise_multiplier": float(state["noise_multiplier"]),
                 "first_noise_multiplier": None if first is None else float(first),
                 "until": int(state["until"]),
                 "optimizers": dict(state["optimizers"]),
                 "basis": int(state.get("basis", 0)),
+                "ledger": None if held is None else (str(held[0]), int(held[1])),
             }
         except _DAMAGED as error:
             raise ConfigError(
@@ -437,6 +453,8 @@ class Site:
             ) from error
 
     def _write_state(self, state: dict[str, Any]) -> None:
+        # A ledger that is put back from an older copy would pass for one with budget left.
+        state["ledger"] = (self._engine.ledger.checksum, self._engine.ledger.steps)
         # Moments and buffers come from noised gradients alone: keeping them costs no privacy.
         buffer = io.BytesIO()
         torch.save(state, buffer)
