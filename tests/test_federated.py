@@ -821,6 +821,30 @@ def test_a_run_that_was_cut_off_goes_on(
         ledger.close()
 
 
+def test_a_run_that_was_cut_off_in_its_first_round_goes_on_and_not_an_older_one(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    older = driver.run(settled(document, tmp_path), out)
+    document["privacy"] |= {"target_epsilon": 20.0}
+    config = settled(document, tmp_path, federation={"min_updates": 3, "attempts": 1})
+    with monkeypatch.context() as patch:
+        failing(patch, lambda name, *_: name == "south")
+        with pytest.raises(FederationError, match="round 1: got 2 valid updates"):
+            driver.run(config, out)
+    kept = {path: path.read_bytes() for path in out.glob("sites/*/update-*-0001.safetensors")}
+    assert len(kept) == 3 + 2
+    report = driver.run(config, out, resume=True)
+    assert all(path.read_bytes() == data for path, data in kept.items())
+    assert len(list(out.glob("sites/*/update-*.safetensors"))) == 2 * 6
+    assert report["rounds"][0]["sites"] != older["rounds"][0]["sites"]
+    for of_site in config.sites:
+        ledger = Ledger(of_site.ledger)
+        # Two runs of two rounds, each of which was trained once by each.
+        assert ledger.steps == 2 * 2 * 2
+        ledger.close()
+
+
 @pytest.mark.parametrize("codec", ["bf16", "int8"])
 def test_a_run_with_each_codec(document: dict[str, Any], tmp_path: Path, codec: str) -> None:
     whole = driver.run(settled(document, tmp_path), tmp_path / "fp32")

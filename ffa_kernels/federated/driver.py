@@ -136,16 +136,13 @@ class Run:
             for name, A in wire.frozen_A(self.model).items():
                 A.copy_(self.server.frozen[name])
         self._load()
+        # In place of an older run's, and for one that is cut off in its first round.
+        self._keep()
         with _progress(self.config, len(self.sites), len(self.rounds), self.console) as show:
             step, note = show
             for round_ in range(len(self.rounds) + 1, self.config.federation.rounds + 1):
                 self.rounds.append(self._round(round_, step, note))
-                sizes = {
-                    way: {name: asdict(size) for name, size in of_sites.items()}
-                    for way, of_sites in (("up", self.up), ("down", self.down))
-                }
-                state = self.server.state({"rounds": self.rounds, "sizes": sizes})
-                write_atomic(self.out / STATE, state)
+                self._keep()
             note("final evaluation")
             right = self._correct(self.tests)
             load_trained(self.base, self.server.tensors)
@@ -190,6 +187,15 @@ class Run:
             },
             "environment": report.environment(),
         }
+
+    def _keep(self) -> None:
+        """Writes what a resumed run goes on with."""
+        sizes = {
+            way: {name: asdict(size) for name, size in of_sites.items()}
+            for way, of_sites in (("up", self.up), ("down", self.down))
+        }
+        notes = {"rounds": self.rounds, "sizes": sizes}
+        write_atomic(self.out / STATE, self.server.state(notes))
 
     def _round(
         self, round_: int, step: Callable[[], None], note: Callable[[str], None]

@@ -232,6 +232,8 @@ def _federate(config: Config, nodes: _Nodes, out: Path, resume: bool) -> None:
     if resume:
         told = list(driver.restored(server, out)["rounds"])
     out.mkdir(parents=True, exist_ok=True)
+    # In place of an older run's, and for one that is cut off in its first round.
+    write_atomic(out / driver.STATE, server.state({"rounds": told}))
     for round_ in range(len(told) + 1, federation.rounds + 1):
         ask = nodes.asking(config, server.run, round_)
         told.append(rounds.hold(config, server, round_, nodes.names, ask).entry())
