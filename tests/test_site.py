@@ -172,6 +172,25 @@ def test_a_ledger_that_lacks_what_the_run_has_charged_is_refused(
     north.open().close()
 
 
+def test_a_ledger_that_is_nearly_spent_is_told_of(
+    north: North, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(north.open()) as site:
+        noise, rate = site.noise_multiplier, site.sample_rate
+    assert not caplog.records
+    ledger = Ledger(north.folder / "ledger.jsonl")
+    ledger.charge(1.001 * noise, rate, steps=4)
+    ledger.close()
+    with closing(north.open(run="6f" * 8)) as site:
+        spent, much = site.epsilon(), site.noise_multiplier
+    assert much > 2 * noise
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"site 'north': its ledger holds epsilon {spent:.4g} of target_epsilon 8: what is left "
+        f"takes noise {much:.3g}, where an empty ledger would take {noise:.3g}"
+    )
+
+
 def test_a_damaged_state_is_named_and_the_ledger_given_back(north: North) -> None:
     north.open().close()
     path = north.folder / f"state-{RUN}.pt"

@@ -6,10 +6,11 @@ import copy
 import hashlib
 import io
 import json
+import logging
 import math
 import pickle
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -32,10 +33,14 @@ from ffa_kernels.memory.planning import plan
 from ffa_kernels.privacy import AdaptiveClipping, PrivacyEngine, epsilon, noise_multiplier_for
 from ffa_kernels.privacy.step import Plan
 
+_log = logging.getLogger(__name__)
+
 Batch = tuple[dict[str, Tensor], Tensor]
 
 # A site that has lost most of its budget, in rounds that broke off say, would send noise alone.
 _MOST_NOISE = 4.0
+# So many times what records would need of which nothing was released is worth a word.
+_MUCH_NOISE = 2.0
 # What a state's file that is not as it was written makes the reader raise.
 _DAMAGED = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError)
 
@@ -293,6 +298,7 @@ class Site:
         self._state["noise_multiplier"] = noise
         if first is None:
             self._state["first_noise_multiplier"] = noise
+            self._warn_of_much(noise, steps)
         self._state["until"] = self._engine.ledger.steps + steps
         self._write_state(self._state)
 
@@ -353,7 +359,27 @@ class Site:
         count_noise = max(self.batch_size / 20, self.noise_multiplier)
         return AdaptiveClipping(quantile, count_noise_multiplier=count_noise)
 
-    def _solve_noise(self, steps: int) -> float:
+    def _warn_of_much(self, noise: float, steps: int) -> None:
+        """Says it where a ledger that is nearly spent leaves a run next to nothing but noise."""
+        privacy, history = self._config.privacy, self._engine.ledger.history
+        alone = [(noise / _MUCH_NOISE, self.sample_rate, steps)]
+        if (
+            not history
+            or noise == 0.0
+            or epsilon(alone, privacy.target_delta, privacy.accountant) > privacy.target_epsilon
+        ):
+            return
+        _log.warning(
+            "site %r: its ledger holds epsilon %.4g of target_epsilon %g: what is left takes noise "
+            "%.3g, where an empty ledger would take %.3g",
+            *(self.name, self.epsilon(), privacy.target_epsilon, noise),
+            self._solve_noise(steps, history=[]),
+        )
+
+    def _solve_noise(
+        self, steps: int, history: Sequence[tuple[float, float, int]] | None = None
+    ) -> float:
+        """The noise of so many more steps after `history`, the ledger's by default."""
         privacy = self._config.privacy
         if math.isinf(privacy.target_epsilon):
             return 0.0
@@ -364,7 +390,7 @@ class Site:
                 self.sample_rate,
                 steps,
                 accountant=privacy.accountant,
-                history=self._engine.ledger.history,
+                history=self._engine.ledger.history if history is None else history,
             )
         except PrivacyError as error:
             raise PrivacyError(f"site {self.name!r}: {error}") from error
