@@ -845,6 +845,41 @@ def test_a_run_that_was_cut_off_in_its_first_round_goes_on_and_not_an_older_one(
         ledger.close()
 
 
+def test_a_run_goes_on_with_the_settings_and_sites_that_it_began_with(
+    document: dict[str, Any], tmp_path: Path
+) -> None:
+    """It is refused by name before anything is trained; rounds and the target may change."""
+    document["privacy"]["target_epsilon"] = 20.0
+    document["federation"] |= {"rounds": 1, "server_optimizer": "momentum"}
+    out = tmp_path / "out"
+    driver.run(settled(document, tmp_path), out)
+    ledgers = {path: path.read_bytes() for path in tmp_path.glob("*.ledger.jsonl")}
+    more: dict[str, Any] = {"rounds": 2}
+    for table, key, given, begun in (
+        *(("model", "alpha", 1.0, "16.0"), ("model", "max_length", 8, "16")),
+        *(("federation", "weights", "records", "'equal'"), ("federation", "seed", 1, "0")),
+        *(("federation", "codec", "int8", "'fp32'"), ("federation", "local_steps", 3, "2")),
+        ("federation", "server_optimizer", "adam", "'momentum'"),
+        *(("privacy", "clipping", "per_layer", "'flat'"), ("train", "smoothing", 0.5, "0.0")),
+    ):
+        changes = {"federation": more, table: {**(more if table == "federation" else {})}}
+        changes[table][key] = given
+        pattern = rf"\[{table}\] {key}: got {given!r} with --resume; accepted: {begun}, with which"
+        with pytest.raises(ConfigError, match=pattern):
+            driver.run(settled(document, tmp_path, **changes), out, resume=True)
+    sites = document["site"]
+    for other in (sites[1:], [*sites[1:], {**sites[0], "name": "west"}]):
+        config = settled({**document, "site": other}, tmp_path, federation=more)
+        with pytest.raises(
+            ConfigError, match=r"got the sites .*accepted: east, north, south, with"
+        ):
+            driver.run(config, out, resume=True)
+    assert ledgers == {path: path.read_bytes() for path in tmp_path.glob("*.ledger.jsonl")}
+    changes = {"federation": more, "privacy": {"target_epsilon": 30.0}, "train": {"lr": 0.05}}
+    report = driver.run(settled(document, tmp_path, **changes), out, resume=True)
+    assert [entry["round"] for entry in report["rounds"]] == [1, 2]
+
+
 @pytest.mark.parametrize("codec", ["bf16", "int8"])
 def test_a_run_with_each_codec(document: dict[str, Any], tmp_path: Path, codec: str) -> None:
     whole = driver.run(settled(document, tmp_path), tmp_path / "fp32")
