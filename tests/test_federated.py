@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -352,6 +353,40 @@ def test_a_module_that_the_model_lacks_is_named(
     config = settled(document, tmp_path, federation={"method": method}, model={key: ["querry"]})
     with pytest.raises(ConfigError, match=f"{key}.*'querry'"):
         build(config)
+
+
+def test_classes_that_the_checkpoints_head_does_not_have_are_named(
+    document: dict[str, Any], tmp_path: Path, tiny_bert: Path
+) -> None:
+    config = settled(document, tmp_path, model={"classes": 3})
+    with pytest.raises(ConfigError, match=r"\[model\] classes: got 3, .* of 2; accepted: 2, or"):
+        build(config)
+    shutil.copytree(tiny_bert, tmp_path / "headless")
+    kept = safetensors.load_file(tiny_bert / "model.safetensors")
+    body = {name: t for name, t in kept.items() if not name.startswith("classifier")}
+    safetensors.save_file(body, tmp_path / "headless" / "model.safetensors", {"format": "pt"})
+    build(settled(document, tmp_path, model={"classes": 3, "kind": str(tmp_path / "headless")}))
+
+
+def test_the_report_shows_any_name_as_it_is(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    document["site"][0]["name"] = "_south"
+    config = settled(document, tmp_path, federation={"name": "$\\foo$ and $5", "rounds": 1})
+    made, real = [], figure.Figure.savefig
+
+    def kept(self: Any, *args: Any, **named: Any) -> None:
+        made.append(self)
+        real(self, *args, **named)
+
+    monkeypatch.setattr(figure.Figure, "savefig", kept)
+    driver.run(config, tmp_path / "out")
+    (drawn,) = made
+    assert drawn.get_suptitle() == "$\\foo$ and $5, method ffa"
+    for axes in drawn.axes[:2]:
+        told = {text.get_text().strip() for text in axes.get_legend().get_texts()}
+        assert told >= {"_south", "east", "north"}
 
 
 def test_a_site_copy_shares_what_is_frozen_and_owns_what_is_trained(bench: Bench) -> None:
