@@ -58,7 +58,10 @@ def _names(default: tuple[str, ...] | None) -> Any:
 
 
 def _list(of: str, ok: Callable[[Any], bool], default: tuple[Any, ...]) -> Any:
-    return _key(f"a list of {of}", lambda value: bool(value) and all(map(ok, value)), default)
+    def fits(value: Any) -> bool:
+        return bool(value) and all(map(ok, value)) and len(set(value)) == len(value)
+
+    return _key(f"a list of {of}, none twice", fits, default)
 
 
 def _is_size(text: str) -> bool:
@@ -253,14 +256,16 @@ class Data:
 class Pilot:
     """[pilot]: the small trials of `ffa-kernels pilot`: all combinations of the lists below.
 
-    A list that is not given holds the configuration's own value alone.
+    A list that is not given holds the configuration's own value alone. All combinations are
+    checked before the first is tried.
 
     Attributes:
         records: what is trained on: "synthetic" sentences, the public "file" at `path`, dealt out
             evenly, or the sites' "own" records: each trial of these is a release, is charged to the
-            sites' ledgers, and leaves less of the budget.
+            sites' ledgers, and leaves less of the budget. They take data.source "files" and split
+            "natural", where records have ledgers.
         path: of "file".
-        sites, records_per_site: of what is dealt out.
+        sites, records_per_site: of what is dealt out; federation.min_updates is at most so many.
         rounds: of a trial; the federation's by default.
         seeds: each combination is tried with each.
         method, init, r, lr, max_grad_norm, target_epsilon: values to try.
@@ -413,7 +418,7 @@ def parse(raw: Mapping[str, Any], folder: Path) -> Config:
         raise ConfigError("site: got one table; accepted: [[site]], once for each site")
     sites = tuple(_table(SiteFiles, entry, "[[site]]") for entry in listed)
     config = Config(**tables, sites=sites)
-    _check_together(config)
+    check_together(config)
     return _with_paths(config, folder.resolve())
 
 
@@ -481,8 +486,8 @@ def _is_item(item: object, hint: Any) -> bool:
     return isinstance(item, tuple) and all(isinstance(text, str) for text in item)
 
 
-def _check_together(config: Config) -> None:
-    """What no single key decides."""
+def check_together(config: Config) -> None:
+    """Raises ConfigError for what no single key decides; paths may be absolute already."""
     data, train, names = config.data, config.train, [site.name for site in config.sites]
     if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
         raise ConfigError(
@@ -505,6 +510,12 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"[pilot] path: got {config.pilot.path} with records = {config.pilot.records!r}; "
             "accepted: a file with 'file', none otherwise"
+        )
+    if config.pilot.records == "own" and (data.source, data.split) != ("files", "natural"):
+        raise ConfigError(
+            f"[pilot] records: got 'own' with [data] source = {data.source!r} and split = "
+            f"{data.split!r}; accepted: 'synthetic', 'file', or source = 'files' and split = "
+            "'natural'"
         )
     if config.model.prompts is not None and config.model.kind != "minilm":
         raise ConfigError(
