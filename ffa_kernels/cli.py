@@ -138,6 +138,7 @@ def _federate(arguments: argparse.Namespace) -> int:
         f"{result['baseline_accuracy']:.4f} majority class); "
         f"report in {arguments.out / 'report.md'}",
         highlight=False,
+        markup=False,
     )
     return 0
 
