@@ -180,6 +180,15 @@ def test_weights_count_over_the_sites_that_answered(server: Server) -> None:
     assert torch.equal(weighted.tensors["head.bias"], torch.full((3,), 7.0))
 
 
+@pytest.mark.parametrize("weight", [1e308, 5e-324])
+def test_weights_may_be_of_any_size(server: Server, weight: float) -> None:
+    rules = Rules(weights=dict.fromkeys(SITES, weight))
+    weighted = Server(server.tensors, PRINTS, "5e", rules)
+    values = {"a": 1.0, "b": 2.0, "c": 6.0}
+    weighted.aggregate(1, SITES, [(s, update(filled(v), s)) for s, v in values.items()])
+    assert torch.equal(weighted.tensors["head.bias"], torch.full((3,), 3.0))
+
+
 def test_the_average_does_not_depend_on_who_came_first(server: Server) -> None:
     generator = torch.Generator().manual_seed(0)
     updates = [

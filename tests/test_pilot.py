@@ -129,7 +129,7 @@ def test_trials_on_own_records_are_charged_to_their_ledgers(document, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr": []}, r"\[pilot\] lr: got \[\]; accepted: a list of numbers above 0"),
+        ({"lr": []}, r"\[pilot\] lr: got \[\]; accepted: a list of numbers from 1e-9 to 1e9"),
         ({"lr": [0.1, -1.0]}, r"\[pilot\] lr: got"),
         ({"seeds": [True]}, r"\[pilot\] seeds: got"),
         ({"init": ["random"]}, r"\[pilot\] init: got \['random'\]"),

@@ -49,6 +49,18 @@ def _positive(default: Any = MISSING) -> Any:
     return _key("a finite number above 0", lambda value: 0.0 < value < math.inf, default)
 
 
+def _moderate(default: Any = MISSING) -> Any:
+    """What fp32 can multiply with: a step that came out as 0 or infinity was charged all the same.
+
+    Bounds of nine powers of ten are far from any use.
+    """
+    return _key("a number from 1e-9 to 1e9", _is_moderate, default)
+
+
+def _is_moderate(value: float) -> bool:
+    return 1e-9 <= value <= 1e9
+
+
 def _fraction(default: float) -> Any:
     return _key("a number from 0 to below 1", lambda value: 0.0 <= value < 1.0, default)
 
@@ -122,7 +134,7 @@ class Federation:
     max_update_norm: float | None = _positive(None)
     aggregation: str = _one_of("mean", "median", "trimmed_mean", default="mean")
     server_optimizer: str = _one_of("none", "momentum", "adam", default="none")
-    server_lr: float = _positive(1.0)
+    server_lr: float = _moderate(1.0)
     server_momentum: float = _fraction(0.9)
     server_tau: float = _positive(1e-3)
     seed: int = _whole(0, 0)
@@ -185,7 +197,7 @@ class Privacy:
 
     target_epsilon: float = _key("a number above 0, or inf", lambda value: value > 0.0)
     target_delta: float = _key("a number between 0 and 1", lambda value: 0.0 < value < 1.0)
-    max_grad_norm: float = _positive(1.0)
+    max_grad_norm: float = _moderate(1.0)
     clipping: str = _one_of("flat", "per_layer", default="flat")
     target_quantile: float | None = _key(
         "a number between 0 and 1", lambda value: 0.0 < value < 1.0, None
@@ -218,12 +230,12 @@ class Train:
     )
     max_physical_batch_size: int | None = _whole(1, None)
     optimizer: str = _one_of("sgd", "adam", "adamw", default="adam")
-    lr: float = _positive()
-    head_lr: float | None = _positive(None)
+    lr: float = _moderate()
+    head_lr: float | None = _moderate(None)
     momentum: float = _fraction(0.0)
     smoothing: float = _fraction(0.0)
     lr_decay: float = _fraction(0.0)
-    weight_decay: float = _key("a finite number from 0", lambda value: 0.0 <= value < math.inf, 0.0)
+    weight_decay: float = _key("a number from 0 to 1e9", lambda value: 0.0 <= value <= 1e9, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,8 +292,8 @@ class Pilot:
     method: tuple[str, ...] = _list("names of methods", lambda v: v in METHODS, ())
     init: tuple[str, ...] = _list("names of inits", lambda v: v in INITS, ())
     r: tuple[int, ...] = _list("whole numbers from 1", lambda v: v >= 1, ())
-    lr: tuple[float, ...] = _list("numbers above 0", lambda v: 0.0 < v < math.inf, ())
-    max_grad_norm: tuple[float, ...] = _list("numbers above 0", lambda v: 0.0 < v < math.inf, ())
+    lr: tuple[float, ...] = _list("numbers from 1e-9 to 1e9", _is_moderate, ())
+    max_grad_norm: tuple[float, ...] = _list("numbers from 1e-9 to 1e9", _is_moderate, ())
     target_epsilon: tuple[float, ...] = _list("numbers above 0, or inf", lambda v: v > 0.0, ())
 
 

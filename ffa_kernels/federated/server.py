@@ -347,12 +347,14 @@ class Server:
         if self.rules.aggregation != "mean":
             combined: Tensor = _robust(self.rules.aggregation)([t for _, t in given])
             return combined
-        weights = self.rules.weights
+        weights = self.rules.weights or dict.fromkeys(updates, 1.0)
+        # By a power of two, which changes no bit of the average: sums of huge ones are finite then.
+        _, exponent = math.frexp(max(weights.values()))
         total = torch.zeros_like(old, dtype=torch.float64)
         mass = torch.zeros_like(total)
         # In fp64, rounded once.
         for site, tensor in given:
-            weight = 1.0 if weights is None else weights[site]
+            weight = math.ldexp(weights[site], -exponent)
             part = tuple(slice(size) for size in tensor.shape)
             total[part] += weight * tensor.double()
             mass[part] += weight
