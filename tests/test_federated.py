@@ -355,6 +355,20 @@ def test_every_process_builds_the_same_model(
 
 
 @pytest.mark.parametrize("method", ["ffa", "lora"])
+def test_ends_with_another_alpha_do_not_take_each_others_messages(
+    document: dict[str, Any], tmp_path: Path, method: str
+) -> None:
+    """B means another change there; a site of a lower rank has the same."""
+    config = settled(document, tmp_path, federation={"method": method})
+    other = replace(config, model=replace(config.model, alpha=1.0))
+    prints = [wire.fingerprint(build(each)[0]).base for each in (config, config, other)]
+    assert prints[0] == prints[1] != prints[2]
+    if method == "ffa":
+        weak = replace(config.sites[0], r=3, target_modules=("value",))
+        assert wire.fingerprint(build(config, weak)[0]).base == prints[0]
+
+
+@pytest.mark.parametrize("method", ["ffa", "lora"])
 @pytest.mark.parametrize("key", ["target_modules", "modules_to_save"])
 def test_a_module_that_the_model_lacks_is_named(
     document: dict[str, Any], tmp_path: Path, method: str, key: str
