@@ -138,6 +138,7 @@ def _federate(arguments: argparse.Namespace) -> int:
         f"{result['baseline_accuracy']:.4f} majority class); "
         f"report in {arguments.out / 'report.md'}",
         highlight=False,
+        markup=False,
     )
     return 0
 
@@ -210,11 +211,8 @@ def _ledger_verify(arguments: argparse.Namespace) -> int:
     account = read_account(arguments.file)
     if not account.checksums:
         raise LedgerError(f"ledger {arguments.file}: holds no whole line")
-    if arguments.extends is not None and arguments.extends not in account.checksums:
-        raise LedgerError(
-            f"ledger {arguments.file}: no line has the checksum {arguments.extends!r}: lines were "
-            "taken off its end, or it is another ledger"
-        )
+    if arguments.extends is not None:
+        account.check_extends(arguments.extends, arguments.file)
     print(f"whole: {account.steps} steps; last checksum {account.checksums[-1]}")
     return 0
 

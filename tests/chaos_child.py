@@ -308,7 +308,7 @@ def server_process(parts: Parts, life: int, supervisor: int, events: int) -> Non
     server = driver.make_server(config, parts.model, RUN)
     notes: dict[str, Any] = {"rounds": []}
     if Path(driver.STATE).exists():
-        notes = driver.restored(server, Path())
+        notes = driver.restored(config, server, Path(), parts.names)
     line = Line(supervisor)
     for round_ in range(len(notes["rounds"]) + 1, rounds + 1):
         event(events, "began", round_)
@@ -585,7 +585,7 @@ def look_at_site(
 def look_at_server(parts: Parts) -> list[dict[str, Any]]:
     """The rounds that count; one that was never killed ends with the same bits after them."""
     ended = driver.make_server(parts.config, parts.model, RUN)
-    counted = driver.restored(ended, Path())["rounds"]
+    counted = driver.restored(parts.config, ended, Path(), parts.names)["rounds"]
     assert [entry["round"] for entry in counted] == list(range(1, parts.spec.rounds + 1))
     again = driver.make_server(parts.config, parts.model, RUN)
     for entry in counted:

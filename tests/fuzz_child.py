@@ -285,7 +285,7 @@ def toml_parser(folder: Path) -> Parser:
         f"{basis}[train]\nbatch_size = 16\nlr = 0.1\n[data]\nsource = 'files'\n{sites}"
         "test = 'south-test.csv'\nledger = 'south.ledger'\nr = 2\nmax_physical_batch_size = 8\n"
         "[pilot]\nrecords = 'file'\npath = 'north.jsonl'\nseeds = [3]\nr = [2, 4]\nlr = [0.1, 1]\n",
-        f"{basis}max_grad_norm = 0.5\n[model]\nkind = 'base'\nr = 4\nalpha = 8\n"
+        f"{basis}max_grad_norm = 0.5\nnew_ledger = true\n[model]\nkind = 'base'\nr = 4\nalpha = 8\n"
         "target_modules = ['query']\nmodules_to_save = []\n[train]\nsample_rate = 0.1\nlr = 1e-3\n"
         "optimizer = 'sgd'\nmomentum = 0.9\n[data]\nsource = 'files'\nsplit = 'dirichlet'\n"
         f"sites = 3\ndirichlet_alpha = 0.3\n{sites}",

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ffa_kernels.errors import ConfigError, PrivacyError
-from ffa_kernels.privacy import PrivacyEngine, epsilon, noise_multiplier_for
+from ffa_kernels.privacy import PrivacyEngine, accounting, epsilon, noise_multiplier_for
 from ffa_kernels.privacy.accounting import merged
 
 DELTA = 1e-5
@@ -137,6 +137,20 @@ def test_the_noise_is_the_least_to_a_thousandth_and_never_above_target(
     assert epsilon([*history, (sigma, rate, steps)], DELTA, accountant) <= target
     less = sigma * (1 - 1.001e-3)
     assert epsilon([*history, (less, rate, steps)], DELTA, accountant) > target
+
+
+def test_a_history_that_leaves_little_takes_few_evaluations(monkeypatch):
+    """Epsilon hardly falls then, however far the noise goes; each PRV takes half a second."""
+    alone = noise_multiplier_for(6.0, DELTA, 0.06, 6, "rdp")
+    asked, real = [], accounting.epsilon
+
+    def counted(history, *args):
+        asked.append(history)
+        return real(history, *args)
+
+    monkeypatch.setattr(accounting, "epsilon", counted)
+    sigma = noise_multiplier_for(6.0, DELTA, 0.06, 6, "rdp", [(alone, 0.06, 6)])
+    assert sigma > 3 * alone and len(asked) < 30
 
 
 def test_history_asks_for_more_noise():

@@ -113,3 +113,15 @@ def test_importing_the_package_imports_no_federation() -> None:
         "print(bad)\n"
     )
     assert command(code=code).stdout.strip() == "[]"
+
+
+def test_a_folder_with_brackets_is_told_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ffa_kernels.federated import config, driver
+
+    keys = ("accuracy", "accuracy_without_adapters", "baseline_accuracy")
+    monkeypatch.setattr(config, "load", lambda path: None)
+    monkeypatch.setattr(driver, "run", lambda *_: dict.fromkeys(keys, 0.5))
+    assert main(["federate", "c.toml", "--out", "o[b]ut"]) == 0
+    assert "o[b]ut" in capsys.readouterr().out

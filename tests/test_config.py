@@ -124,6 +124,11 @@ def test_a_misspelt_table_is_named_with_the_near_name(folder: Path) -> None:
         ("privacy", "accountant", "gdp"),
         ("train", "batch_size", 1.5),
         ("train", "lr", -0.1),
+        ("train", "lr", 1e308),
+        ("train", "head_lr", 5e-324),
+        ("train", "weight_decay", 1e308),
+        ("federation", "server_lr", 1e308),
+        ("privacy", "max_grad_norm", 5e-324),
         ("train", "optimizer", "lamb"),
         ("data", "test_fraction", 0.0),
         ("data", "split", "random"),
@@ -174,13 +179,48 @@ def test_keys_that_do_not_fit_together(
         parse(changed(where, key, value), folder)
 
 
-def test_a_test_file_cannot_go_with_a_split_that_pools(folder: Path) -> None:
-    document = changed("data", "split", "iid")
-    document["data"]["sites"] = 2
-    with pytest.raises(ConfigError, match="test"):
-        parse(document, folder)
+def dealt_out() -> dict[str, Any]:
+    """The minimal document, its files dealt out over two sites."""
+    document = tomllib.loads(MINIMAL)
     del document["site"][1]["test"]
-    assert parse(document, folder).data.sites == 2
+    document["data"] |= {"split": "iid", "sites": 2}
+    document["privacy"]["new_ledger"] = True
+    return document
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("test", "south-test.csv"), ("ledger", "north.ledger"), ("weight", 1.0), ("r", 2)),
+        *(("target_modules", ["query"]), ("max_physical_batch_size", 4), ("memory", "1GiB")),
+        *(("device", "cuda"), ("dtype", "bf16")),
+    ],
+)
+def test_what_a_site_has_of_its_own_cannot_go_with_a_split_that_pools(
+    folder: Path, key: str, value: Any
+) -> None:
+    document = dealt_out()
+    config = parse(document, folder)
+    assert config.data.sites == 2 and {site.ledger for site in config.sites} == {None}
+    document["site"][0][key] = value
+    with pytest.raises(ConfigError, match=rf"\[\[site\]\] {key}: got one with split = 'iid'"):
+        parse(document, folder)
+
+
+def test_files_are_dealt_out_only_where_their_records_are_counted_elsewhere(folder: Path) -> None:
+    document = dealt_out()
+    document["privacy"]["new_ledger"] = False
+    with pytest.raises(ConfigError, match=r"\[privacy\] new_ledger: got false.*not counted over"):
+        parse(document, folder)
+
+
+def test_parts_that_are_dealt_out_have_no_declared_weights(folder: Path) -> None:
+    document = dealt_out()
+    document["federation"]["weights"] = "declared"
+    for site in document["site"]:
+        site["weight"] = 1.0
+    with pytest.raises(ConfigError, match=r"weights: got 'declared' with split = 'iid'"):
+        parse(document, folder)
 
 
 def test_one_site_table_in_place_of_a_list(folder: Path) -> None:

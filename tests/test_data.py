@@ -1,5 +1,6 @@
 """Reading labelled text, holding some out, and sharing it over sites."""
 
+import csv
 import json
 import os
 from collections import Counter
@@ -174,6 +175,20 @@ def test_a_bad_test_fraction_is_refused(fraction):
         ConfigError, match=r"test_fraction: got .*accepted is 0 < test_fraction < 1"
     ):
         train_test_split(numbered(4), fraction)
+
+
+def test_a_byte_that_is_not_utf8_is_found_behind_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext,label\n\xff,1\n")
+    with pytest.raises(ConfigError, match="line 2: byte 0xff is not UTF-8"):
+        load_file(tmp_path / "a.csv")
+
+
+def test_a_text_of_csv_may_be_long(tmp_path):
+    """The csv module takes 128 KiB unless told otherwise, of which others see nothing."""
+    before = csv.field_size_limit()
+    (tmp_path / "a.csv").write_text("text,label\n" + "word " * 40_000 + ",1\n")
+    assert len(load_file(tmp_path / "a.csv").texts[0]) > 190_000
+    assert csv.field_size_limit() == before
 
 
 def test_iid_split_is_an_even_shuffled_partition():

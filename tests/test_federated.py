@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -179,6 +180,15 @@ def test_weights_count_over_the_sites_that_answered(server: Server) -> None:
     assert torch.equal(weighted.tensors["head.bias"], torch.full((3,), 7.0))
 
 
+@pytest.mark.parametrize("weight", [1e308, 5e-324])
+def test_weights_may_be_of_any_size(server: Server, weight: float) -> None:
+    rules = Rules(weights=dict.fromkeys(SITES, weight))
+    weighted = Server(server.tensors, PRINTS, "5e", rules)
+    values = {"a": 1.0, "b": 2.0, "c": 6.0}
+    weighted.aggregate(1, SITES, [(s, update(filled(v), s)) for s, v in values.items()])
+    assert torch.equal(weighted.tensors["head.bias"], torch.full((3,), 3.0))
+
+
 def test_the_average_does_not_depend_on_who_came_first(server: Server) -> None:
     generator = torch.Generator().manual_seed(0)
     updates = [
@@ -345,6 +355,20 @@ def test_every_process_builds_the_same_model(
 
 
 @pytest.mark.parametrize("method", ["ffa", "lora"])
+def test_ends_with_another_alpha_do_not_take_each_others_messages(
+    document: dict[str, Any], tmp_path: Path, method: str
+) -> None:
+    """B means another change there; a site of a lower rank has the same."""
+    config = settled(document, tmp_path, federation={"method": method})
+    other = replace(config, model=replace(config.model, alpha=1.0))
+    prints = [wire.fingerprint(build(each)[0]).base for each in (config, config, other)]
+    assert prints[0] == prints[1] != prints[2]
+    if method == "ffa":
+        weak = replace(config.sites[0], r=3, target_modules=("value",))
+        assert wire.fingerprint(build(config, weak)[0]).base == prints[0]
+
+
+@pytest.mark.parametrize("method", ["ffa", "lora"])
 @pytest.mark.parametrize("key", ["target_modules", "modules_to_save"])
 def test_a_module_that_the_model_lacks_is_named(
     document: dict[str, Any], tmp_path: Path, method: str, key: str
@@ -352,6 +376,40 @@ def test_a_module_that_the_model_lacks_is_named(
     config = settled(document, tmp_path, federation={"method": method}, model={key: ["querry"]})
     with pytest.raises(ConfigError, match=f"{key}.*'querry'"):
         build(config)
+
+
+def test_classes_that_the_checkpoints_head_does_not_have_are_named(
+    document: dict[str, Any], tmp_path: Path, tiny_bert: Path
+) -> None:
+    config = settled(document, tmp_path, model={"classes": 3})
+    with pytest.raises(ConfigError, match=r"\[model\] classes: got 3, .* of 2; accepted: 2, or"):
+        build(config)
+    shutil.copytree(tiny_bert, tmp_path / "headless")
+    kept = safetensors.load_file(tiny_bert / "model.safetensors")
+    body = {name: t for name, t in kept.items() if not name.startswith("classifier")}
+    safetensors.save_file(body, tmp_path / "headless" / "model.safetensors", {"format": "pt"})
+    build(settled(document, tmp_path, model={"classes": 3, "kind": str(tmp_path / "headless")}))
+
+
+def test_the_report_shows_any_name_as_it_is(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    document["site"][0]["name"] = "_south"
+    config = settled(document, tmp_path, federation={"name": "$\\foo$ and $5", "rounds": 1})
+    made, real = [], figure.Figure.savefig
+
+    def kept(self: Any, *args: Any, **named: Any) -> None:
+        made.append(self)
+        real(self, *args, **named)
+
+    monkeypatch.setattr(figure.Figure, "savefig", kept)
+    driver.run(config, tmp_path / "out")
+    (drawn,) = made
+    assert drawn.get_suptitle() == "$\\foo$ and $5, method ffa"
+    for axes in drawn.axes[:2]:
+        told = {text.get_text().strip() for text in axes.get_legend().get_texts()}
+        assert told >= {"_south", "east", "north"}
 
 
 def test_a_site_copy_shares_what_is_frozen_and_owns_what_is_trained(bench: Bench) -> None:
@@ -721,6 +779,7 @@ def test_splits_deal_all_records_out_once(
     if data["split"] == "dirichlet":
         data = {**data, "dirichlet_alpha": 5.0}
     document["site"] = [{k: v for k, v in s.items() if k != "test"} for s in document["site"]]
+    document["privacy"]["new_ledger"] = True
     config = settled(document, tmp_path, data={**data, "min_records": 16})
     records = driver.load_records(config)
     assert len(records) == sizes
@@ -818,6 +877,65 @@ def test_a_run_that_was_cut_off_goes_on(
         # Each round was trained once, by each.
         assert ledger.steps == 3 * 2 and ledger.epsilon(1e-3, "rdp") <= 8.0
         ledger.close()
+
+
+def test_a_run_that_was_cut_off_in_its_first_round_goes_on_and_not_an_older_one(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    older = driver.run(settled(document, tmp_path), out)
+    document["privacy"] |= {"target_epsilon": 20.0}
+    config = settled(document, tmp_path, federation={"min_updates": 3, "attempts": 1})
+    with monkeypatch.context() as patch:
+        failing(patch, lambda name, *_: name == "south")
+        with pytest.raises(FederationError, match="round 1: got 2 valid updates"):
+            driver.run(config, out)
+    kept = {path: path.read_bytes() for path in out.glob("sites/*/update-*-0001.safetensors")}
+    assert len(kept) == 3 + 2
+    report = driver.run(config, out, resume=True)
+    assert all(path.read_bytes() == data for path, data in kept.items())
+    assert len(list(out.glob("sites/*/update-*.safetensors"))) == 2 * 6
+    assert report["rounds"][0]["sites"] != older["rounds"][0]["sites"]
+    for of_site in config.sites:
+        ledger = Ledger(of_site.ledger)
+        # Two runs of two rounds, each of which was trained once by each.
+        assert ledger.steps == 2 * 2 * 2
+        ledger.close()
+
+
+def test_a_run_goes_on_with_the_settings_and_sites_that_it_began_with(
+    document: dict[str, Any], tmp_path: Path
+) -> None:
+    """It is refused by name before anything is trained; rounds and the target may change."""
+    document["privacy"]["target_epsilon"] = 20.0
+    document["federation"] |= {"rounds": 1, "server_optimizer": "momentum"}
+    out = tmp_path / "out"
+    driver.run(settled(document, tmp_path), out)
+    ledgers = {path: path.read_bytes() for path in tmp_path.glob("*.ledger.jsonl")}
+    more: dict[str, Any] = {"rounds": 2}
+    for table, key, given, begun in (
+        *(("model", "alpha", 1.0, "16.0"), ("model", "max_length", 8, "16")),
+        *(("federation", "weights", "records", "'equal'"), ("federation", "seed", 1, "0")),
+        *(("federation", "codec", "int8", "'fp32'"), ("federation", "local_steps", 3, "2")),
+        ("federation", "server_optimizer", "adam", "'momentum'"),
+        *(("privacy", "clipping", "per_layer", "'flat'"), ("train", "smoothing", 0.5, "0.0")),
+    ):
+        changes = {"federation": more, table: {**(more if table == "federation" else {})}}
+        changes[table][key] = given
+        pattern = rf"\[{table}\] {key}: got {given!r} with --resume; accepted: {begun}, with which"
+        with pytest.raises(ConfigError, match=pattern):
+            driver.run(settled(document, tmp_path, **changes), out, resume=True)
+    sites = document["site"]
+    for other in (sites[1:], [*sites[1:], {**sites[0], "name": "west"}]):
+        config = settled({**document, "site": other}, tmp_path, federation=more)
+        with pytest.raises(
+            ConfigError, match=r"got the sites .*accepted: east, north, south, with"
+        ):
+            driver.run(config, out, resume=True)
+    assert ledgers == {path: path.read_bytes() for path in tmp_path.glob("*.ledger.jsonl")}
+    changes = {"federation": more, "privacy": {"target_epsilon": 30.0}, "train": {"lr": 0.05}}
+    report = driver.run(settled(document, tmp_path, **changes), out, resume=True)
+    assert [entry["round"] for entry in report["rounds"]] == [1, 2]
 
 
 @pytest.mark.parametrize("codec", ["bf16", "int8"])

@@ -129,18 +129,55 @@ def test_trials_on_own_records_are_charged_to_their_ledgers(document, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr": []}, r"\[pilot\] lr: got \[\]; accepted: a list of numbers above 0"),
+        ({"lr": []}, r"\[pilot\] lr: got \[\]; accepted: a list of numbers from 1e-9 to 1e9"),
         ({"lr": [0.1, -1.0]}, r"\[pilot\] lr: got"),
         ({"seeds": [True]}, r"\[pilot\] seeds: got"),
         ({"init": ["random"]}, r"\[pilot\] init: got \['random'\]"),
         ({"records": "file"}, r"\[pilot\] path: got None with records = 'file'"),
         ({"records": "none"}, r"\[pilot\] records: got 'none'"),
+        ({"lr": [0.1, 0.1]}, r"\[pilot\] lr: got \[0.1, 0.1\]; accepted: .*, none twice"),
+        ({"seeds": [0, 1, 0]}, r"\[pilot\] seeds: got .*, none twice"),
     ],
 )
 def test_bad_pilots(document, tmp_path, changes, message):
     document["pilot"] |= changes
     with pytest.raises(ConfigError, match=message):
         parse(document, tmp_path)
+
+
+def test_own_records_are_those_that_have_ledgers(document, tmp_path):
+    document["pilot"] |= {"records": "own"}
+    document["data"] |= {"split": "iid", "sites": 2}
+    document["privacy"]["new_ledger"] = True
+    with pytest.raises(ConfigError, match=r"\[pilot\] records: got 'own' with .* split = 'iid'"):
+        parse(document, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pilot": {"r": [2, 64]}}, "64 orthonormal rows do not fit"),
+        ({"pilot": {"method": ["ffa", "lora"]}, "model": {"base_dtype": "bf16"}}, "base_dtype"),
+    ],
+)
+def test_what_a_later_trial_would_fail_of_is_said_first(
+    document, tmp_path, monkeypatch, changes, message
+):
+    for table, values in changes.items():
+        document[table] |= values
+    monkeypatch.setattr(driver, "run", lambda *a, **k: 1 / 0)
+    with pytest.raises(ConfigError, match=message):
+        pilot.run(parse(document, tmp_path), tmp_path / "pilot")
+
+
+def test_a_pilot_of_fewer_sites_than_a_round_needs(document, tmp_path, monkeypatch):
+    """Its stand-ins are few; they are not the federation's sites."""
+    document["federation"]["min_updates"] = 3
+    document["pilot"] |= {"seeds": [0], "lr": [0.1]}
+    asked, real = [], driver.run
+    monkeypatch.setattr(driver, "run", lambda c, *a, **k: asked.append(c) or real(c, *a, **k))
+    pilot.run(parse(document, tmp_path), tmp_path / "pilot")
+    assert asked[0].federation.min_updates == 2
 
 
 def test_a_public_file_must_have_enough(document, tmp_path):

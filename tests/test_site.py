@@ -11,7 +11,7 @@ import torch
 from safetensors import torch as safetensors
 from test_federated import document, settled, tiny_bert  # noqa: F401
 
-from ffa_kernels.errors import ConfigError, PrivacyError
+from ffa_kernels.errors import ConfigError, LedgerError, PrivacyError
 from ffa_kernels.federated import driver
 from ffa_kernels.federated.build import build
 from ffa_kernels.federated.config import Train
@@ -144,6 +144,51 @@ def test_what_else_was_charged_meanwhile_is_made_up_for_with_noise(north: North)
     ledger.close()
     with pytest.raises(PrivacyError, match="'north': "):
         north.open(run="6f" * 8)
+
+
+@pytest.mark.parametrize("how", ["older", "deleted", "another"])
+def test_a_ledger_that_lacks_what_the_run_has_charged_is_refused(
+    document: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+    how: str,
+) -> None:
+    """Though its records' account may be begun anew: the run's epsilon would be told too small."""
+    north = North(document, tmp_path, privacy={"new_ledger": True})
+    with closing(north.open()) as site:
+        site.run_round(1, north.server().message(1, "north"))
+    path = north.folder / "ledger.jsonl"
+    whole = path.read_bytes()
+    if how == "older":
+        path.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+    else:
+        path.unlink()
+    if how == "another":
+        north.open(run="6f" * 8).close()
+    with pytest.raises(
+        LedgerError, match=r"'north': .*no line has the checksum.*accepted: .* held 2 when run 5e"
+    ):
+        north.open()
+    path.write_bytes(whole)
+    north.open().close()
+
+
+def test_a_ledger_that_is_nearly_spent_is_told_of(
+    north: North, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(north.open()) as site:
+        noise, rate = site.noise_multiplier, site.sample_rate
+    assert not caplog.records
+    ledger = Ledger(north.folder / "ledger.jsonl")
+    ledger.charge(1.001 * noise, rate, steps=4)
+    ledger.close()
+    with closing(north.open(run="6f" * 8)) as site:
+        spent, much = site.epsilon(), site.noise_multiplier
+    assert much > 2 * noise
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"site 'north': its ledger holds epsilon {spent:.4g} of target_epsilon 8: what is left "
+        f"takes noise {much:.3g}, where an empty ledger would take {noise:.3g}"
+    )
 
 
 def test_a_damaged_state_is_named_and_the_ledger_given_back(north: North) -> None:

@@ -69,7 +69,7 @@ def _base(config: Model) -> tuple[nn.Module, Any]:
         if config.cached_layers:
             return _above_cached_layers(model, tokenizer, config)
         return model, tokenizer
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.kind, local_files_only=True)
@@ -77,6 +77,14 @@ def _base(config: Model) -> tuple[nn.Module, Any]:
             config.kind, num_labels=config.classes, local_files_only=True
         )
         moved = _moved_by_padding(model, tokenizer)
+    except RuntimeError as error:
+        held = AutoConfig.from_pretrained(config.kind, local_files_only=True).num_labels
+        if held == config.classes:
+            raise
+        raise ConfigError(
+            f"[model] classes: got {config.classes}, where the head in {config.kind} is of {held}; "
+            f"accepted: {held}, or a folder without a head"
+        ) from error
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"[model] kind: {config.kind} does not load as a sequence classifier ({error}); "

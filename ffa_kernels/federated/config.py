@@ -49,6 +49,18 @@ def _positive(default: Any = MISSING) -> Any:
     return _key("a finite number above 0", lambda value: 0.0 < value < math.inf, default)
 
 
+def _moderate(default: Any = MISSING) -> Any:
+    """What fp32 can multiply with: a step that came out as 0 or infinity was charged all the same.
+
+    Bounds of nine powers of ten are far from any use.
+    """
+    return _key("a number from 1e-9 to 1e9", _is_moderate, default)
+
+
+def _is_moderate(value: float) -> bool:
+    return 1e-9 <= value <= 1e9
+
+
 def _fraction(default: float) -> Any:
     return _key("a number from 0 to below 1", lambda value: 0.0 <= value < 1.0, default)
 
@@ -58,7 +70,10 @@ def _names(default: tuple[str, ...] | None) -> Any:
 
 
 def _list(of: str, ok: Callable[[Any], bool], default: tuple[Any, ...]) -> Any:
-    return _key(f"a list of {of}", lambda value: bool(value) and all(map(ok, value)), default)
+    def fits(value: Any) -> bool:
+        return bool(value) and all(map(ok, value)) and len(set(value)) == len(value)
+
+    return _key(f"a list of {of}, none twice", fits, default)
 
 
 def _is_size(text: str) -> bool:
@@ -119,7 +134,7 @@ class Federation:
     max_update_norm: float | None = _positive(None)
     aggregation: str = _one_of("mean", "median", "trimmed_mean", default="mean")
     server_optimizer: str = _one_of("none", "momentum", "adam", default="none")
-    server_lr: float = _positive(1.0)
+    server_lr: float = _moderate(1.0)
     server_momentum: float = _fraction(0.9)
     server_tau: float = _positive(1e-3)
     seed: int = _whole(0, 0)
@@ -177,12 +192,12 @@ class Privacy:
             with max_grad_norm (adaptive clipping, arXiv 1905.03871); fixed by default.
         accountant: Opacus' "prv" or "rdp".
         new_ledger: begin another account for records that have one on this machine: for public
-            ones, say.
+            ones, say. Files that are dealt out need it: see `Data`.
     """
 
     target_epsilon: float = _key("a number above 0, or inf", lambda value: value > 0.0)
     target_delta: float = _key("a number between 0 and 1", lambda value: 0.0 < value < 1.0)
-    max_grad_norm: float = _positive(1.0)
+    max_grad_norm: float = _moderate(1.0)
     clipping: str = _one_of("flat", "per_layer", default="flat")
     target_quantile: float | None = _key(
         "a number between 0 and 1", lambda value: 0.0 < value < 1.0, None
@@ -215,12 +230,12 @@ class Train:
     )
     max_physical_batch_size: int | None = _whole(1, None)
     optimizer: str = _one_of("sgd", "adam", "adamw", default="adam")
-    lr: float = _positive()
-    head_lr: float | None = _positive(None)
+    lr: float = _moderate()
+    head_lr: float | None = _moderate(None)
     momentum: float = _fraction(0.0)
     smoothing: float = _fraction(0.0)
     lr_decay: float = _fraction(0.0)
-    weight_decay: float = _key("a finite number from 0", lambda value: 0.0 <= value < math.inf, 0.0)
+    weight_decay: float = _key("a number from 0 to 1e9", lambda value: 0.0 <= value <= 1e9, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +246,9 @@ class Data:
         source: "demo" (four sites of rated sentences), or "files": the [[site]] tables.
         path: for "demo", the source distribution of vaderSentiment 3.3.2.
         split: "natural" (each source its own site), or all records pooled and dealt out, "iid" or
-            "dirichlet".
+            "dirichlet". A file's records then have no ledger beside them: each part that is dealt
+            out has one of its own, and another seed deals other parts. So this takes
+            privacy.new_ledger, and a [[site]] has a name and a file alone.
         sites: number of sites of an "iid" or "dirichlet" split.
         dirichlet_alpha: label skew of "dirichlet": small is severe.
         test_fraction: held out at every site that has no test file of its own.
@@ -251,14 +268,16 @@ class Data:
 class Pilot:
     """[pilot]: the small trials of `ffa-kernels pilot`: all combinations of the lists below.
 
-    A list that is not given holds the configuration's own value alone.
+    A list that is not given holds the configuration's own value alone. All combinations are
+    checked before the first is tried.
 
     Attributes:
         records: what is trained on: "synthetic" sentences, the public "file" at `path`, dealt out
             evenly, or the sites' "own" records: each trial of these is a release, is charged to the
-            sites' ledgers, and leaves less of the budget.
+            sites' ledgers, and leaves less of the budget. They take data.source "files" and split
+            "natural", where records have ledgers.
         path: of "file".
-        sites, records_per_site: of what is dealt out.
+        sites, records_per_site: of what is dealt out; federation.min_updates is at most so many.
         rounds: of a trial; the federation's by default.
         seeds: each combination is tried with each.
         method, init, r, lr, max_grad_norm, target_epsilon: values to try.
@@ -273,8 +292,8 @@ class Pilot:
     method: tuple[str, ...] = _list("names of methods", lambda v: v in METHODS, ())
     init: tuple[str, ...] = _list("names of inits", lambda v: v in INITS, ())
     r: tuple[int, ...] = _list("whole numbers from 1", lambda v: v >= 1, ())
-    lr: tuple[float, ...] = _list("numbers above 0", lambda v: 0.0 < v < math.inf, ())
-    max_grad_norm: tuple[float, ...] = _list("numbers above 0", lambda v: 0.0 < v < math.inf, ())
+    lr: tuple[float, ...] = _list("numbers from 1e-9 to 1e9", _is_moderate, ())
+    max_grad_norm: tuple[float, ...] = _list("numbers from 1e-9 to 1e9", _is_moderate, ())
     target_epsilon: tuple[float, ...] = _list("numbers above 0, or inf", lambda v: v > 0.0, ())
 
 
@@ -411,7 +430,7 @@ def parse(raw: Mapping[str, Any], folder: Path) -> Config:
         raise ConfigError("site: got one table; accepted: [[site]], once for each site")
     sites = tuple(_table(SiteFiles, entry, "[[site]]") for entry in listed)
     config = Config(**tables, sites=sites)
-    _check_together(config)
+    check_together(config)
     return _with_paths(config, folder.resolve())
 
 
@@ -479,8 +498,8 @@ def _is_item(item: object, hint: Any) -> bool:
     return isinstance(item, tuple) and all(isinstance(text, str) for text in item)
 
 
-def _check_together(config: Config) -> None:
-    """What no single key decides."""
+def check_together(config: Config) -> None:
+    """Raises ConfigError for what no single key decides; paths may be absolute already."""
     data, train, names = config.data, config.train, [site.name for site in config.sites]
     if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
         raise ConfigError(
@@ -504,6 +523,12 @@ def _check_together(config: Config) -> None:
             f"[pilot] path: got {config.pilot.path} with records = {config.pilot.records!r}; "
             "accepted: a file with 'file', none otherwise"
         )
+    if config.pilot.records == "own" and (data.source, data.split) != ("files", "natural"):
+        raise ConfigError(
+            f"[pilot] records: got 'own' with [data] source = {data.source!r} and split = "
+            f"{data.split!r}; accepted: 'synthetic', 'file', or source = 'files' and split = "
+            "'natural'"
+        )
     if config.model.prompts is not None and config.model.kind != "minilm":
         raise ConfigError(
             f"[model] prompts: got some with kind = {config.model.kind!r}; accepted: with "
@@ -524,11 +549,8 @@ def _check_together(config: Config) -> None:
             f"[data] dirichlet_alpha: got {data.dirichlet_alpha} with split = {data.split!r}; "
             "accepted: a number with 'dirichlet', none otherwise"
         )
-    if data.split != "natural" and any(site.test is not None for site in config.sites):
-        raise ConfigError(
-            f"[[site]] test: got one with split = {data.split!r}, which deals all records out; "
-            "accepted: none, or split = 'natural'"
-        )
+    if data.split != "natural":
+        _check_dealt_out(config)
     if (train.batch_size is None) == (train.sample_rate is None):
         raise ConfigError(
             f"[train] batch_size, sample_rate: got {train.batch_size} and {train.sample_rate}; "
@@ -591,6 +613,28 @@ def _check_together(config: Config) -> None:
         )
 
 
+def _check_dealt_out(config: Config) -> None:
+    """What goes with each file as a site of its own alone."""
+    given = f"with split = {config.data.split!r}, which deals all records out"
+    if config.federation.weights == "declared":
+        raise ConfigError(
+            f"[federation] weights: got 'declared' {given}; accepted: 'equal', 'records', or "
+            "split = 'natural'"
+        )
+    for key in fields(SiteFiles):
+        default = [site for site in config.sites if getattr(site, key.name) == key.default]
+        if key.default is not MISSING and len(default) < len(config.sites):
+            raise ConfigError(
+                f"[[site]] {key.name}: got one {given}; accepted: none, or split = 'natural'"
+            )
+    if config.data.source == "files" and not config.privacy.new_ledger:
+        raise ConfigError(
+            f"[privacy] new_ledger: got false {given}: the parts get ledgers, and what is released "
+            "of a file's records is not counted over runs; accepted: split = 'natural', or true "
+            "where the records are public or accounted for elsewhere"
+        )
+
+
 def _check_rebasis(config: Config) -> None:
     given = f"[federation] rebasis_every: got {config.federation.rebasis_every} with"
     for method in (config.federation.method, *config.pilot.method):
@@ -632,7 +676,7 @@ def _with_paths(config: Config, folder: Path) -> Config:
             site,
             train=_file(folder, site.train, f"[[site]] {site.name}: train"),
             test=site.test and _file(folder, site.test, f"[[site]] {site.name}: test"),
-            ledger=os.path.realpath(folder / (site.ledger or f"{site.train}.ledger.jsonl")),
+            ledger=_ledger(folder, site) if data.split == "natural" else None,
         )
         for site in config.sites
     )
@@ -640,6 +684,10 @@ def _with_paths(config: Config, folder: Path) -> Config:
     if pilot.path is not None:
         pilot = replace(pilot, path=_file(folder, pilot.path, "[pilot] path"))
     return replace(config, pilot=pilot, model=model, data=data, sites=sites)
+
+
+def _ledger(folder: Path, site: SiteFiles) -> str:
+    return os.path.realpath(folder / (site.ledger or f"{site.train}.ledger.jsonl"))
 
 
 def _file(folder: Path, given: str, where: str) -> str:

@@ -144,8 +144,10 @@ def load_file(path: str | Path) -> Records:
     try:
         content = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        found = f"byte 0x{raw[error.start]:02x}"
+        # Its bytes, and not the file's: a byte order mark is left out of what it counts.
+        read: bytes = error.object
+        line = read.count(b"\n", 0, error.start) + 1
+        found = f"byte 0x{read[error.start]:02x}"
         raise ConfigError(f"{path}, line {line}: {found} is not UTF-8, accepted is UTF-8") from None
     records = Records()
     for where, row in readers[path.suffix](path, content):
@@ -334,6 +336,9 @@ def _csv_rows(path: Path, content: str) -> Iterator[tuple[str, dict[str, Any]]]:
     reader = csv.reader(io.StringIO(content, newline=""), strict=True)
     header: list[str] | None = None
     start = 1
+    # The module's own bound on a text; what is here is in memory already.
+    limit = csv.field_size_limit()
+    csv.field_size_limit(max(limit, len(content)))
     try:
         for cells in reader:
             where = f"{path}, line {start}"
@@ -355,6 +360,8 @@ def _csv_rows(path: Path, content: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ConfigError(
             f"{path}, line {start}: not CSV ({error}), accepted is RFC 4180"
         ) from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _checked(where: str, row: Mapping[str, Any]) -> tuple[str, int]:

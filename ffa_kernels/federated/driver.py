@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import random
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from ffa_kernels.errors import ConfigError
+from ffa_kernels.errors import ConfigError, shown
 from ffa_kernels.federated import basis, data, report, rounds, wire
 from ffa_kernels.federated.basis import Bases
 from ffa_kernels.federated.build import build, derive_A
@@ -38,6 +39,21 @@ from ffa_kernels.files import write_atomic
 _log = logging.getLogger(__name__)
 _EVAL_BATCH = 64
 STATE = "server.safetensors"
+# What a run that goes on may have anew; it is one training, and of one account, by all the rest.
+_MAY_CHANGE = {
+    "federation": (
+        *("name", "rounds", "sites_per_round", "min_updates", "attempts", "max_update_norm"),
+        *("server_lr", "server_momentum", "server_tau", "eval_records_per_site"),
+    ),
+    # The weights in the folder are what counts, and have a fingerprint.
+    "model": ("kind",),
+    "privacy": ("target_epsilon", "max_grad_norm", "new_ledger"),
+    "train": (
+        *("batch_size", "sample_rate", "max_physical_batch_size"),
+        *("lr", "head_lr", "lr_decay", "weight_decay"),
+    ),
+    "data": ("path", "min_records"),
+}
 
 
 def run(
@@ -75,10 +91,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     counts = {name: len(train) for name, (train, _) in records.items()}
     server = make_server(config, model, secrets.token_hex(8), counts)
-    notes = restored(server, out) if resume else {}
-    # Records dealt out anew have no ledger of their own; those of a file keep one beside it.
-    natural = config.data.split == "natural"
-    ledgers = {site.name: site.ledger for site in config.sites if natural}
+    notes = restored(config, server, out, records) if resume else {}
     with ExitStack() as open_sites:
         sites = {}
         for name in sorted(records):
@@ -88,7 +101,7 @@ def run(
             site = Site(
                 *(name, records[name][0], own, tokenizer, config, server.run),
                 folder=out / "sites" / name,
-                ledger=ledgers.get(name),
+                ledger=None if entry is None else entry.ledger,
             )
             sites[name] = open_sites.enter_context(closing(site))
         tests = {name: records[name][1] for name in sites}
@@ -139,16 +152,13 @@ class Run:
             for name, A in wire.frozen_A(self.model).items():
                 A.copy_(self.server.frozen[name])
         self._load()
+        # In place of an older run's, and for one that is cut off in its first round.
+        self._keep()
         with _progress(self.config, len(self.sites), len(self.rounds), self.console) as show:
             step, note = show
             for round_ in range(len(self.rounds) + 1, self.config.federation.rounds + 1):
                 self.rounds.append(self._round(round_, step, note))
-                sizes = {
-                    way: {name: asdict(size) for name, size in of_sites.items()}
-                    for way, of_sites in (("up", self.up), ("down", self.down))
-                }
-                state = self.server.state({"rounds": self.rounds, "sizes": sizes})
-                write_atomic(self.out / STATE, state)
+                self._keep()
             note("final evaluation")
             right = self._correct(self.tests)
             load_trained(self.base, self.server.tensors)
@@ -193,6 +203,15 @@ class Run:
             },
             "environment": report.environment(),
         }
+
+    def _keep(self) -> None:
+        """Writes what a resumed run goes on with."""
+        sizes = {
+            way: {name: asdict(size) for name, size in of_sites.items()}
+            for way, of_sites in (("up", self.up), ("down", self.down))
+        }
+        notes = {"rounds": self.rounds, "sizes": sizes, **begun_with(self.config, self.sites)}
+        write_atomic(self.out / STATE, self.server.state(notes))
 
     def _round(
         self, round_: int, step: Callable[[], None], note: Callable[[str], None]
@@ -306,16 +325,52 @@ def _share(config: Config, model: nn.Module, site: SiteFiles) -> Share:
     return Share(ranks, wire.fingerprint(model, ranks))
 
 
-def restored(server: Server, out: Path) -> dict[str, Any]:
+def begun_with(config: Config, names: Iterable[str]) -> dict[str, Any]:
+    """What a run that goes on must still have, as notes of the server's state.
+
+    Args:
+        names: of all sites.
+    """
+    tables = asdict(config)
+    kept = {
+        f"[{table}] {key}": value
+        for table, free in _MAY_CHANGE.items()
+        for key, value in tables[table].items()
+        if key not in free
+    }
+    return {"sites": sorted(names), "settings": kept}
+
+
+def restored(config: Config, server: Server, out: Path, names: Iterable[str]) -> dict[str, Any]:
     """Gives `server` the state that a run has left in `out`; its notes.
 
+    Args:
+        names: of all sites.
+
     Raises:
-        ConfigError: there is none, or one of another model.
+        ConfigError: there is none, or one of another model, other settings or other sites.
     """
     path = out / STATE
     if not path.is_file():
         raise ConfigError(f"--resume: {path} is not there; accepted: the folder of a run begun")
-    return server.restore(path.read_bytes())
+    return server.restore(path.read_bytes(), partial(_check_begun, begun_with(config, names)))
+
+
+def _check_begun(wanted: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless a run with these notes may go on with what is wanted."""
+    # As JSON gives it back: lists, and no tuples.
+    now = json.loads(json.dumps(wanted))
+    if (begun := notes.get("sites", now["sites"])) != now["sites"]:
+        raise ConfigError(
+            f"--resume: got the sites {', '.join(now['sites'])}; accepted: {', '.join(begun)}, "
+            "with which the run began"
+        )
+    for key, value in notes.get("settings", {}).items():
+        if (given := now["settings"].get(key, value)) != value:
+            raise ConfigError(
+                f"{key}: got {shown(given)} with --resume; accepted: {shown(value)}, with which "
+                "the run began"
+            )
 
 
 def write_trained(config: Config, server: Server, out: Path) -> None:

@@ -181,9 +181,8 @@ def _open(place: _Place, run: str, seed: int | None) -> Site:
 
 
 def _ledger(place: _Place) -> str | None:
-    # Records dealt out anew have no ledger of their own; those of a file keep one beside it.
     own = settings.site_of(place.config, place.name)
-    return own.ledger if own is not None and place.config.data.split == "natural" else None
+    return None if own is None else own.ledger
 
 
 @functools.lru_cache(maxsize=2)
@@ -231,12 +230,15 @@ def _federate(config: Config, nodes: _Nodes, out: Path, resume: bool) -> None:
     server = driver.make_server(config, model, secrets.token_hex(8))
     told: list[dict[str, Any]] = []
     if resume:
-        told = list(driver.restored(server, out)["rounds"])
+        told = list(driver.restored(config, server, out, nodes.names)["rounds"])
+    begun = driver.begun_with(config, nodes.names)
     out.mkdir(parents=True, exist_ok=True)
+    # In place of an older run's, and for one that is cut off in its first round.
+    write_atomic(out / driver.STATE, server.state({"rounds": told, **begun}))
     for round_ in range(len(told) + 1, federation.rounds + 1):
         ask = nodes.asking(config, server.run, round_)
         told.append(rounds.hold(config, server, round_, nodes.names, ask).entry())
-        write_atomic(out / driver.STATE, server.state({"rounds": told}))
+        write_atomic(out / driver.STATE, server.state({"rounds": told, **begun}))
         _log.warning("round %d of %d is done", round_, federation.rounds)
     per_site = [site for entry in told for site in entry["sites"].values()]
     result = {
@@ -445,7 +447,7 @@ def run_simulation(
     out.mkdir(parents=True, exist_ok=True)
     counts = {name: len(train) for name, (train, _) in records.items()}
     server = driver.make_server(config, model, secrets.token_hex(8), counts)
-    notes = driver.restored(server, out) if resume else {}
+    notes = driver.restored(config, server, out, names) if resume else {}
     sites: dict[str, Any] = {}
     for name in names:
         # What forbids it to take part is found before anything starts.

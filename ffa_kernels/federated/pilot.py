@@ -23,7 +23,8 @@ from rich.console import Console
 
 from ffa_kernels.errors import ConfigError
 from ffa_kernels.federated import data, driver, report
-from ffa_kernels.federated.config import Config
+from ffa_kernels.federated.build import build, derive_A
+from ffa_kernels.federated.config import Config, check_together
 from ffa_kernels.federated.data import Records
 from ffa_kernels.federated.site import batch_size
 from ffa_kernels.files import write_atomic
@@ -79,7 +80,7 @@ def run(config: Config, out: Path, console: Console | None = None) -> dict[str, 
         The content of pilot.json.
 
     Raises:
-        ConfigError: as `driver.run`.
+        ConfigError: as `driver.run`, of any trial; none has been made then.
         PrivacyError: with records "own", a site whose budget is spent.
     """
     console = console or Console(quiet=True)
@@ -87,6 +88,7 @@ def run(config: Config, out: Path, console: Console | None = None) -> dict[str, 
     log = out / "trials.jsonl"
     done = _read(log, _identity(config))
     wanted = trials(config)
+    _check([_settled(config, trial) for trial in wanted if trial.key not in done])
     for number, trial in enumerate(wanted, start=1):
         if trial.key in done:
             continue
@@ -133,7 +135,20 @@ def _read(log: Path, identity: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _attempt(config: Config, trial: Trial, folder: Path) -> dict[str, Any]:
+def _check(settled: Sequence[Config]) -> None:
+    """Raises ConfigError for what would fail in a later trial only."""
+    models = {}
+    for config in settled:
+        check_together(config)
+        models[config.federation.method, config.model.init, config.model.r] = config
+    for config in models.values():
+        model, _ = build(config)
+        if config.sends_A:
+            derive_A(model)
+
+
+def _settled(config: Config, trial: Trial) -> Config:
+    """The configuration with a trial's values."""
     changes: dict[str, dict[str, Any]] = defaultdict(dict)
     for knob, value in trial.knobs:
         changes[_KNOBS[knob]][knob] = value
@@ -143,17 +158,27 @@ def _attempt(config: Config, trial: Trial, folder: Path) -> dict[str, Any]:
         # PEFT's LoRA has its own; the knob does not apply.
         changes["model"].pop("init")
     tables = {name: replace(getattr(config, name), **new) for name, new in changes.items()}
-    settled = replace(config, **tables)
+    return replace(config, **tables)
+
+
+def _attempt(config: Config, trial: Trial, folder: Path) -> dict[str, Any]:
+    settled = _settled(config, trial)
     records: _Sites | None = None
     if config.pilot.records == "own":
         settled = _beside_what_was_spent(settled)
     else:
         records = _stand_in(config, trial.seed)
+        federation = settled.federation
         # Other sites than the configuration's; each trial begins with an account of its own.
         settled = replace(
             settled,
             sites=(),
-            federation=replace(settled.federation, weights="equal", sites_per_round=None),
+            federation=replace(
+                federation,
+                weights="equal",
+                sites_per_round=None,
+                min_updates=min(federation.min_updates, len(records)),
+            ),
             privacy=replace(settled.privacy, new_ledger=True),
         )
     result = driver.run(settled, folder, records=records)

@@ -126,9 +126,11 @@ def picture(name: str, result: dict[str, Any]) -> bytes:
     accuracy, epsilon, traffic = figure.subplots(1, 3)
     for site in result["sites"]:
         of_site = [entry["sites"][site] for entry in rounds]
-        accuracy.plot(x, [s["accuracy"] for s in of_site], marker=".", lw=1, label=site)
+        # What begins with "_" has no place in a legend.
+        label = f" {site}" if site.startswith("_") else site
+        accuracy.plot(x, [s["accuracy"] for s in of_site], marker=".", lw=1, label=label)
         if all(s["epsilon"] is not None for s in of_site):
-            epsilon.plot(x, [s["epsilon"] for s in of_site], marker=".", lw=1, label=site)
+            epsilon.plot(x, [s["epsilon"] for s in of_site], marker=".", lw=1, label=label)
     accuracy.plot(x, [entry["accuracy"] for entry in rounds], "k", marker="o", label="pooled")
     accuracy.axhline(result["baseline_accuracy"], color="grey", ls=":", label="majority class")
     accuracy.set(title="accuracy, held-out sample", xlabel="round")
@@ -142,7 +144,7 @@ def picture(name: str, result: dict[str, Any]) -> bytes:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="x-small")
-    figure.suptitle(f"{name}, method {result['method']}")
+    figure.suptitle(f"{name}, method {result['method']}", parse_math=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -254,8 +254,13 @@ class Server:
         told |= {"base": self._fingerprint.base, "recipe": self._fingerprint.recipe}
         return safetensors.save({key: t.clone() for key, t in held.items()}, metadata=told)
 
-    def restore(self, data: bytes) -> dict[str, Any]:
+    def restore(
+        self, data: bytes, check: Callable[[dict[str, Any]], None] = lambda notes: None
+    ) -> dict[str, Any]:
         """Takes over what `state` gave, the run's identifier and an A that is sent included.
+
+        Args:
+            check: called with the notes before anything is changed; may raise ConfigError.
 
         Returns:
             The notes.
@@ -266,9 +271,10 @@ class Server:
         try:
             held = safetensors.load(data)
             told = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-            notes = json.loads(told["notes"])
+            notes = dict(json.loads(told["notes"]))
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(f"state of the server is damaged: {error}") from error
+        check(notes)
         frozen = {
             key.removeprefix("frozen."): A for key, A in held.items() if key.startswith("frozen.")
         }
@@ -315,7 +321,7 @@ class Server:
                 own = replace(share.fingerprint, recipe=part)
                 self._shares[site] = replace(share, fingerprint=own)
         self.run = told["run"]
-        return dict(notes)
+        return notes
 
     def header(self, kind: str, round_: int, site: str) -> Header:
         """What a message of this kind, to or from `site`, must say of itself."""
@@ -341,12 +347,14 @@ class Server:
         if self.rules.aggregation != "mean":
             combined: Tensor = _robust(self.rules.aggregation)([t for _, t in given])
             return combined
-        weights = self.rules.weights
+        weights = self.rules.weights or dict.fromkeys(updates, 1.0)
+        # By a power of two, which changes no bit of the average: sums of huge ones are finite then.
+        _, exponent = math.frexp(max(weights.values()))
         total = torch.zeros_like(old, dtype=torch.float64)
         mass = torch.zeros_like(total)
         # In fp64, rounded once.
         for site, tensor in given:
-            weight = 1.0 if weights is None else weights[site]
+            weight = math.ldexp(weights[site], -exponent)
             part = tuple(slice(size) for size in tensor.shape)
             total[part] += weight * tensor.double()
             mass[part] += weight

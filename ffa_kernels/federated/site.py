@@ -6,10 +6,11 @@ import copy
 import hashlib
 import io
 import json
+import logging
 import math
 import pickle
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ffa_kernels.errors import ConfigError, PrivacyError, WireError
+from ffa_kernels.errors import ConfigError, LedgerError, PrivacyError, WireError
 from ffa_kernels.federated import wire
 from ffa_kernels.federated.basis import Bases, basis_of, opens
 from ffa_kernels.federated.config import Config, Train, site_of
@@ -32,10 +33,14 @@ from ffa_kernels.memory.planning import plan
 from ffa_kernels.privacy import AdaptiveClipping, PrivacyEngine, epsilon, noise_multiplier_for
 from ffa_kernels.privacy.step import Plan
 
+_log = logging.getLogger(__name__)
+
 Batch = tuple[dict[str, Tensor], Tensor]
 
 # A site that has lost most of its budget, in rounds that broke off say, would send noise alone.
 _MOST_NOISE = 4.0
+# So many times what records would need of which nothing was released is worth a word.
+_MUCH_NOISE = 2.0
 # What a state's file that is not as it was written makes the reader raise.
 _DAMAGED = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError)
 
@@ -58,12 +63,14 @@ class Site:
             round; nothing is private then, and the ledger says so.
 
     A site that is opened again for the same run goes on with the noise and the optimizer's state
-    that it had: it may live in one process for all rounds, or in a new one for each.
+    that it had: it may live in one process for all rounds, or in a new one for each. Its ledger may
+    have grown meanwhile; lines that the run has seen must be there.
 
     Raises:
         ConfigError: too few records, a delta too large for them, or a damaged state; nothing has
             been trained or charged then.
         PrivacyError: the ledger leaves no budget under the target.
+        LedgerError: the ledger lacks what the run had charged to it: an older copy, or another.
     """
 
     def __init__(
@@ -238,9 +245,22 @@ class Site:
         if state is None:
             return {
                 **{"noise_multiplier": 0.0, "first_noise_multiplier": None},
-                **{"until": 0, "optimizers": {}, "basis": 0},
+                **{"until": 0, "optimizers": {}, "basis": 0, "ledger": None},
             }, True
+        if state["ledger"] is not None:
+            self._check_ledger(*state["ledger"])
         return state, not self._fits(state["noise_multiplier"], state["until"] - ledger.steps)
+
+    def _check_ledger(self, checksum: str, steps: int) -> None:
+        """Raises LedgerError where an older copy, or another ledger, would be short of steps."""
+        try:
+            self._engine.ledger.check_extends(checksum)
+        except LedgerError as error:
+            raise LedgerError(
+                f"site {self.name!r}: {error}; it holds {self._engine.ledger.steps} steps; "
+                f"accepted: the ledger that held {steps} when run {self._run} was last here, or "
+                "what it has become since"
+            ) from error
 
     def _rounds_done(self) -> int:
         """The last round that the run has an update of; those before it will not be asked again."""
@@ -278,6 +298,7 @@ class Site:
         self._state["noise_multiplier"] = noise
         if first is None:
             self._state["first_noise_multiplier"] = noise
+            self._warn_of_much(noise, steps)
         self._state["until"] = self._engine.ledger.steps + steps
         self._write_state(self._state)
 
@@ -338,7 +359,27 @@ class Site:
         count_noise = max(self.batch_size / 20, self.noise_multiplier)
         return AdaptiveClipping(quantile, count_noise_multiplier=count_noise)
 
-    def _solve_noise(self, steps: int) -> float:
+    def _warn_of_much(self, noise: float, steps: int) -> None:
+        """Says it where a ledger that is nearly spent leaves a run next to nothing but noise."""
+        privacy, history = self._config.privacy, self._engine.ledger.history
+        alone = [(noise / _MUCH_NOISE, self.sample_rate, steps)]
+        if (
+            not history
+            or noise == 0.0
+            or epsilon(alone, privacy.target_delta, privacy.accountant) > privacy.target_epsilon
+        ):
+            return
+        _log.warning(
+            "site %r: its ledger holds epsilon %.4g of target_epsilon %g: what is left takes noise "
+            "%.3g, where an empty ledger would take %.3g",
+            *(self.name, self.epsilon(), privacy.target_epsilon, noise),
+            self._solve_noise(steps, history=[]),
+        )
+
+    def _solve_noise(
+        self, steps: int, history: Sequence[tuple[float, float, int]] | None = None
+    ) -> float:
+        """The noise of so many more steps after `history`, the ledger's by default."""
         privacy = self._config.privacy
         if math.isinf(privacy.target_epsilon):
             return 0.0
@@ -349,7 +390,7 @@ class Site:
                 self.sample_rate,
                 steps,
                 accountant=privacy.accountant,
-                history=self._engine.ledger.history,
+                history=self._engine.ledger.history if history is None else history,
             )
         except PrivacyError as error:
             raise PrivacyError(f"site {self.name!r}: {error}") from error
@@ -422,13 +463,14 @@ class Site:
             return None
         try:
             state = torch.load(path, weights_only=True)
-            first = state["first_noise_multiplier"]
+            first, held = state["first_noise_multiplier"], state.get("ledger")
             return {
                 "noise_multiplier": float(state["noise_multiplier"]),
                 "first_noise_multiplier": None if first is None else float(first),
                 "until": int(state["until"]),
                 "optimizers": dict(state["optimizers"]),
                 "basis": int(state.get("basis", 0)),
+                "ledger": None if held is None else (str(held[0]), int(held[1])),
             }
         except _DAMAGED as error:
             raise ConfigError(
@@ -437,6 +479,8 @@ class Site:
             ) from error
 
     def _write_state(self, state: dict[str, Any]) -> None:
+        # A ledger that is put back from an older copy would pass for one with budget left.
+        state["ledger"] = (self._engine.ledger.checksum, self._engine.ledger.steps)
         # Moments and buffers come from noised gradients alone: keeping them costs no privacy.
         buffer = io.BytesIO()
         torch.save(state, buffer)

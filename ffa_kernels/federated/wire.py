@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ffa_kernels.errors import WireError, shown
 from ffa_kernels.federated import codecs
 from ffa_kernels.federated.codecs import CODECS
+from ffa_kernels.nn.adapter import Adapter
 from ffa_kernels.privacy.keys import SecretStream
 
 PROTOCOL = "ffa-kernels/1"
@@ -38,7 +39,8 @@ _HEADER_PER_TENSOR = 256
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """SHA-256 in hexadecimal: of the frozen tensors (`base`) and of the frozen A (`recipe`)."""
+    """SHA-256 in hexadecimal: of the frozen tensors and the adapters' scaling (`base`), and of the
+    frozen A (`recipe`)."""
 
     base: str
     recipe: str
@@ -139,13 +141,16 @@ def moves(name: str, method: str, round_: int) -> bool:
 def fingerprint(model: nn.Module, ranks: Mapping[str, int] | None = None) -> Fingerprint:
     """Digests of everything that is not trained: two ends with equal digests mean the same model.
 
-    Names, shapes, dtypes and bytes all count; the order in which modules were registered does not.
+    Names, shapes, dtypes and bytes all count, and the adapters' scaling; the order in which modules
+    were registered does not.
 
     Args:
         ranks: of a site that has less: the rank of each B that it has, by the B's name.
     """
     A = frozen_A(model)
     base = {name: t for name, t in _frozen(model).items() if name not in A}
+    # No tensor has it, and B means another change with another one.
+    base["scaling"] = _scaling(model)
     return Fingerprint(digest(base), digest(A if ranks is None else part_of(A, ranks)))
 
 
@@ -306,6 +311,23 @@ def _frozen(model: nn.Module) -> dict[str, Tensor]:
     # Not by name: a layer with two has its B under both.
     state = model.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if not tensor.requires_grad}
+
+
+def _scaling(model: nn.Module) -> Tensor:
+    """The scalings that adapters have, each once: one, for alpha is of all; fp32.
+
+    By layer they would tell a site that has fewer of them, or a lower rank, from the others.
+    """
+    found: set[float] = set()
+    module: Any
+    for module in model.modules():
+        if isinstance(module, Adapter):
+            found.add(module.adapter_scaling())
+        elif hasattr(module, "lora_B"):
+            found.update(module.scaling.values())  # PEFT's, by the adapter's name
+    # After the rounding: alpha r' / r / r' may differ from alpha / r in fp64.
+    each: Tensor = torch.tensor(sorted(found), dtype=torch.float32).unique()  # type: ignore[no-untyped-call]
+    return each
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:

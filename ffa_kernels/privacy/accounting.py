@@ -219,7 +219,7 @@ def _least(total: Callable[[float], float], target: float, guess: float) -> floa
     bounds that bisection moves where lines do not.
     """
     low, high = (0.0, math.inf), (math.inf, 0.0)  # (noise, epsilon) of too little and of enough
-    noise, turn = min(guess, _MAX_NOISE), 0
+    noise, turn, least = min(guess, _MAX_NOISE), 0, 1.005
     while True:
         spent = total(noise)
         if spent <= target:
@@ -235,8 +235,9 @@ def _least(total: Callable[[float], float], target: float, guess: float) -> floa
             known = 0 < spent < math.inf
             factor = (spent / target) ** (1 / 1.3) if known else 0.5 if spent <= target else 2.0
             factor = min(max(factor, 0.5), 2.0)
-            noise *= min(factor, 0.995) if spent <= target else max(factor, 1.005)
-            noise = min(noise, _MAX_NOISE)
+            noise *= min(factor, 1 / least) if spent <= target else max(factor, least)
+            # Beside a history that has spent nearly all, epsilon hardly falls: longer each time.
+            noise, least = min(noise, _MAX_NOISE), min(least**2, 2.0)
             continue
         turn += 1
         if turn % 4 == 0 or math.isinf(low[1]) or high[1] <= 0.0:

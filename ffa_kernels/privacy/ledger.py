@@ -97,6 +97,14 @@ class Account:
         value = epsilon(self.history, delta, accountant)
         return value if self.private else math.inf
 
+    def check_extends(self, checksum: str, path: str | os.PathLike[str] | None) -> None:
+        """Raises LedgerError, which names `path`, unless a line has that checksum."""
+        if checksum not in self.checksums:
+            raise LedgerError(
+                f"ledger {path}: no line has the checksum {checksum!r}: lines were taken off its "
+                "end, or it is another ledger"
+            )
+
     def _add(self, record: dict[str, Any], checksum: str) -> None:
         if "steps" in record:
             key = (record["noise_multiplier"], record["sample_rate"])
@@ -390,6 +398,15 @@ class Ledger:
     def private(self) -> bool:
         """Whether every step's noise was secret."""
         return self._account.private
+
+    @property
+    def checksum(self) -> str:
+        """Of the last line: a later state of this ledger has it, too. In memory of none, ""."""
+        return self._account.checksums[-1] if self._account.checksums else ""
+
+    def check_extends(self, checksum: str) -> None:
+        """Raises LedgerError unless this is a later state of the ledger with that `checksum`."""
+        self._account.check_extends(checksum, self.path)
 
     def epsilon(self, delta: float | None = None, accountant: str | None = None) -> float:
         """Epsilon of everything charged; see `Account.epsilon`."""
