@@ -98,7 +98,7 @@ def assert_same(a: Path, b: Path, updates_sent: int) -> None:
     assert largest_difference(*final) <= 1e-6
 
 
-# --- one end at a time ----------------------------------------------------------------------------
+# One end at a time.
 
 
 @pytest.fixture(autouse=True)
@@ -474,7 +474,7 @@ def test_without_flower_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-# --- Flower's simulation --------------------------------------------------------------------------
+# Flower's simulation.
 
 
 class Spoiler(Console):
@@ -555,7 +555,7 @@ def processes_with(variable: str) -> list[int]:
     return found
 
 
-# --- on machines apart ----------------------------------------------------------------------------
+# On machines apart.
 
 
 def free_port() -> int:

@@ -216,12 +216,12 @@ def two_steps_charged_as_one(patch):
 
 def a_head_left_out(patch):
     """The engine forgets the head: plain gradients reach it, and the optimizer takes them."""
-    real = engine_module._attach
+    real = engine_module.attach_taps
 
     def faulty(module, trained, *settings):
         return real(module, {n: p for n, p in trained.items() if "head" not in n}, *settings)
 
-    patch.setattr(engine_module, "_attach", faulty)
+    patch.setattr(engine_module, "attach_taps", faulty)
 
 
 FAULTS = [

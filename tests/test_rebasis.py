@@ -43,7 +43,7 @@ def north(folding: Document, tmp_path: Path) -> North:
     return North(folding, tmp_path)
 
 
-# --- the layer ------------------------------------------------------------------------------------
+# The layer.
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
@@ -111,7 +111,7 @@ def test_rounds_and_their_bases() -> None:
     assert not any(basis_of(0, t) or opens(0, t) for t in range(7))
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# What is refused.
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_model_whose_weights_cannot_be_folded_into_is_refused() -> None:
     building._check_foldable(convert(nn.Sequential(nn.Linear(4, 4)), r=2, target_modules=["0"]))
 
 
-# --- one site and its server ----------------------------------------------------------------------
+# One site and its server.
 
 
 def taught(north: North, rounds: int, **open_: Any) -> tuple[Any, list[bytes]]:
@@ -338,7 +338,7 @@ def test_a_server_that_goes_on_has_the_bases_of_its_state(
         north.server().restore(safetensors.save(held, metadata=told))
 
 
-# --- a whole run ----------------------------------------------------------------------------------
+# A whole run.
 
 
 def logits(model: nn.Module, tokenizer: Any, config: Any) -> Tensor:

@@ -200,7 +200,7 @@ def plain_product(
     instructions for that; x, b and the product are then rounded to it."""
     if scale is not None:
         wide = torch.promote_types(rows.dtype, scale.dtype)
-        weight = (weight.to(wide) * scale).to(rows.dtype)
+        weight = (weight * scale.to(wide)).to(rows.dtype)
     if weight.dtype == rows.dtype:
         return F.linear(rows, weight, bias)
     if rows.device.type == "cpu" and WIDENS_BF16:

@@ -75,7 +75,7 @@ _POLL_SECONDS = 0.5
 _START_SECONDS = 600.0  # for processes of this machine to start
 
 
-# --- a site ---------------------------------------------------------------------------------------
+# A site.
 
 
 def client_app(
@@ -196,7 +196,7 @@ def _records(config: Config) -> dict[str, tuple[Records, Records]]:
     return driver.load_records(config)
 
 
-# --- the server -----------------------------------------------------------------------------------
+# The server.
 
 
 def server_app() -> ServerApp:
@@ -413,7 +413,7 @@ class _Nodes:
         return answers
 
 
-# --- both on one machine --------------------------------------------------------------------------
+# Both on one machine.
 
 
 def run_simulation(
@@ -544,7 +544,7 @@ def _aside() -> Iterator[str]:
                     os.environ[name] = value
 
 
-# --- configurations and messages ------------------------------------------------------------------
+# Configurations and messages.
 
 
 def _load_for_site(path: str, name: str, files: Mapping[str, str]) -> Config:
