@@ -200,7 +200,8 @@ class PrivateTrainer(Trainer):
         model: Any = self.model
         assert draws is not None
         base, kind = self._base_and_kind()
-        if kind == "ForCausalLM" and self.compute_loss_func is None:
+        own = type(self).compute_loss is PrivateTrainer.compute_loss
+        if kind == "ForCausalLM" and own and self.compute_loss_func is None:
             _check_shift(base)
         records = len(draws.dataset)
         check_delta(delta, records)

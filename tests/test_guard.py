@@ -559,3 +559,12 @@ def test_an_optimizer_that_writes_by_address_has_moved_its_tensors():
     before = model.first.lora_B.detach().clone()
     train(model, optimizer, loader)
     assert not torch.equal(model.first.lora_B, before)
+
+
+def test_layers_in_another_place_have_made_nothing():
+    """As a compiled or checkpointed part has its layers, or PEFT's merge puts them back."""
+    model, optimizer, loader = private(converted())
+    train(model, optimizer, loader, steps=1)
+    model.second = nn.Sequential(model.second)
+    train(model, optimizer, loader)
+    assert "second.0.weight" in model.state_dict()

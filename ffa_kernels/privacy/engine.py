@@ -462,15 +462,15 @@ class PrivacyEngine:
         for layer in dropping:
             layer._dropout_key = keys[layer.trained_B().device]
 
-        def announce(piece: Piece) -> None:
-            step.begin(piece)
-            if not keys:
-                return
+        def announce(piece: Piece) -> bool:
+            if not step.begin(piece):
+                return False
             # A key for each batch: a mask never depends on who else was drawn before. Renewed in
             # its place, where a captured forward reads it again.
-            key = self._dropout_key()
+            key = self._dropout_key() if keys else torch.empty(0)
             for place in keys.values():
                 place.copy_(key)
+            return True
 
         def reseed() -> None:
             if self.seed is None and not seeds_are_secret():
@@ -649,8 +649,8 @@ def _check_trained(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Para
     if (
         not isinstance(optimizer, Optimizer)
         or isinstance(optimizer, PrivateOptimizer)
-        # Accelerate's, and others that hold one: their own step is not its.
-        or isinstance(getattr(optimizer, "optimizer", None), Optimizer)
+        # Accelerate's, whose own step is not that of the optimizer in it.
+        or type(optimizer).__name__ == "AcceleratedOptimizer"
     ):
         raise ConfigError(
             f"optimizer is {type(optimizer).__name__}; accepted: a plain torch.optim.Optimizer "

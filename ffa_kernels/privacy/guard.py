@@ -159,8 +159,8 @@ class Guard:
         for watched in self._watched:
             watched.value = values[id(watched.tensor)]
         self._buffers = _buffer_values(module)
-        self._kept = _kept_names(module)
-        self._layers: weakref.WeakSet[nn.Module] = weakref.WeakSet(module.modules())
+        self._kept: weakref.WeakKeyDictionary[nn.Module, frozenset[str]]
+        self._kept = weakref.WeakKeyDictionary((m, frozenset(_kept(m))) for m in module.modules())
 
     def _values(self) -> dict[int, int | None]:
         tensors = list({id(w.tensor): w.tensor for w in self._watched}.values())
@@ -368,19 +368,19 @@ class Guard:
             )
 
     def _check_new(self, module: nn.Module, saving: bool) -> None:
-        """Nothing that a state_dict holds may have come since; of a layer that has, where it may
-        have been put there to be saved."""
+        """Nothing that a state_dict holds may have come since, to whatever place a layer has been
+        put; but for layers that have come themselves, which may be there to be saved."""
         for name, layer in module.named_modules():
-            if saving and layer not in self._layers:
+            known = self._kept.get(layer)
+            if known is None and saving:
                 continue
             for local in _kept(layer):
-                full = f"{name}.{local}".lstrip(".")
-                if full not in self._kept:
+                if known is None or local not in known:
                     raise PrivacyError(
-                        f"{full} was made since make_private: it would be saved with the model, "
-                        "but no noise covers what it may have learned from records; accepted: "
-                        "buffers and frozen parameters that are there, with their values, before "
-                        "make_private"
+                        f"{name}.{local}".lstrip(".") + " was made since make_private: it would be "
+                        "saved with the model, but no noise covers what it may have learned from "
+                        "records; accepted: buffers and frozen parameters that are there, with "
+                        "their values, before make_private"
                     )
 
     def _merged(self, module: nn.Module) -> set[int]:
@@ -425,14 +425,6 @@ def _kept(layer: nn.Module) -> Iterator[str]:
     for local, tensor in (*layer._parameters.items(), *layer._buffers.items()):
         if tensor is not None and local not in layer._non_persistent_buffers_set:
             yield local
-
-
-def _kept_names(module: nn.Module) -> set[str]:
-    return {
-        f"{name}.{local}".lstrip(".")
-        for name, layer in module.named_modules()
-        for local in _kept(layer)
-    }
 
 
 def _buffer_values(module: nn.Module) -> dict[str, int | None]:

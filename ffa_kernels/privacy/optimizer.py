@@ -111,10 +111,8 @@ class PrivateOptimizer(Optimizer):
         return list(bounds) if mechanism.per_layer else bounds[0]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops the last batch's gradients; the sum over a draw's earlier pieces stays.
-
-        With `clipping="per_layer"` a gradient is in that sum as soon as backward has made it.
-        """
+        """Drops the last batch's gradients. Where the next batch begins before they are made again,
+        all of its draw is given up: the sum of the batches before it, and those that follow."""
         self.private_step.drop()
 
     def scale(self, loss: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     IterableDataset,
     RandomSampler,
@@ -149,7 +150,7 @@ class PrivateDataLoader(DataLoader[Any]):
         loader: any DataLoader over a data set with a length.
         logical: the sampler of logical batches.
         physical_size: the most rows of a physical batch, None for one of the draw's size.
-        announce: called with the Piece just before its batch is yielded.
+        announce: called with the Piece just before its batch is yielded; False leaves it out.
         pad: pad every physical batch to `physical_size`; otherwise a draw is cut evenly.
         restart: called when an iteration begins, with whether no other one is under way.
         finish: called when an iteration has come to its end.
@@ -161,7 +162,7 @@ class PrivateDataLoader(DataLoader[Any]):
         loader: DataLoader[Any],
         logical: Any,
         physical_size: int | None,
-        announce: Callable[[Piece], None],
+        announce: Callable[[Piece], bool | None],
         pad: bool = True,
         restart: Callable[[bool], None] = lambda alone: None,
         finish: Callable[[], None] = lambda: None,
@@ -171,7 +172,8 @@ class PrivateDataLoader(DataLoader[Any]):
         self._physical = _PhysicalBatches(logical, physical_size, pad, len(dataset))
         self._announce, self._restart, self._finish = announce, restart, finish
         self._reseed = reseed
-        self._under_way = 0
+        # One number, which a shallow copy of the loader has in common with it.
+        self._under_way = [0]
         workers: dict[str, Any] = {}
         if loader.num_workers > 0:
             workers = {
@@ -191,11 +193,11 @@ class PrivateDataLoader(DataLoader[Any]):
         )
 
     def __iter__(self) -> Any:
-        if self._under_way:
+        if self._under_way[0]:
             # One that nobody can go on with may wait for the collector.
             gc.collect()
-        self._restart(not self._under_way)
-        self._under_way += 1
+        self._restart(self._under_way[0] == 0)
+        self._under_way[0] += 1
         try:
             self._reseed()
             batches = super().__iter__()
@@ -203,11 +205,11 @@ class PrivateDataLoader(DataLoader[Any]):
             for batch in batches:
                 piece = pieces.popleft()
                 padded = _padded(batch, max(piece.kept, 1), piece.records)
-                self._announce(piece)
-                yield padded
+                if self._announce(piece) is not False:
+                    yield padded
                 self._reseed()
         finally:
-            self._under_way -= 1
+            self._under_way[0] -= 1
         self._finish()
 
 
@@ -238,16 +240,37 @@ def check_loader(loader: object, max_physical_batch_size: object) -> tuple[DataL
     records = len(loader.dataset)
     if records == 0:
         raise ConfigError("data_loader holds no records; accepted: one or more")
-    picked, dataset = list(range(records)), loader.dataset
-    while isinstance(dataset, Subset):
-        picked = [int(dataset.indices[k]) for k in picked]
-        dataset = dataset.dataset
-    if len({k % len(dataset) for k in picked}) < records:
+    if _repeats(loader.dataset):
         raise ConfigError(
-            "data_loader's torch.utils.data.Subset has a record more than once, which multiplies "
-            "what that record can change; accepted: different indices"
+            "data_loader's data set (a Subset, or a ConcatDataset) has a record more than once, "
+            "which multiplies what that record can change; accepted: each record once"
         )
     return loader, records
+
+
+def _repeats(dataset: Any) -> bool:
+    """Whether PyTorch's own ways to pick records pick one twice, as far as indices tell."""
+    if isinstance(dataset, ConcatDataset):
+        parts = dataset.datasets
+        return len({id(part) for part in parts}) < len(parts) or any(map(_repeats, parts))
+    if not isinstance(dataset, Subset):
+        return False
+    picked, inner = _whole_numbers(dataset.indices), dataset.dataset
+    if picked is None:
+        # Keys of a data set that has any.
+        return len(set(dataset.indices)) < len(dataset.indices)
+    while isinstance(inner, Subset) and (own := _whole_numbers(inner.indices)) is not None:
+        picked, inner = own[picked], inner.dataset
+    if hasattr(inner, "__len__"):
+        # They may count from the end.
+        picked = picked % len(inner)
+    return np.unique(picked).size < picked.size or _repeats(inner)
+
+
+def _whole_numbers(indices: Any) -> Any:
+    """An array of them, or None."""
+    found = np.asarray(indices)
+    return found if found.ndim == 1 and found.dtype.kind in "iu" else None
 
 
 def check_whole(loader: DataLoader[Any]) -> None:

@@ -154,8 +154,9 @@ class PrivateStep:
         if mechanism.adaptive is not None:
             self._count = torch.zeros((), dtype=torch.int64, device=self._sums[0].device)
         self._piece: Piece | None = None
-        # The draw under way, None if it was given up.
+        # The draw under way, None if it was given up; and the last of which a batch was dropped.
         self._draw: int | None = None
+        self._dropped_draw: int | None = None
         self._dropped = False
         # Whether a gradient of the batch under way has arrived, even if it was dropped.
         self._ran = False
@@ -193,8 +194,12 @@ class PrivateStep:
         """The physical batch under way, from its announcement until `step()`."""
         return self._piece
 
-    def begin(self, piece: Piece) -> None:
+    def begin(self, piece: Piece) -> bool:
         """Starts a physical batch: every trained tensor gets a fresh tap of `piece.records` rows.
+
+        Returns:
+            Whether the batch is to be run: not if another batch of its draw was dropped, for what
+            is left of that is no Poisson sample.
 
         Raises:
             PrivacyError: the last batch's gradients were neither used nor dropped, or the draw
@@ -208,19 +213,21 @@ class PrivateStep:
         if self._piece is not None and not (self._dropped and ran):
             raise PrivacyError(
                 "a batch begins, but the last one was not stepped: call optimizer.step() after "
-                "each batch (or, to drop it, zero_grad() after its forward or backward), and do "
-                "not read batches ahead, for what is announced is the batch that the model gets "
-                "next. To add up several batches in one update, give the loader their whole size "
-                "and make_private max_physical_batch_size="
+                "each batch (or, to drop it and its draw, zero_grad() after its forward or "
+                "backward), and do not read batches ahead, for what is announced is the batch that "
+                "the model gets next. To add up several batches in one update, give the loader "
+                "their whole size and make_private max_physical_batch_size="
             )
-        if self._piece is not None and not piece.first:
-            # Its batch was dropped: what is left of the draw is no Poisson sample.
+        if self._piece is not None:
+            self._dropped_draw = self._piece.draw
             self.abandon()
+        if piece.draw == self._dropped_draw:
+            return False
         if not piece.first and piece.draw != self._draw:
             raise PrivacyError(
-                "a batch goes on with a draw that was given up, by an error, because a batch of it "
-                "was dropped, or by another iteration of the loader that has begun: what is summed "
-                "now is no part of it; accepted: one iteration at a time, and a new one then"
+                "a batch goes on with a draw that was given up, by an error or by another "
+                "iteration of the loader that has begun: what is summed now is no part of it; "
+                "accepted: one iteration at a time, and a new one after an error"
             )
         for t, form in zip(self.trained, self._forms, strict=True):
             p = t.parameter
@@ -274,6 +281,7 @@ class PrivateStep:
                 record_taps.used = record_taps.narrowed = False
                 if norm_tap is not None:
                     record_taps.norm_taps[name] = norm_tap
+        return True
 
     def arrived(self, k: int, tap: Tensor) -> None:
         """The gradient of tensor k for each record is in `tap.grad`, whole for this backward."""
@@ -303,7 +311,8 @@ class PrivateStep:
         ops.clip_accumulate([grad], [self._sums[k]], self._stats, self._keep, [self._bound(k)])
 
     def drop(self) -> None:
-        """Forgets the gradients that were not clipped yet; the sum of earlier pieces stays."""
+        """Forgets the gradients that were not clipped yet. Where the next batch begins before they
+        are made again, their draw is given up."""
         self._dropped = True
         self._arrived.clear()
         for tap, norm_tap, t in zip(self._taps, self._norm_taps, self.trained, strict=False):
