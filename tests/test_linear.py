@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ffa_kernels as ffa
 from ffa_kernels import ops
+from ffa_kernels.backends import compose
 from ffa_kernels.backends.dispatch import use_backend
 from ffa_kernels.backends.triton import choices
 from ffa_kernels.backends.triton.choices import Choice, Config
@@ -969,13 +970,19 @@ def test_a_scale_of_fewer_bits_does_not_round_the_product():
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
-def test_a_few_rows_of_an_evaluation_are_right(rows):
+def test_few_rows_are_right_and_in_training_no_others_decide_them(rows, training):
+    """In evaluation they do not repay the packing of W; in training, B frozen too, each row has the
+    bits that it has among others."""
     torch.manual_seed(0)
-    x, W, b = torch.randn(rows, 1, 300), torch.randn(260, 300), torch.randn(260)
-    A, B = torch.randn(4, 300), torch.randn(260, 4)
-    wide = W.double() + 0.5 * B.double() @ A.double()
-    expected = x.double() @ wide.t() + b
-    with torch.no_grad():
-        y = ops.linear(x, W, b, A, B, scaling=0.5)
-    torch.testing.assert_close(y, expected.float(), rtol=1e-4, atol=1e-4)
+    layer = ffa.FFALinear(300, 260, r=4, alpha=2.0).train(training).requires_grad_(False)
+    layer.lora_B.normal_()
+    x = torch.randn(8, 300)
+    wide = layer.merged_weight().double()
+    with torch.set_grad_enabled(training):
+        y, all_rows = layer(x[:rows]), layer(x)
+    expected = (x.double() @ wide.t() + layer.bias.double()).float()
+    torch.testing.assert_close(y, expected[:rows], rtol=1e-4, atol=1e-4)
+    if training and compose.takes_fp32(x, layer.weight):
+        assert torch.equal(y, all_rows[:rows])

@@ -37,8 +37,8 @@ _FACTORS = {torch.float32: 0, torch.bfloat16: 3, torch.int8: 4}
 _OPTIMIZERS = {"none": 0, "sgd": 1, "adam": 2, "adamw": 3}
 # Elements of x whose dropout is in flight at a time: the scratch stays in L2.
 _DROPOUT_CHUNK = 1 << 17
-# Fewer rows repay no packing of W. In training how a record is rounded must all the same not depend
-# on how many others there are.
+# In evaluation fewer rows repay no packing of W. In training how a record is rounded must not
+# depend on how many others there are.
 LEAST_ROWS = 4
 
 # Of tensors that are no subclass's.
@@ -314,9 +314,7 @@ def linear(
         projected = (None, None)
         rows = x.view(math.prod(lead), x.shape[-1])
         _dropped_product(rows, lora_A, dropout_state, dropout_p, h.view(len(rows), r))
-    few = tap is None and math.prod(lead) < LEAST_ROWS
-    packs = weight is not None and not (few and weight.dtype == x.dtype)
-    if weight is not None and packs and has_product(x, weight, None, weight_scale):
+    if weight is not None and has_product(x, weight, None, weight_scale):
         if dropout_state is None:
             _project(x, lora_A, h)
         return product(x, weight, bias, h, lora_B.t(), scaling, weight_scale), h

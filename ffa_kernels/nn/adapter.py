@@ -7,14 +7,17 @@ module makes the base product, that runs as it is and the op adds its term.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ffa_kernels import ops
+from ffa_kernels.backends import cpu
 from ffa_kernels.nn.record_taps import RecordTaps, tapping
 
 _NO_KEY = torch.zeros(4, dtype=torch.int64)
@@ -159,12 +162,23 @@ class Adapter(nn.Module):
             x = x.to(dtype)
             # Frozen: cast anew each time, and kept until backward, as PyTorch keeps its own.
             weight = weight if weight is None or scale is not None else weight.to(dtype)
+        A, B = A if A.dtype == dtype else A.to(dtype), B if B.dtype == dtype else B.to(dtype)
+        if (
+            # A graph that is compiled must not depend on the number of rows.
+            not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+            and math.prod(x.shape[:-1]) < cpu.LEAST_ROWS
+            and x.is_cpu
+            and weight is not None
+            and weight.dtype == dtype
+        ):
+            y = F.linear(x, weight, bias)
+            return y.add_(F.linear(F.linear(x, A), B), alpha=self.adapter_scaling())
         y = ops.linear(
             x,
             weight,
             bias,
-            A if A.dtype == dtype else A.to(dtype),
-            B if B.dtype == dtype else B.to(dtype),
+            A,
+            B,
             tap=tap,
             norm_tap=norm_tap,
             dropout_state=self._dropout_state(x),
