@@ -29,7 +29,7 @@ pytestmark = [
 RECORDS, TOKENS, VOCABULARY, DELTA = 24, 6, 32, 1e-3
 
 
-def causal_model():
+def causal_model(tied=False, **options):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=8,
@@ -39,9 +39,10 @@ def causal_model():
         num_key_value_heads=1,
         vocab_size=VOCABULARY,
         pad_token_id=0,
+        tie_word_embeddings=tied,
     )
     model = transformers.LlamaForCausalLM(config)
-    return ffa.convert(model, r=2, target_modules=["q_proj", "v_proj"])
+    return ffa.convert(model, r=2, target_modules=["q_proj", "v_proj"], **options)
 
 
 def classifier():
@@ -525,17 +526,7 @@ def test_a_resumed_run_goes_on_with_the_ledger_and_draws_afresh(tmp_path):
 
 def test_a_smaller_base_of_tied_weights_is_saved_at_each_epoch_and_resumed(tmp_path):
     def model():
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(
-            hidden_size=8,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            vocab_size=VOCABULARY,
-            tie_word_embeddings=True,
-        )
-        plain = transformers.LlamaForCausalLM(config)
-        return ffa.convert(plain, r=2, target_modules=["q_proj"], base_dtype="int8")
+        return causal_model(tied=True, base_dtype="int8")
 
     saving = {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "epoch"}
     first = trainer_of(tmp_path, model(), changed_args=saving, callbacks=[Stop(3)])
@@ -885,3 +876,13 @@ def test_a_causal_model_whose_labels_are_shifted_already_is_refused(tmp_path):
         return rows.mean(dim=1)
 
     trainer_of(tmp_path / "own", model, records, compute_loss_func=losses).train()
+
+    class Own(ffa.PrivateTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(input_ids=inputs["input_ids"])
+            mean = losses(outputs, inputs["labels"]).mean()
+            return (mean, outputs) if return_outputs else mean
+
+    options = {"train_dataset": records, "noise_multiplier": 1.0, "target_delta": DELTA}
+    options |= {"accountant": "rdp", "new_ledger": True}
+    Own(model, arguments(tmp_path / "subclass"), **options).train()

@@ -465,11 +465,12 @@ class PrivacyEngine:
         def announce(piece: Piece) -> bool:
             if not step.begin(piece):
                 return False
-            # A key for each batch: a mask never depends on who else was drawn before. Renewed in
-            # its place, where a captured forward reads it again.
-            key = self._dropout_key() if keys else torch.empty(0)
-            for place in keys.values():
-                place.copy_(key)
+            if keys:
+                # For each batch: a mask never depends on who else was drawn before. Renewed in its
+                # place, where a captured forward reads it again.
+                key = self._dropout_key()
+                for place in keys.values():
+                    place.copy_(key)
             return True
 
         def reseed() -> None:
